@@ -1,0 +1,121 @@
+"""Checkpoints: Orbax, asynchronous; parameters, optimizer state and JSON metadata as three items.
+
+Parameters alone open on any machine, as NumPy arrays, whatever topology wrote them. A training
+state opens on any mesh. The only file that imports Orbax.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dgpt_jax.config import UserError
+from dgpt_jax.state import TrainState
+
+FORMAT = 1
+
+
+def directory(workdir) -> str:
+    """Where a run keeps its checkpoints; absolute, because Orbax refuses relative paths late."""
+    text = os.fspath(workdir)
+    text = text if "://" in text else os.path.abspath(text)
+    return os.path.join(text, "checkpoints")
+
+
+class Checkpoints:
+    """The checkpoints of a run. Close it on every way out: saving goes on in the background."""
+
+    def __init__(self, workdir, *, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(
+            directory(workdir),
+            options=options,
+            item_names=("params", "opt_state", "metadata"),
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, metadata: dict[str, Any]):
+        """Starts saving; `metadata` is JSON. Raises RuntimeError where Orbax declines."""
+        step = int(state.step)
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                metadata=ocp.args.JsonSave({"format": FORMAT, "step": step} | metadata),
+            ),
+        )
+        if not saved:
+            raise RuntimeError(
+                f"the checkpoint of step {step} was not saved: {self._manager.directory} holds "
+                f"step {self._manager.latest_step()}"
+            )
+
+    def metadata(self, step: int) -> dict:
+        return _checked(
+            self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))[
+                "metadata"
+            ],
+            self._manager.directory,
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of a step, placed as `abstract` (shapes, dtypes, shardings) says."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                opt_state=ocp.args.StandardRestore(abstract.opt_state),
+            ),
+        )
+        counter = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
+        return TrainState(counter, restored["params"], restored["opt_state"])
+
+    def close(self):
+        """Waits for the last save; raises what went wrong in the background."""
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+
+def _checked(metadata: dict, path) -> dict:
+    if metadata["format"] > FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {metadata['format']}, this code reads {FORMAT}"
+        )
+    return metadata
+
+
+def find(path) -> tuple[str, int]:
+    """(directory of checkpoints, newest step) of a work directory. Raises UserError."""
+    root = directory(path)
+    steps = []
+    if os.path.isdir(root) or "://" in root:
+        steps = ocp.utils.checkpoint_steps(root)
+    if not steps:
+        raise UserError(f"{path} holds no finished checkpoint (looked in {root})")
+    return root, max(steps)
+
+
+def load_params(path) -> tuple[dict, dict]:
+    """(nested parameters as NumPy arrays, metadata) of a work directory's newest checkpoint.
+
+    Needs no devices like those that wrote it, and does not read the optimizer state.
+    """
+    root, step = find(path)
+    item = Path(root) / str(step)
+    metadata = _checked(
+        ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(item / "metadata"), root
+    )
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(item / "params").item_metadata.tree
+        kind = ocp.RestoreArgs(restore_type=np.ndarray)
+        params = reader.restore(item / "params", restore_args=jax.tree.map(lambda _: kind, tree))
+    return params, metadata

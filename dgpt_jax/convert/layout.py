@@ -1,0 +1,174 @@
+"""A layout is a table of entries: which array of a state dict is which part of our parameters.
+
+Parameters are flat dicts here, {"encoder/blocks/attn/qkv/kernel": array}; leaves of scanned blocks
+have a leading layer axis. `read` and `write` are strict: every name and every leaf is used once.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dgpt_jax.config import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array of a state dict.
+
+    kind: "same"; "vector" (torch's (n,) against any shape); "linear" (torch's (out, in) against
+    (in…, out…), with `inputs` leading input axes); "conv" (torch's (out, channels, p, p) against
+    (p·p·channels, out)).
+    layer: index on the leaf's leading layer axis. part: index on the axis of the fused q, k, v.
+    copies: other names that hold the same values.
+    """
+
+    name: str
+    path: str
+    kind: str = "same"
+    layer: int | None = None
+    part: int | None = None
+    inputs: int = 1
+    copies: tuple[str, ...] = ()
+
+    def slot(self) -> tuple:
+        """Where in the leaf the array goes."""
+        slot = () if self.layer is None else (self.layer,)
+        if self.part is not None:
+            slot += (slice(None), self.part) if self.kind == "linear" else (self.part,)
+        return slot or (...,)
+
+
+def _from_torch(entry: Entry, value: np.ndarray, shape) -> np.ndarray:
+    if entry.kind == "linear":
+        value = value.T
+    elif entry.kind == "conv":
+        value = value.transpose(2, 3, 1, 0)
+    if value.size != np.prod(shape):
+        raise UserError(f"{entry.name} has shape {value.shape}, which does not fit {tuple(shape)}")
+    return value.reshape(shape)
+
+
+def _to_torch(entry: Entry, value: np.ndarray) -> np.ndarray:
+    if entry.kind == "linear":
+        return value.reshape(int(np.prod(value.shape[: entry.inputs])), -1).T
+    if entry.kind == "conv":
+        patch = int(round((value.shape[0] / 3) ** 0.5))
+        return value.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
+    return value.reshape(-1) if entry.kind == "vector" else value
+
+
+def read(
+    entries: Iterable[Entry],
+    state: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    ignore: Iterable[str] = (),
+    what: str = "weights",
+) -> dict[str, np.ndarray]:
+    """Flat float32 parameters of the given shapes from a state dict.
+
+    Raises UserError that lists names missing from the state dict, names in it that no entry (and
+    no prefix in `ignore`) knows, arrays of the wrong size, and copies that differ.
+    """
+    entries = list(entries)
+    named = {name for e in entries for name in (e.name, *e.copies)}
+    missing = sorted(named - set(state))
+    extra = sorted(n for n in set(state) - named if not n.startswith(tuple(ignore)))
+    if missing or extra:
+        raise UserError(f"{what}: {_listed('missing', missing)}{_listed('unknown', extra)}".rstrip())
+    params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    filled = dict.fromkeys(params, 0)
+    for entry in entries:
+        value = np.asarray(state[entry.name], np.float32)
+        for copy in entry.copies:
+            if not np.array_equal(value, np.asarray(state[copy], np.float32)):
+                raise UserError(f"{what}: {entry.name} and {copy} must be equal and are not")
+        slot = params[entry.path][entry.slot()]
+        params[entry.path][entry.slot()] = _from_torch(entry, value, slot.shape)
+        filled[entry.path] += value.size
+    unfilled = [path for path, n in filled.items() if n != params[path].size]
+    if unfilled:
+        raise UserError(f"{what}: {_listed('no source for', unfilled)}".rstrip())
+    return params
+
+
+def write(entries: Iterable[Entry], params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The state dict of flat parameters, views of them where it can.
+
+    Raises UserError where a parameter has no entry.
+    """
+    entries = list(entries)
+    left = sorted(set(params) - {e.path for e in entries})
+    if left:
+        raise UserError(f"this layout has no place for {', '.join(left)}")
+    state = {}
+    for entry in entries:
+        value = np.asarray(params[entry.path], np.float32)[entry.slot()]
+        for name in (entry.name, *entry.copies):
+            state[name] = _to_torch(entry, value)
+    return state
+
+
+def _listed(what: str, names: list[str], most: int = 8) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what} {', '.join(names[:most])}{more}. "
+
+
+def linear(name: str, path: str, **kwargs) -> list[Entry]:
+    """Weight and bias of a torch Linear."""
+    inputs = kwargs.pop("inputs", 1)
+    return [
+        Entry(f"{name}.weight", f"{path}/kernel", "linear", inputs=inputs, **kwargs),
+        Entry(f"{name}.bias", f"{path}/bias", "vector", **kwargs),
+    ]
+
+
+def norm(name: str, path: str, copies: Iterable[str] = (), **kwargs) -> list[Entry]:
+    """Weight and bias of a torch LayerNorm."""
+    return [
+        Entry(f"{name}.{torch}", f"{path}/{ours}", copies=tuple(f"{c}.{torch}" for c in copies),
+              **kwargs)
+        for torch, ours in (("weight", "scale"), ("bias", "bias"))
+    ]  # fmt: skip
+
+
+def timm_blocks(name: str, path: str, depth: int) -> list[Entry]:
+    """The blocks of timm and of everything that descends from it, stacked."""
+    entries = []
+    for i in range(depth):
+        entries += norm(f"{name}.{i}.norm1", f"{path}/norm1", layer=i)
+        entries += linear(f"{name}.{i}.attn.qkv", f"{path}/attn/qkv", layer=i)
+        entries += linear(f"{name}.{i}.attn.proj", f"{path}/attn/proj", layer=i, inputs=2)
+        entries += norm(f"{name}.{i}.norm2", f"{path}/norm2", layer=i)
+        entries += linear(f"{name}.{i}.mlp.fc1", f"{path}/mlp/fc1", layer=i)
+        entries += linear(f"{name}.{i}.mlp.fc2", f"{path}/mlp/fc2", layer=i)
+    return entries
+
+
+def patch_embed(name: str, path: str) -> list[Entry]:
+    """Weight and bias of the patch embedding's convolution."""
+    return [Entry(f"{name}.weight", f"{path}/kernel", "conv"), Entry(f"{name}.bias", f"{path}/bias")]
+
+
+def flatten(tree, prefix: str = "") -> dict:
+    """A nested dict of arrays (or shapes) as {"a/b": leaf}."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping) -> dict:
+    """The inverse of `flatten`."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree

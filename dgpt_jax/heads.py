@@ -1,0 +1,74 @@
+"""What stands on an encoder in use: learned positions, a final norm, pooling, a linear head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from dgpt_jax import segments, vit
+
+
+class Classifier(nn.Module):
+    """An encoder with full attention, CLS first, as fine-tuning and timm have it.
+
+    pooling "cls": LayerNorm of all tokens, then CLS (timm `norm`, `token`). pooling "mean": mean of
+    the patch tokens, then LayerNorm (timm `fc_norm`, `avg`). num_classes 0: no head.
+    """
+
+    encoder: vit.Encoder
+    grid: int
+    pooling: str
+    num_classes: int = 0
+
+    def setup(self):
+        shape = (1, 1 + self.grid**2, self.encoder.width)
+        self.pos_embed = self.param("pos_embed", nn.initializers.zeros, shape)
+        self.norm = vit.layer_norm(1e-6, None)
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes)
+
+    def tokens(self, images):
+        """Normalised images (B, height, width, 3) to tokens (B, 1+N, D), CLS first.
+
+        Normed with pooling "cls", raw residuals with "mean": what timm's `forward_features` gives.
+        """
+        residual = self.encoder(images, self.pos_embed)
+        return self.norm(residual) if self.pooling == "cls" else residual
+
+    def features(self, images):
+        """(B, D) float32: what is measured and exported."""
+        tokens = self.tokens(images)
+        return tokens[:, 0] if self.pooling == "cls" else self.norm(tokens[:, 1:].mean(axis=1))
+
+    def __call__(self, images):
+        """Logits (B, classes), or features where there is no head."""
+        features = self.features(images)
+        return self.head(features) if self.num_classes else features
+
+
+def classifier(model, pooling: str, num_classes: int = 0, dtype: Any = jnp.float32) -> Classifier:
+    """The Classifier of a `config.Model`."""
+    return Classifier(
+        encoder=vit.encoder(model, dtype),
+        grid=model.grid,
+        pooling=pooling,
+        num_classes=num_classes,
+    )
+
+
+def from_pretrained(encoder_params, model) -> dict:
+    """Classifier parameters, without a head, of a pretrained encoder's.
+
+    Pretraining has fixed positions (none for CLS) and no final norm: the table becomes `pos_embed`
+    and the norm gets scale 1 and bias 0.
+    """
+    table = segments.sincos_positions(model.width, model.grid, model.grid)
+    table = table.reshape(1, -1, model.width)
+    pos_embed = np.concatenate([np.zeros((1, 1, model.width), np.float32), table], axis=1)
+    ones, zeros = np.ones(model.width, np.float32), np.zeros(model.width, np.float32)
+    return {
+        "encoder": encoder_params,
+        "pos_embed": pos_embed,
+        "norm": {"scale": ones, "bias": zeros},
+    }

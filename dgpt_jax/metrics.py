@@ -1,0 +1,129 @@
+"""Metrics: CLU collections on the device; JSONL, TensorBoard and a progress line on the host."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import tensorboardX
+from clu import metrics as clu_metrics
+
+Metrics = clu_metrics.Collection
+
+
+def averages(names: Iterable[str]) -> type[Metrics]:
+    """A CLU collection that averages each of the named outputs of a step."""
+    return Metrics.create(**{n: clu_metrics.Average.from_output(n) for n in names})
+
+
+class Writer:
+    """Scalars to `metrics.jsonl` (always) and TensorBoard in the work directory, on process 0."""
+
+    def __init__(self, workdir: Path):
+        self._active = jax.process_index() == 0
+        if self._active:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._file = (workdir / "metrics.jsonl").open("a")
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+
+    def scalars(self, step: int, values: dict[str, float]):
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        # JSON has no NaN; a reader should not need a special parser to find one.
+        shown = {n: v if math.isfinite(v) else str(v) for n, v in values.items()}
+        self._file.write(json.dumps({"step": step} | shown) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def text(self, name: str, text: str):
+        if self._active:
+            self._board.add_text(name, text)
+
+    def close(self):
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+class Clock:
+    """Throughput and time left, without the compile: it starts when the first step is done."""
+
+    def __init__(self, start_step: int, total: int, batch_size: int):
+        self.total, self.batch_size = total, batch_size
+        self._step, self._waited = start_step, 0.0
+        self._time = time.monotonic()
+        self._rate = None
+
+    def restart(self, step: int):
+        """Forgets what has passed: after the compile, an evaluation, a checkpoint."""
+        self._step, self._time, self._waited = step, time.monotonic(), 0.0
+
+    def waited(self, seconds: float):
+        """Adds time that the loop stood waiting for data."""
+        self._waited += seconds
+
+    def read(self, step: int) -> dict[str, float]:
+        """images/s, share of time waiting for data, and seconds left, since the last reading."""
+        elapsed = max(time.monotonic() - self._time, 1e-9)
+        rate = (step - self._step) / elapsed
+        self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
+        values = {
+            "images_per_second": rate * self.batch_size,
+            "data_wait": min(self._waited / elapsed, 1.0),
+            "eta_seconds": (self.total - step) / self._rate if self._rate else math.inf,
+        }
+        self.restart(step)
+        return values
+
+
+def duration(seconds: float) -> str:
+    """3725 as 1h02m."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours / 24:.1f}d"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+class Progress:
+    """One line on stderr: a live bar in a terminal, plain lines elsewhere. On process 0."""
+
+    def __init__(self, total: int, stream=sys.stderr):
+        self.total, self._stream = total, stream
+        self._active = jax.process_index() == 0
+        self._live = self._active and stream.isatty()
+
+    def show(self, step: int, values: dict[str, float]):
+        if not self._active:
+            return
+        known = ("eta_seconds", "images_per_second", "data_wait", "learning_rate")
+        losses = " ".join(f"{n} {v:.4f}" for n, v in values.items() if n not in known)
+        line = (
+            f"step {step}/{self.total} eta {duration(values['eta_seconds'])} "
+            f"{values['images_per_second']:.0f} img/s wait {values['data_wait']:.0%} "
+            f"{losses} lr {values['learning_rate']:.2e}"
+        )
+        if self._live:
+            filled = 20 * step // self.total
+            bar = "█" * filled + "·" * (20 - filled)
+            self._stream.write(f"\r\x1b[K{bar} {line}")
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def say(self, text: str):
+        """A line of its own, above the bar."""
+        if self._active:
+            self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+            self._stream.flush()
+
+    def close(self):
+        if self._live:
+            self._stream.write("\n")

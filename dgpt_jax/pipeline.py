@@ -1,0 +1,157 @@
+"""From a TFDS directory to batches: the batch is a function of (seed, step).
+
+Position i of the endless stream is example `shuffle(i)` of epoch i // n; whatever is random about
+it (view, segment order) is drawn from (seed, i). Global batch k is positions k·B … (k+1)·B - 1, and
+a process reads just the rows that its devices hold. So nothing here is ever checkpointed.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from dgpt_jax import records, segments, views
+from dgpt_jax.config import Data, Model, UserError
+
+# Streams of random numbers that hang on one position: numpy seeds are (seed, stream, position).
+ORDER, VIEW = 0, 1
+
+
+def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
+    return np.random.default_rng((seed, stream, *position))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples by position of the stream: dict of image uint8 (size, size, 3), order int32 (S,),
+    and tokens as stored (1+N, C) where a token store is read. Picklable, for worker processes."""
+
+    sources: tuple[records.Split, ...]
+    with_tokens: bool
+    data: Data
+    image_size: int
+    segments: tuple[int, int]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.sources[0])
+
+    def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
+        """The example `index` at `position`; epoch e uses view e mod K."""
+        source = self.sources[position // len(self) % len(self.sources)]
+        record = source[index]
+        try:
+            image = records.decode_picture(record["image"])
+        except ValueError as e:
+            raise UserError(f"{source}: example {index} ({record['id']}): {e}") from None
+        if self.with_tokens:
+            image = views.resize(image, self.image_size, self.image_size)
+        else:
+            view = views.draw(
+                generator(self.seed, VIEW, position),
+                *image.shape[:2],
+                scale=self.data.crop_scale,
+                ratio=self.data.crop_ratio,
+                flip=self.data.flip,
+            )
+            image = views.render(image, view, self.image_size)
+        order = segments.raster_order(self.segments)
+        if self.data.order == "random":
+            rng = generator(self.seed, ORDER, position)
+            order = segments.sample_order(rng, self.segments)
+        example = {"image": image, "order": order}
+        if self.with_tokens:
+            example["tokens"] = record["tokens"]
+        return example
+
+
+def open_examples(data: Data, model: Model, seed: int) -> Examples:
+    """The examples that a training config asks for. Raises UserError where they do not fit it."""
+    stored = records.is_token_store(data.path)
+    if data.targets == "stored" and not stored:
+        records.open_builder(data.path)  # says so where there is no directory at all
+        raise UserError(
+            f"config.data.targets=stored needs a token store, and {data.path} is none: build one "
+            f"with tools/build_tokens.py, or set config.data.targets=online"
+        )
+    if data.targets == "online" and stored:
+        raise UserError(
+            f"config.data.targets=online needs an image dataset, and {data.path} is a token store"
+        )
+    names = [data.split]
+    if stored:
+        have = len(records.open_builder(data.path).info.splits)
+        if data.views is not None and not 1 <= data.views <= have:
+            raise UserError(f"config.data.views {data.views}: {data.path} holds {have} views")
+        names = [records.view_split(v) for v in range(data.views or have)]
+    return Examples(
+        sources=tuple(records.Split(data.path, name) for name in names),
+        with_tokens=stored,
+        data=data,
+        image_size=model.image_size,
+        segments=model.segments,
+        seed=seed,
+    )
+
+
+def train_batches(
+    examples: Examples, batch_size: int, *, rows: slice, start_step: int
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """This process's `rows` of the global batches from `start_step` on, endlessly. Close it."""
+    local = rows.stop - rows.start
+    stream = grain.MapDataset.range(len(examples)).seed(examples.seed).shuffle().repeat(None)
+    stream = stream.map_with_index(examples).batch(local)
+    stream = stream[rows.start // local :: batch_size // local][start_step:]
+    data = examples.data
+    options = grain.ReadOptions(
+        num_threads=data.threads, prefetch_buffer_size=max(2 * local, data.threads)
+    )
+    batches = stream.to_iter_dataset(options)
+    if data.workers:
+        _allow_workers()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+    iterator = iter(batches)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()  # or its threads and processes complain at interpreter exit
+
+
+def _allow_workers():
+    """grain asks absl's flags about its workers, also where absl did not start the program."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def eval_batches(
+    load: Callable[[int], dict[str, np.ndarray]],
+    length: int,
+    batch_size: int,
+    *,
+    rows: slice,
+    threads: int = 8,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every example once, in order: batches with a bool `valid`, False on what pads the last one."""
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, length, batch_size):
+            wanted = np.arange(start + rows.start, start + rows.stop)
+            loaded = list(pool.map(load, np.minimum(wanted, length - 1)))
+            batch = {key: np.stack([example[key] for example in loaded]) for key in loaded[0]}
+            yield batch | {"valid": wanted < length}
+
+
+def ahead(batches: Generator, place: Callable, depth: int = 2) -> Generator:
+    """`place` (host to device, asynchronous) applied `depth` batches before they are used."""
+    queue: deque = deque()
+    with contextlib.closing(batches):
+        for batch in batches:
+            queue.append(place(batch))
+            if len(queue) > depth:
+                yield queue.popleft()
+        yield from queue

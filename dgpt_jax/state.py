@@ -1,0 +1,44 @@
+"""The training state, and making it in place on a mesh."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dgpt_jax import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: int32, finished optimizer steps; params: float32; opt_state: optax's."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def _initial(init_params, tx, key) -> TrainState:
+    params = init_params(key)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def abstract(init_params, tx: optax.GradientTransformation, mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without making it."""
+    shapes = jax.eval_shape(partial(_initial, init_params, tx), jax.random.key(0))
+    places = sharding.shard_state(mesh, shapes)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        places,
+    )
+
+
+def create(init_params, tx: optax.GradientTransformation, mesh, seed: int) -> TrainState:
+    """The initial state. Every array is made sharded: no unsharded copy ever exists."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract(init_params, tx, mesh))
+    make = jax.jit(partial(_initial, init_params, tx), out_shardings=places)
+    return make(jax.random.key(seed))

@@ -1,0 +1,51 @@
+"""The train step: loss, gradients over micro-batches, one optimizer update. Pure and jitted."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dgpt_jax import sharding
+from dgpt_jax.metrics import Metrics
+from dgpt_jax.state import TrainState
+
+
+def make_train_step(
+    loss: Callable, tx: optax.GradientTransformation, mesh, *, accum_steps: int
+) -> Callable:
+    """The step (state, metrics, batch, frozen) → (state, metrics); the first two are donated.
+
+    `loss(params, frozen, batch) → (scalar, {name: (b,) values an example})`. The batch is cut into
+    `accum_steps` micro-batches that a scan runs through, and their gradients are averaged: the same
+    update as one big batch.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def accumulate(params, frozen, batch):
+        if accum_steps == 1:
+            return gradient(params, frozen, batch)
+        # Neighbouring rows go to different micro-batches, so that each device keeps its own rows.
+        batch = jax.tree.map(
+            lambda x: x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        batch = jax.lax.with_sharding_constraint(batch, sharding.microbatch_sharding(mesh))
+
+        def add(total, microbatch):
+            (value, values), grads = gradient(params, frozen, microbatch)
+            return jax.tree.map(jnp.add, total, (value, grads)), values
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (value, grads), values = jax.lax.scan(add, zero, batch)
+        value, grads = jax.tree.map(lambda x: x / accum_steps, (value, grads))
+        return (value, jax.tree.map(jnp.ravel, values)), grads
+
+    def train_step(state: TrainState, metrics: Metrics, batch, frozen):
+        (value, values), grads = accumulate(state.params, frozen, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        seen = values | {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        metrics = metrics.merge(type(metrics).single_from_model_output(**seen))
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=(0, 1))

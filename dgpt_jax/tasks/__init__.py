@@ -1,0 +1,1 @@
+"""What a task adds to the loop: its model, loss, batches and evaluators."""

@@ -1,0 +1,174 @@
+"""The training loop: `python -m dgpt_jax.train --config=configs/… --workdir=DIR`.
+
+Running the same command again continues from the newest checkpoint in DIR. DIR holds config.json
+(resolved), metrics.jsonl, tensorboard/ and checkpoints/. Exit codes: 0 done, 1 a user's error, 75
+stopped by SIGTERM after saving, 130 by Ctrl-C after saving.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+from clu import parameter_overview
+
+from dgpt_jax import checkpoint, cli, hosts, metrics, optim, pipeline, sharding, state
+from dgpt_jax import config as config_lib
+from dgpt_jax.config import Train
+from dgpt_jax.evals import pretraining
+from dgpt_jax.step import make_train_step
+from dgpt_jax.tasks.pretrain import Pretrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The durations of a config as optimizer steps."""
+
+    total: int
+    warmup: int
+    checkpoint_every: int
+    eval_every: int
+
+
+def resolve_schedule(config: Train, examples: int) -> Schedule:
+    """Durations become steps here and nowhere else; `examples` is the length of the dataset."""
+    to_steps = partial(config_lib.steps, batch_size=config.batch_size, examples=examples)
+    total = to_steps(config.total)
+    return Schedule(
+        total=total,
+        warmup=to_steps(config.optim.warmup, total=total),
+        checkpoint_every=max(1, to_steps(config.checkpoint.every, total=total)),
+        eval_every=max(1, to_steps(config.evals.every, total=total)),
+    )
+
+
+def train(config: Train, workdir: Path) -> int:
+    """Trains to the end or to a signal; returns the exit code."""
+    mesh = sharding.make_mesh(config.mesh)
+    rows = sharding.process_rows(mesh, config.batch_size)
+    task = Pretrain(config)
+    schedule = resolve_schedule(config, len(task.examples))
+    peak = config.optim.blr * config.batch_size / 256
+    rate = optim.schedule(peak, schedule.warmup, schedule.total)
+    tx = optim.optimizer(config.optim, rate)
+    progress = metrics.Progress(schedule.total)
+    resolved = describe(config, task, schedule, mesh, peak, workdir, progress)
+
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
+    writer = metrics.Writer(workdir)
+    stop = hosts.StopOnSignal()
+    try:
+        # Weights come from the run's own newest checkpoint, else from scratch.
+        latest = checkpoints.latest()
+        if latest is None:
+            train_state = state.create(task.init, tx, mesh, config.seed)
+            writer.text("config", f"```\n{json.dumps(resolved, indent=1)}\n```")
+        else:
+            checkpoints.metadata(latest)
+            train_state = checkpoints.restore(latest, state.abstract(task.init, tx, mesh))
+            progress.say(f"continuing from step {latest} in {workdir}")
+        progress.say(parameter_overview.get_parameter_overview(train_state.params, include_stats=False))
+
+        frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+        step_fn = make_train_step(task.loss, tx, mesh, accum_steps=config.accum_steps)
+        collection = metrics.averages(task.metric_names)
+        evaluators = pretraining.periodic(task, mesh)
+        step = first = latest or 0
+        batches = pipeline.train_batches(
+            task.examples, config.batch_size, rows=rows, start_step=first
+        )
+        batches = pipeline.ahead(
+            batches, partial(sharding.global_batch, mesh, config.batch_size)
+        )
+        clock = metrics.Clock(first, schedule.total, config.batch_size)
+        running = collection.empty()
+        pending = None  # what is logged is fetched one interval late: the host never waits
+
+        def flush():
+            nonlocal pending
+            if pending is None:
+                return
+            at, values, computed = pending
+            values |= {name: float(v) for name, v in jax.device_get(computed).items()}
+            writer.scalars(at, values)
+            progress.show(at, values)
+            pending = None
+
+        with stop, contextlib.closing(batches):
+            while step < schedule.total and stop.exit_code is None:
+                asked = time.monotonic()
+                batch = next(batches)
+                clock.waited(time.monotonic() - asked)
+                train_state, running = step_fn(train_state, running, batch, frozen)
+                step += 1
+                if step == first + 1:
+                    jax.block_until_ready(train_state)
+                    progress.say(f"first step after {time.monotonic() - asked:.0f} s (compile)")
+                    clock.restart(step)
+                last = step == schedule.total
+                if step % config.log_every == 0 or last:
+                    flush()
+                    values = {"learning_rate": float(rate(step - 1))} | clock.read(step)
+                    pending = (step, values, running.compute())
+                    running = collection.empty()
+                if evaluators and (step % schedule.eval_every == 0 or last):
+                    flush()
+                    for evaluate in evaluators:
+                        results = evaluate(train_state.params)
+                        writer.scalars(step, results)
+                        shown = " ".join(f"{n} {v:.4f}" for n, v in results.items())
+                        progress.say(f"step {step}: {shown}")
+                    clock.restart(step)
+                if step % schedule.checkpoint_every == 0 or last:
+                    checkpoints.save(train_state, {"config": resolved})
+            flush()
+            if stop.exit_code is not None and checkpoints.latest() != step:
+                checkpoints.save(train_state, {"config": resolved})
+    finally:
+        checkpoints.close()
+        writer.close()
+        progress.close()
+    if stop.exit_code is not None:
+        progress.say(f"stopped by a signal, saved at step {step}: the same command continues")
+        return stop.exit_code
+    progress.say(
+        f"done: {workdir} holds step {step}; next: python -m dgpt_jax.evaluate "
+        f"--config=configs/knn_in1k.py --checkpoint={workdir}"
+    )
+    return 0
+
+
+def describe(config, task, schedule, mesh, peak, workdir, progress) -> dict:
+    """Prints and saves the resolved config and what follows from it; returns it as a dict."""
+    resolved = config_lib.to_dict(config)
+    for name, value in config_lib.flatten(resolved).items():
+        progress.say(f"config.{name} = {value!r}")
+    for note in task.notes:
+        progress.say(note)
+    epoch = len(task.examples) / config.batch_size
+    progress.say(
+        f"{len(task.examples)} examples, batch {config.batch_size}, {epoch:.1f} steps an epoch, "
+        f"{schedule.total} steps ({schedule.warmup} warm-up), peak learning rate {peak:.3g}, "
+        f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}, "
+        f"{jax.process_count()} process(es)"
+    )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
+    return resolved
+
+
+def main():
+    made = cli.parser(__doc__, Train)
+    made.add_argument("--workdir", required=True, help="directory of the run; made if absent")
+    arguments, config = cli.parse(made, Train)
+    hosts.start(config.platform)
+    sys.exit(train(config, Path(arguments.workdir)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

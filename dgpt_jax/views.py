@@ -1,0 +1,85 @@
+"""A view of an image as data (crop box and flip), drawing one, and rendering an image through it."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class View:
+    """A crop box in pixels of the source image, and whether the result is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return self.top, self.left, self.height, self.width
+
+
+def draw(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool,
+) -> View:
+    """A random resized crop of a height×width image, and a mirror with probability ½ if `flip`.
+
+    `scale` bounds the crop's share of the area, `ratio` its width over height (drawn
+    log-uniformly). After ten misses: the largest centred crop within `ratio`, as in torchvision.
+    """
+    mirrored = bool(flip and rng.random() < 0.5)
+    log_ratio = np.log(ratio)
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(0, height - h + 1))
+            left = int(rng.integers(0, width - w + 1))
+            return View(top, left, h, w, mirrored)
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w = min(width, max(1, round(height * aspect)))
+    h = min(height, max(1, round(width / aspect)))
+    return View((height - h) // 2, (width - w) // 2, h, w, mirrored)
+
+
+def render(image: np.ndarray, view: View, size: int) -> np.ndarray:
+    """RGB uint8 (height, width, 3) through a view: (size, size, 3), antialiased bicubic."""
+    crop = image[view.top : view.top + view.height, view.left : view.left + view.width]
+    picture = resize(crop, size, size)
+    return np.ascontiguousarray(picture[:, ::-1]) if view.flip else picture
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased bicubic, as the published protocols' Pillow does it (kernel a = -0.5)."""
+    if image.shape[:2] == (height, width):
+        return image
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def centre_crop(image: np.ndarray, resize_to: int, size: int, *, squash: bool) -> np.ndarray:
+    """The evaluation view: resize, then the central size×size pixels.
+
+    `resize_to` is the shorter side after resizing (MAE, DINOv2), or both sides with `squash` (the
+    official D-iGPT's fine-tuning).
+    """
+    height, width = image.shape[:2]
+    if squash:
+        target = (resize_to, resize_to)
+    elif height <= width:
+        target = (resize_to, max(resize_to, int(resize_to * width / height)))
+    else:
+        target = (max(resize_to, int(resize_to * height / width)), resize_to)
+    image = resize(image, *target)
+    top, left = (round((n - size) / 2) for n in image.shape[:2])
+    return image[top : top + size, left : left + size]

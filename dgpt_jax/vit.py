@@ -1,0 +1,215 @@
+"""The plain pre-LN vision transformer, once: for pretraining, for the teacher, for use.
+
+Blocks are scanned: their parameters are stacked along a leading layer axis, and the scan returns
+the residual stream after every block, from which callers take what they tap. Names of parameters
+are those of timm, so that a conversion is a renaming. Matmuls run in `dtype`; parameters, LayerNorm
+(two-pass variance), softmax and the residual stream are float32, as under the official autocast.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Of ImageNet's pixels in [0, 1]; what students see, and what exports carry.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+xavier = nn.initializers.xavier_uniform()
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+def layer_norm(eps: float, name: str | None) -> nn.LayerNorm:
+    """LayerNorm in float32; the caller casts its result."""
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection, `qkv` of shape (D, 3, H, K)."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND, mask_NM=None):
+        width = x_BND.shape[-1]
+        qkv = nn.DenseGeneral(
+            (3, self.heads, width // self.heads), kernel_init=xavier, dtype=self.dtype, name="qkv"
+        )(x_BND)
+        q, k, v = (qkv[..., i, :, :] for i in range(3))
+        out = jax.nn.dot_product_attention(q, k, v, mask=_broadcast(mask_NM))
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="proj"
+        )(out)
+
+
+class CrossAttention(nn.Module):
+    """Attention from queries (B, N, E) to features (B, M, E): `q` (E, H, K), `kv` (E, 2, H, K)."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, q_BNE, kv_BME, mask_NM=None):
+        width = q_BNE.shape[-1]
+        head = (self.heads, width // self.heads)
+        dense = {"kernel_init": xavier, "dtype": self.dtype}
+        q = nn.DenseGeneral(head, name="q", **dense)(q_BNE)
+        kv = nn.DenseGeneral((2, *head), name="kv", **dense)(kv_BME)
+        out = jax.nn.dot_product_attention(
+            q, kv[..., 0, :, :], kv[..., 1, :, :], mask=_broadcast(mask_NM)
+        )
+        return nn.DenseGeneral(width, axis=(-2, -1), name="proj", **dense)(out)
+
+
+def _broadcast(mask_NM):
+    return None if mask_NM is None else jnp.asarray(mask_NM)[None, None]
+
+
+class Mlp(nn.Module):
+    ratio: float
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND):
+        width = x_BND.shape[-1]
+        dense = {"kernel_init": xavier, "dtype": self.dtype}
+        hidden = nn.Dense(int(width * self.ratio), name="fc1", **dense)(x_BND)
+        return nn.Dense(width, name="fc2", **dense)(ACTIVATIONS[self.activation](hidden))
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: x += attn(norm1 x); x += mlp(norm2 x)."""
+
+    heads: int
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BND, mask_NM=None):
+        y = layer_norm(self.eps, "norm1")(x_BND).astype(self.dtype)
+        x_BND = x_BND + Attention(self.heads, self.dtype, name="attn")(y, mask_NM)
+        y = layer_norm(self.eps, "norm2")(x_BND).astype(self.dtype)
+        return x_BND + Mlp(self.mlp_ratio, self.activation, self.dtype, name="mlp")(y)
+
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None):
+    """Runs `depth` stacked copies of `block` on x, called (x, its slice of layer_inputs, mask).
+
+    Returns the last residual stream and those after all blocks, stacked on axis 0.
+    """
+
+    def body(block, x, layer_input):
+        args = (mask_NM,) if layer_input is None else (layer_input, mask_NM)
+        x = block(x, *args)
+        return x, x
+
+    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+    return scan(block, x, layer_inputs)
+
+
+def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """The block class under a remat policy of REMAT."""
+    if REMAT[remat] is None:
+        return block
+    return nn.remat(block, policy=REMAT[remat], prevent_cse=False)
+
+
+def patch_bias_init(fan_in: int):
+    """torch's default for a convolution's bias, U(±1/√fan_in), which the official code keeps."""
+
+    def init(key, shape, dtype=jnp.float32):
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Encoder(nn.Module):
+    """The vision transformer that D-iGPT trains.
+
+    In pretraining its parts are called one by one (digpt.py); calling the module is use (heads.py).
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    mlp_ratio: float = 4.0
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.patch_embed = nn.Dense(
+            self.width,
+            kernel_init=xavier,
+            bias_init=patch_bias_init(3 * self.patch**2),
+            dtype=self.dtype,
+        )
+        self.cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
+        self.blocks = rematerialised(Block, self.remat)(
+            self.heads, self.mlp_ratio, dtype=self.dtype
+        )
+
+    def embed(self, images):
+        """Normalised images (B, height, width, 3) to patch tokens (B, rows, cols, D)."""
+        return self.patch_embed(patchify(images.astype(self.dtype), self.patch))
+
+    def transform(self, x_BND, mask_NM=None):
+        """Tokens through all blocks: the last residual, and those of all blocks (L, B, N, D)."""
+        return scan_blocks(self.blocks, self.depth, x_BND, mask_NM)
+
+    def __call__(self, images, positions):
+        """Use: images (B, height, width, 3), positions (1, 1+N, D) to residuals (B, 1+N, D).
+
+        CLS first, full attention, no final norm.
+        """
+        patches = self.embed(images)
+        batch, _, _, width = patches.shape
+        cls = jnp.broadcast_to(self.cls_token, (batch, 1, width))
+        x_BND = jnp.concatenate([cls, patches.reshape(batch, -1, width)], axis=1) + positions
+        return self.transform(x_BND)[0]
+
+
+def normalise(pictures, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Pictures uint8 (B, height, width, 3) as float32 with the given statistics taken out."""
+    return (pictures.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def patchify(images, patch: int):
+    """(B, height, width, 3) to (B, rows, cols, patch·patch·3), a patch's pixels row by row."""
+    batch, height, width, channels = images.shape
+    rows, cols = height // patch, width // patch
+    if (rows * patch, cols * patch) != (height, width):
+        raise ValueError(f"an image of {height}×{width} is not a whole number of {patch}-px patches")
+    x = images.reshape(batch, rows, patch, cols, patch, channels).swapaxes(2, 3)
+    return x.reshape(batch, rows, cols, patch * patch * channels)
+
+
+def encoder(model, dtype=jnp.float32) -> Encoder:
+    """The Encoder of a `config.Model`."""
+    return Encoder(
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        patch=model.patch,
+        mlp_ratio=model.mlp_ratio,
+        remat=model.remat,
+        dtype=jnp.dtype(dtype),
+    )

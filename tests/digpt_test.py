@@ -1,0 +1,248 @@
+"""The model against the official implementation, causality by gradient, sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dgpt_jax import digpt, segments, vit
+from dgpt_jax.config import SIZES, Model, parse
+from dgpt_jax.convert import digpt as official
+from dgpt_jax.convert import layout
+from tests.paths import GOLDEN
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """(model config, module, params, inputs, expected) of the official tiny model."""
+    state = load_file(GOLDEN / "digpt_tiny.safetensors")
+    model = official.model_of(state, heads=3, decoder_heads=2)
+    module = digpt.build(model, out_width=1024)
+    shapes = layout.flatten(abstract_params(model, out_width=1024))
+    params = official.read(state, model, {k: v.shape for k, v in shapes.items()})
+    rng = np.random.default_rng(7)
+    images = rng.standard_normal((2, 3, 224, 224)).astype(np.float32).transpose(0, 2, 3, 1)
+    tokens = rng.standard_normal((2, 257, 1024)).astype(np.float32)
+    expected = np.load(GOLDEN / "digpt_tiny_expected.npz")
+    inputs = (images, tokens, expected["perm"].astype(np.int32))
+    return model, module, layout.unflatten(params), inputs, expected
+
+
+def abstract_params(model, out_width, decoders=("next", "visible")):
+    module = digpt.build(model, out_width=out_width, decoders=decoders)
+    key = jax.random.key(0)
+    return jax.eval_shape(module.init, key, *digpt.dummy_inputs(model))["params"]
+
+
+def losses_of(module, model, params, images, tokens, order):
+    predictions = module.apply({"params": params}, images, order)
+    grid = (model.grid, model.grid)
+    return digpt.token_losses(
+        predictions, tokens, order, grid=grid, segment_grid=model.segments, cls=True
+    )
+
+
+def test_official_losses_and_gradients(golden):
+    model, module, params, inputs, expected = golden
+
+    def total(params):
+        losses = {k: v.mean() for k, v in losses_of(module, model, params, *inputs).items()}
+        return losses["next"] + losses["visible"], losses
+
+    (_, losses), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    np.testing.assert_allclose(losses["next"], expected["next_loss"], rtol=1e-5)
+    np.testing.assert_allclose(losses["visible"], expected["visible_loss"], rtol=1e-5)
+    grads = official.write(layout.flatten(grads), model)
+    names = [k.removeprefix("grad_norm/") for k in expected if k.startswith("grad_norm/")]
+    assert len(names) == 253
+    for name in names:
+        norm = np.linalg.norm(grads[name].astype(np.float64))
+        np.testing.assert_allclose(norm, expected[f"grad_norm/{name}"], rtol=1e-3, err_msg=name)
+
+
+def test_official_features_and_predictions(golden):
+    model, module, params, (images, _, order), expected = golden
+    encode = jax.jit(lambda *a: module.apply({"params": params}, *a, method="encode")[0])
+    for depth, tap in zip(model.taps, encode(images, order), strict=True):
+        np.testing.assert_allclose(tap, expected[f"block{depth}"], atol=1e-4)
+    predictions = jax.jit(lambda *a: module.apply({"params": params}, *a))(images, order)
+    for name in ("next", "visible"):
+        np.testing.assert_allclose(predictions[name][..., :64], expected[f"{name}_pred"], atol=1e-4)
+
+
+def test_official_mask_and_positions(golden):
+    model, *_, expected = golden
+    fixed = official.fixed_arrays(model)
+    np.testing.assert_array_equal(fixed["mask"], expected["mask"])
+    np.testing.assert_allclose(fixed["pos_embed"], expected["pos_embed"], atol=1e-6)
+
+
+def test_official_layout_round_trip(golden):
+    model, _, params, *_ = golden
+    state = load_file(GOLDEN / "digpt_tiny.safetensors")
+    written = official.write(layout.flatten(params), model)
+    assert set(written) == set(state)
+    for name in set(state) - set(official.FIXED):
+        np.testing.assert_array_equal(written[name], state[name].reshape(written[name].shape))
+
+
+# Trainable parameters of the encoder, and of the whole pretraining model with C = 1024.
+PARAMETERS = {
+    "S/16": (21_589_248, 97_186_560),
+    "B/16": (85_645_824, 167_536_128),
+    "L/16": (303_097_856, 389_183_488),
+    "L/14": (302_913_536, 388_999_168),
+    "H/14": (630_433_280, 720_714_240),
+}
+
+
+def count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_every_size_is_pinned():
+    assert set(PARAMETERS) == set(SIZES)
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_parameter_counts(size):
+    params = abstract_params(parse(Model, {"size": size}), out_width=1024)
+    assert (count(params["encoder"]), count(params)) == PARAMETERS[size]
+
+
+TINY = dict(width=24, depth=3, heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2)
+
+
+def pixel_gradients(model, order, seed=0):
+    """{name: (V+1, S)}: largest |d prediction / d pixels of the segment at place j of the order|.
+
+    Rows are the places that are predicted, and then the prediction of CLS.
+    """
+    module = digpt.build(model, out_width=8)
+    rng = np.random.default_rng(seed)
+    images = rng.standard_normal((1, model.image_size, model.image_size, 3)).astype(np.float32)
+    params = jax.jit(module.init)(jax.random.key(seed), images, order[None])["params"]
+    # Move everything off its initial value: zero biases and a zero CLS token could hide a leak.
+    leaves, treedef = jax.tree.flatten(params)
+    leaves = [x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
+    params = jax.tree.unflatten(treedef, leaves)
+    visible = segments.visible_count(model.segments)
+
+    @jax.jit
+    @jax.grad
+    def gradient(images, chosen):
+        predictions = module.apply({"params": params}, images, order[None])
+        total = 0.0
+        for name, prediction in predictions.items():
+            rows = jnp.sin(prediction[0, :-1].reshape(visible, -1)).sum(axis=1)
+            rows = jnp.append(rows, jnp.sin(prediction[0, -1]).sum())
+            total += jnp.vdot(rows, chosen[name])
+        return total
+
+    result = {}
+    for name in module.decoders:
+        rows = []
+        for one_hot in np.eye(visible + 1, dtype=np.float32):
+            chosen = {n: one_hot * (n == name) for n in module.decoders}
+            patches = vit.patchify(gradient(images, chosen), model.patch)
+            per_segment = np.abs(segments.split(patches, model.segments)[0]).max(axis=(1, 2))
+            rows.append(per_segment[order])
+        result[name] = np.stack(rows)
+    return result
+
+
+@pytest.mark.parametrize("cut,cls_mask", [((2, 2), "official"), ((1, 3), "self")])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_causality_by_gradient(cut, cls_mask, seed):
+    model = parse(Model, TINY | dict(patch=4, image_size=24, segments=cut, cls_mask=cls_mask))
+    order = segments.sample_order(np.random.default_rng(seed), cut)
+    total = segments.count(cut)
+    sees = np.arange(total)[None, :] <= np.arange(total - 1)[:, None]  # places ≤ i
+    # Row i of `next` is the segment at place i+1: it may know places ≤ i, and so may `visible` i.
+    # CLS is predicted from all places but the last.
+    expected = np.concatenate([sees, sees[-1:]])
+    for name, grads in pixel_gradients(model, order, seed).items():
+        np.testing.assert_array_equal(grads != 0, expected, err_msg=name)
+
+
+def test_causality_test_finds_a_shifted_mask(monkeypatch):
+    model = parse(Model, TINY | dict(patch=4, image_size=16))
+    right = segments.attention_mask
+
+    def shifted(visible, tokens, cls_mask):
+        mask = right(visible, tokens, cls_mask)
+        mask[: -1 - tokens, tokens:-1] |= mask[tokens:-1, tokens:-1]  # one segment ahead
+        return mask
+
+    monkeypatch.setattr(segments, "attention_mask", shifted)
+    grads = pixel_gradients(model, segments.raster_order((2, 2)))["next"]
+    assert grads[0, 1] > 0  # the first prediction now knows the segment it predicts
+
+
+@pytest.mark.parametrize(
+    "model,teacher_side,cls",
+    [
+        (dict(image_size=32, patch=4, segments=(2, 2)), 8, True),
+        (dict(image_size=24, patch=4, segments=(3, 1)), 9, True),  # 6×6 to 9×9 by segment
+        (dict(image_size=24, patch=4, segments=(3, 2)), 8, False),  # 8 does not divide by 3
+        (dict(image_size=16, patch=4, segments=(4, 4), taps=(1, 3)), 4, True),
+        (dict(image_size=16, patch=4, segments=(1, 1)), 8, True),
+    ],
+)
+def test_any_geometry(model, teacher_side, cls):
+    model = parse(Model, TINY | model)
+    decoders = ("next", "visible") if model.segments != (1, 1) else ("visible",)
+    module = digpt.build(model, out_width=6, decoders=decoders)
+    rng = np.random.default_rng(0)
+    size = model.image_size
+    images = rng.standard_normal((2, size, size, 3)).astype(np.float32)
+    tokens = rng.standard_normal((2, teacher_side**2 + cls, 6)).astype(np.float32)
+    order = np.stack([segments.sample_order(rng, model.segments) for _ in range(2)])
+    predictions, _ = jax.jit(module.init_with_output)(jax.random.key(0), images, order)
+    grid = (model.grid, model.grid)
+    losses = digpt.token_losses(
+        predictions, tokens, order, grid=grid, segment_grid=model.segments, cls=cls
+    )
+    assert set(losses) == set(decoders)
+    for value in losses.values():
+        assert value.shape == (2,) and np.all((value > 1) & (value < 3))
+
+
+def test_perfect_predictions_have_zero_loss():
+    """Targets are taken in the order of the predictions, for both decoders and every order."""
+    cut, side = (2, 2), 4
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((3, side**2 + 1, 5)).astype(np.float32)
+    order = np.stack([segments.sample_order(rng, cut) for _ in range(3)])
+    parts = np.asarray(segments.split(tokens[:, 1:].reshape(3, side, side, 5), cut))
+    parts = np.stack([p[o] for p, o in zip(parts, order, strict=True)])
+    predictions = {
+        "next": np.concatenate([parts[:, 1:].reshape(3, -1, 5), tokens[:, :1]], axis=1),
+        "visible": np.concatenate([parts[:, :-1].reshape(3, -1, 5), tokens[:, :1]], axis=1),
+    }
+    same = dict(grid=(side, side), segment_grid=cut, cls=True)
+    for value in digpt.token_losses(predictions, tokens, order, **same).values():
+        np.testing.assert_allclose(value, 0, atol=1e-6)
+    wrong = digpt.token_losses(predictions, tokens, order[::-1], **same)
+    assert min(v.max() for v in wrong.values()) > 0.5
+
+
+def test_initial_values_follow_the_official_code():
+    model = parse(Model, {"size": "S/16", "depth": 2, "decoder_width": 256, "decoder_heads": 8})
+    module = digpt.build(model, out_width=64)
+    params = jax.jit(module.init)(jax.random.key(0), *digpt.dummy_inputs(model))["params"]
+    flat = {k: np.asarray(v) for k, v in layout.flatten(params).items()}
+    assert not flat["encoder/cls_token"].any()
+    assert abs(flat["next/token"].std() - 0.02) < 0.003
+    bias = flat["encoder/patch_embed/bias"]
+    assert 0.018 < bias.std() < 0.024 and np.abs(bias).max() <= 768**-0.5  # torch's default
+    qkv = flat["encoder/blocks/attn/qkv/kernel"]
+    bound = (6 / (384 + 3 * 384)) ** 0.5  # xavier over the fused projection
+    assert 0.99 * bound < np.abs(qkv).max() <= bound
+    assert not np.array_equal(qkv[0], qkv[1])
+    for path, value in flat.items():
+        if path.endswith("scale"):
+            assert (value == 1).all(), path
+        elif path.endswith("bias") and "patch_embed" not in path:
+            assert not value.any(), path

@@ -1,0 +1,25 @@
+"""Builds a token store from a TFDS image dataset and CLIP weights; a rerun continues.
+
+    python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=DIR
+"""
+
+from dgpt_jax import build, cli, hosts
+from dgpt_jax.config import Tokens
+
+
+def main():
+    made = cli.parser(__doc__, Tokens)
+    made.add_argument("--out", required=True, help="directory of the store; made if absent")
+    args, config = cli.parse(made, Tokens)
+    hosts.start(config.platform)
+    info = build.build(config, args.out)
+    least, mean = info.cosine
+    print(
+        f"{args.out}: {config.views} view(s) of {info.source['examples']} images, {info.codec} "
+        f"tokens {info.tokens}×{info.width}, cosine to exact tokens {mean:.5f} (least {least:.5f})"
+    )
+    print(f"next: python tools/verify_tokens.py {args.out} --weights={config.teacher.weights}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
