@@ -1,0 +1,1 @@
+"""Numbers from frozen or tuned weights."""
