@@ -46,10 +46,6 @@ class Teacher:
             )
         )
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        return (self.tower.image_size // self.tower.patch,) * 2
-
     def __call__(self, pictures: np.ndarray, batch_size: int) -> np.ndarray:
         """uint8 (b ≤ batch_size, height, width, 3) to float32 (b, 1+N, C); the tail is padded."""
         missing = batch_size - len(pictures)
@@ -185,7 +181,7 @@ def _describe(config: Tokens, source, teacher: Teacher, pool) -> StoreInfo:
     info = records.open_builder(config.source).info
     return StoreInfo(
         codec=config.codec,
-        grid=teacher.grid,
+        grid=teacher.tower.grid,
         cls=True,
         width=teacher.tower.out_width,
         channel_scale=tuple(float(s) for s in scale),

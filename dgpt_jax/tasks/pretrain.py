@@ -56,8 +56,7 @@ class Pretrain:
         self.notes = loaded.notes
         self.frozen = loaded.params
         self._tower = loaded.tower
-        side = loaded.tower.image_size // loaded.tower.patch
-        return Target(loaded.tower.out_width, (side, side), cls=True)
+        return Target(loaded.tower.out_width, loaded.tower.grid, cls=True)
 
     def init(self, key):
         """Initial parameters, a nested dict."""

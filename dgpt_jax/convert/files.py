@@ -1,0 +1,122 @@
+"""Reading and writing weight files. Nothing here runs code that a file brings along."""
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dgpt_jax.config import UserError
+
+INDEX = "model.safetensors.index.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+def read_state(path) -> dict[str, np.ndarray]:
+    """The arrays of a .safetensors, .pt, .pth or .bin file, or of a directory with an INDEX.
+
+    Half precision becomes float32. Raises UserError on anything that is not plain weights.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / INDEX).is_file():
+        shards = json.loads((path / INDEX).read_text())["weight_map"].values()
+        state: dict[str, np.ndarray] = {}
+        for name in sorted(set(shards)):
+            if Path(name).name != name:
+                raise UserError(f"{path / INDEX} names a shard outside its directory: {name}")
+            state |= read_state(path / name)
+        return state
+    if not path.is_file():
+        raise UserError(f"no such weights file: {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _read_torch(path)
+    raise UserError(f"{path}: weights are .safetensors, {', '.join(TORCH_SUFFIXES)} files")
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, "flax") as file:  # its NumPy knows no bfloat16
+            return {name: _float32(np.asarray(file.get_tensor(name))) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path} is no readable safetensors file: {_line(e)}") from None
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} needs PyTorch to be read: pip install torch, or give safetensors"
+        ) from None
+    if _is_torchscript(path):
+        raise UserError(
+            f"{path} is a TorchScript archive, which brings code: in PyTorch, run `state = "
+            f"torch.jit.load({path.name!r}, 'cpu').state_dict()` and save it with "
+            f"`safetensors.torch.save_file`, then give that file"
+        )
+    try:
+        # The official D-iGPT files hold the program's arguments, a Namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path} is not plain PyTorch weights: {_line(e)}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors")
+    return {
+        name: (x.float() if x.is_floating_point() else x).numpy() for name, x in tensors.items()
+    }
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    half = array.dtype == np.float16 or array.dtype.name == "bfloat16"
+    return array.astype(np.float32) if half else array
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
+
+
+def write_safetensors(path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]):
+    """Writes atomically: a temporary file in the same directory, then a rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        contiguous = {name: np.ascontiguousarray(array) for name, array in state.items()}
+        save_file(contiguous, temporary, metadata=dict(metadata))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def hash_state(state: Mapping[str, np.ndarray]) -> str:
+    """16 hex digits of SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        array = np.ascontiguousarray(state[name])
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
