@@ -1,0 +1,20 @@
+"""kNN on ImageNet-1K by DINOv2's protocol: L2-normalised features, k 10/20/100/200, T 0.07.
+
+    python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint=DIR_OR_SAFETENSORS \
+        --config.data=imagenet2012
+
+Resize 256 (bicubic, shorter side), centre crop 224, CLS features. The paper reports no such number
+for D-iGPT; ours: not run.
+"""
+
+from dgpt_jax.config import Evaluate, default
+
+
+def get_config():
+    config = default(Evaluate)
+    config.protocol = "knn"
+    config.data = "imagenet2012"
+    config.train = "train"
+    config.test = "validation"
+    config.features = "cls"
+    return config

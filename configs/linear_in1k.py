@@ -1,0 +1,20 @@
+"""Linear probe on frozen ImageNet-1K features: logistic regression by L-BFGS, strength by cross-validation.
+
+    python -m dgpt_jax.evaluate --config=configs/linear_in1k.py --checkpoint=DIR_OR_SAFETENSORS \
+        --config.data=imagenet2012
+
+Resize 256 (bicubic, shorter side), centre crop 224, CLS features. The paper reports no such number
+for D-iGPT; ours: not run.
+"""
+
+from dgpt_jax.config import Evaluate, default
+
+
+def get_config():
+    config = default(Evaluate)
+    config.protocol = "linear"
+    config.data = "imagenet2012"
+    config.train = "train"
+    config.test = "validation"
+    config.features = "cls"
+    return config

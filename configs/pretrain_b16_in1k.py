@@ -1,0 +1,23 @@
+"""D-iGPT ViT-B/16 on ImageNet-1K, 300 epochs: the paper's main recipe (section 4, and the code).
+
+    python -m dgpt_jax.train --config=configs/pretrain_b16_in1k.py --workdir=gs://BUCKET/b16 \\
+        --config.data.path=gs://BUCKET/tokens
+
+Batch 4096, peak learning rate 2.4e-3, 40 epochs of warm-up. Fine-tuned accuracy in the paper: 86.2
+(the authors' PyTorch on GPUs), 85.9 (their own run on TPU). Ours: not run.
+"""
+
+from dgpt_jax.config import Train, default
+
+
+def get_config():
+    config = default(Train)
+    config.model.size = "B/16"
+    config.total = "300 epochs"
+    config.batch_size = 4096
+    config.optim.blr = 1.5e-4
+    config.optim.warmup = "40 epochs"
+    config.data.path = "tokens_in1k"
+    config.teacher.width = 1024  # OpenCLIP ViT-H/14: what the store must hold
+    config.teacher.grid = 16
+    return config

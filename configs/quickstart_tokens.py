@@ -1,0 +1,20 @@
+"""Tokens of the quickstart's small teacher for 32×32 digits; see tools/quickstart.py.
+
+    python tools/build_tokens.py --config=configs/quickstart_tokens.py --out=DIR \\
+        --config.source=DIGITS --config.teacher.weights=TEACHER
+"""
+
+from dgpt_jax.config import Tokens, default
+
+
+def get_config():
+    config = default(Tokens)
+    config.views = 4
+    config.picture_size = 32
+    config.picture = "png"
+    config.crop_scale = (0.5, 1.0)
+    config.flip = False  # a mirrored 2 is not a 2
+    config.codec = "int8"
+    config.shard_size = 512
+    config.platform = "cpu"
+    return config
