@@ -7,7 +7,8 @@ Resize 256 (bicubic, shorter side), centre crop 224, CLS features. The paper rep
 for D-iGPT; ours: not run.
 """
 
-from dgpt_jax.config import Evaluate, default
+from dgpt_jax.config import Evaluate
+from dgpt_jax.schema import default
 
 
 def get_config():

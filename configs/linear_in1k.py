@@ -1,4 +1,4 @@
-"""Linear probe on frozen ImageNet-1K features: logistic regression by L-BFGS, strength by cross-validation.
+"""Linear probe on frozen ImageNet-1K features: logistic regression, strength cross-validated.
 
     python -m dgpt_jax.evaluate --config=configs/linear_in1k.py --checkpoint=DIR_OR_SAFETENSORS \
         --config.data=imagenet2012
@@ -7,7 +7,8 @@ Resize 256 (bicubic, shorter side), centre crop 224, CLS features. The paper rep
 for D-iGPT; ours: not run.
 """
 
-from dgpt_jax.config import Evaluate, default
+from dgpt_jax.config import Evaluate
+from dgpt_jax.schema import default
 
 
 def get_config():

@@ -7,7 +7,8 @@ Batch 4096, peak learning rate 2.4e-3, 40 epochs of warm-up. Fine-tuned accuracy
 (the authors' PyTorch on GPUs), 85.9 (their own run on TPU). Ours: not run.
 """
 
-from dgpt_jax.config import Train, default
+from dgpt_jax.config import Train
+from dgpt_jax.schema import default
 
 
 def get_config():

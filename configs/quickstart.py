@@ -7,7 +7,8 @@ The argument names the losses: both, next, visible, or pixels (iGPT's target). 4
 3 minutes on one core. Results: README.md, "What the quickstart shows".
 """
 
-from dgpt_jax.config import Train, default
+from dgpt_jax.config import Train
+from dgpt_jax.schema import default
 
 
 def get_config(losses: str = "both"):

@@ -4,7 +4,8 @@
         --config.source=DIGITS --config.teacher.weights=TEACHER
 """
 
-from dgpt_jax.config import Tokens, default
+from dgpt_jax.config import Tokens
+from dgpt_jax.schema import default
 
 
 def get_config():

@@ -14,10 +14,11 @@ import numpy as np
 from etils import epath
 
 import dgpt_jax
-from dgpt_jax import clip, metrics, pipeline, records, views
-from dgpt_jax.config import Tokens, UserError
+from dgpt_jax import clip, metrics, pipeline, records, token_codec, views
+from dgpt_jax.config import Tokens
 from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.records import StoreInfo
+from dgpt_jax.schema import UserError
 
 SAMPLE = 256  # pictures that the channel scale and the stored cosine are measured on
 
@@ -71,7 +72,7 @@ class Rendered:
 def render(config: Tokens, source: records.Split, view: int, index: int) -> Rendered:
     """View number `view` of example `index`: a function of (config.seed, index, view)."""
     record = source[index]
-    image = records.decode_picture(record["image"])
+    image = views.decode_picture(record["image"])
     drawn = views.draw(
         pipeline.generator(config.seed, pipeline.VIEW, index, view),
         *image.shape[:2],
@@ -79,10 +80,8 @@ def render(config: Tokens, source: records.Split, view: int, index: int) -> Rend
         ratio=config.crop_ratio,
         flip=config.flip,
     )
-    data = records.encode_picture(views.render(image, drawn, config.picture_size), config.picture)
-    return Rendered(
-        record["id"], record.get("label"), drawn, data, records.decode_picture(data)
-    )
+    data = views.encode_picture(views.render(image, drawn, config.picture_size), config.picture)
+    return Rendered(record["id"], record.get("label"), drawn, data, views.decode_picture(data))
 
 
 def build(config: Tokens, out) -> StoreInfo:
@@ -155,7 +154,7 @@ def _examples(config, source, teacher, info, pool, view, indices) -> Iterator[di
         if start is not None:
             submit(start)
         tokens = teacher(np.stack([r.picture for r in batch]), config.batch_size)
-        stored = records.encode_tokens(tokens, info.codec, np.asarray(info.channel_scale))
+        stored = token_codec.encode(tokens, info.codec, np.asarray(info.channel_scale))
         for rendered, example_tokens in zip(batch, stored, strict=True):
             example = {
                 "id": rendered.id,
@@ -175,9 +174,9 @@ def _describe(config: Tokens, source, teacher: Teacher, pool) -> StoreInfo:
     tokens = np.concatenate(
         [teacher(np.stack(pictures[i : i + size]), size) for i in range(0, len(pictures), size)]
     )
-    scale = records.channel_scale(tokens) if config.codec == "int8" else np.zeros(0, np.float32)
-    decoded = records.decode_tokens(records.encode_tokens(tokens, config.codec, scale), scale)
-    cosine = records.cosines(decoded, tokens)
+    scale = token_codec.channel_scale(tokens) if config.codec == "int8" else np.zeros(0, np.float32)
+    decoded = token_codec.decode(token_codec.encode(tokens, config.codec, scale), scale)
+    cosine = token_codec.cosines(decoded, tokens)
     info = records.open_builder(config.source).info
     return StoreInfo(
         codec=config.codec,
@@ -241,10 +240,10 @@ def verify(store, config, samples: int = 64, batch_size: int = 16) -> list[dict]
         found = []
         for start in range(0, len(chosen), batch_size):
             batch = [split[i] for i in chosen[start : start + batch_size]]
-            pictures = np.stack([records.decode_picture(r["image"]) for r in batch])
+            pictures = np.stack([views.decode_picture(r["image"]) for r in batch])
             stored = np.stack([r["tokens"] for r in batch])
             live = teacher(pictures, batch_size)
-            cosine = records.cosines(records.decode_tokens(stored, info.channel_scale), live)
+            cosine = token_codec.cosines(token_codec.decode(stored, info.channel_scale), live)
             found += [
                 (float(row.min()), r["id"], tuple(int(x) for x in r["box"]), int(r["flip"]))
                 for row, r in zip(cosine, batch, strict=True)

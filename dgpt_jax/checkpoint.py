@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dgpt_jax.config import UserError
+from dgpt_jax.schema import UserError
 from dgpt_jax.state import TrainState
 
 FORMAT = 1

@@ -6,19 +6,15 @@ integer where one is due, `None` and `(2, 2)` mean what they say.
 """
 
 import argparse
-import ast
-import dataclasses
 import importlib.util
 import re
 import sys
 import traceback
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from dgpt_jax import config as config_lib
-from dgpt_jax.config import UserError
+from dgpt_jax import schema as schema_lib
+from dgpt_jax.schema import UserError
 
 
 def run(main: Callable[[], None]):
@@ -44,7 +40,7 @@ def parser(description: str, schema=None) -> argparse.ArgumentParser:
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_fields_help(schema) if schema else None,
+        epilog=schema_lib.describe(schema) if schema else None,
     )
     if schema:
         made.add_argument("--config", required=True, metavar="FILE.py", help="config file")
@@ -63,8 +59,8 @@ def parse(made: argparse.ArgumentParser, schema, argv=None):
             if not rest:
                 made.error(f"{key} needs a value")
             text = rest.pop(0)
-        override(config, schema, key.removeprefix("--"), text)
-    return arguments, config_lib.parse(schema, config)
+        schema_lib.override(config, schema, key.removeprefix("--"), text)
+    return arguments, schema_lib.parse(schema, config)
 
 
 def load_config(name: str):
@@ -86,56 +82,3 @@ def load_config(name: str):
         unknown = re.search(r'Key "(\w+)" does not exist', str(e))
         reason = f"unknown config key {unknown[1]}" if unknown else f"{type(e).__name__}: {e}"
         raise UserError(f"{file}{f':{line}' if line else ''}: {reason}") from e
-
-
-def override(config, schema, path: str, text: str):
-    """Sets `config.model.width` in the ConfigDict to the value that `text` means there."""
-    parent, names = "config", path.split(".")[1:]
-    for i, name in enumerate(names):
-        field = next((f for f in dataclasses.fields(schema) if f.name == name), None)
-        if field is None:
-            raise UserError(config_lib.unknown_key(f"{parent}.{name}", schema))
-        parent, last = f"{parent}.{name}", i == len(names) - 1
-        if dataclasses.is_dataclass(field.type) == last:
-            what = "a group of keys" if last else "a value, not a group"
-            raise UserError(f"{parent} is {what}")
-        if last:
-            with config.ignore_type():
-                config[name] = _value(field.type, text, parent)
-        else:
-            config, schema = config[name], field.type
-
-
-def _value(annotation, text: str, path: str):
-    options = [annotation]
-    if isinstance(annotation, types.UnionType):
-        options = [a for a in typing.get_args(annotation) if a is not type(None)]
-        if text == "None":
-            return None
-    kind = typing.get_origin(options[0]) or options[0]
-    if kind is str:
-        return text
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
-        value = {"true": True, "false": False}.get(text.lower(), text)
-    if kind is tuple and not isinstance(value, (tuple, list)):
-        value = (value,)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{path} must be {kind.__name__}, got {text!r}")
-    return value
-
-
-def _fields_help(schema, prefix: str = "--config.") -> str:
-    lines = []
-    for f in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(f.type):
-            lines.append(_fields_help(f.type, f"{prefix}{f.name}."))
-        else:
-            kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
-            lines.append(f"  {prefix}{f.name} ({kind}, default {f.default!r}): {f.metadata['doc']}")
-    return "\n".join(lines)

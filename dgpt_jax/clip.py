@@ -54,7 +54,9 @@ class ClipTower(nn.Module):
         x = jnp.concatenate([cls, x], axis=1) + positions
         x = vit.layer_norm(tower.eps, "ln_pre")(x)
         ratio = tower.mlp_width / tower.width
-        block = vit.Block(tower.heads, ratio, tower.activation, tower.eps, self.dtype, name="blocks")
+        block = vit.Block(
+            tower.heads, ratio, tower.activation, tower.eps, self.dtype, name="blocks"
+        )
         x, _ = vit.scan_blocks(block, tower.depth, x, None)
         x = vit.layer_norm(tower.eps, "ln_post")(x).astype(self.dtype)
         proj = nn.Dense(tower.out_width, use_bias=False, dtype=self.dtype, name="proj")

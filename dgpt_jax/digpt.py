@@ -1,7 +1,7 @@
 """D-iGPT: the encoder under a block-causal mask, and the `next` and `visible` decoders.
 
 Shape suffixes: B batch, N tokens, S segments, V visible segments, T tokens a segment, D encoder
-width, E decoder width, C teacher width, L layers. Order: `order_BS[b, i]` is the segment at place i.
+width, E decoder width, C teacher width, L layers. `order_BS[b, i]` is the segment at place i.
 Source: arXiv 2312.02147 section 3; `models_digpt.py` of the official code, quirks included
 (the CLS token is last; one LayerNorm of eps 1e-5 shared by all taps; interleaved decoder inputs).
 """
@@ -148,7 +148,7 @@ def token_losses(predictions, tokens, order_BS, *, grid: tuple[int, int], segmen
     before they are normalised; otherwise the teacher's tokens are resized to the student's grid.
     """
     patches = tokens[:, 1:] if cls else tokens
-    side = int(round(patches.shape[1] ** 0.5))
+    side = round(patches.shape[1] ** 0.5)
     teacher_grid = (side, side)
     batch, _, width = patches.shape
     if any(t % s for t, s in zip(teacher_grid, segment_grid, strict=True)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dgpt_jax import cli, config, hosts, load, records, sharding
+from dgpt_jax import cli, config, hosts, load, records, schema, sharding
 from dgpt_jax.config import Evaluate
 from dgpt_jax.evals import features, knn, probe
 
@@ -20,7 +20,9 @@ def evaluate(settings: Evaluate, encoder: load.Encoder) -> list[dict]:
     mesh = sharding.make_mesh(config.Mesh())
     pooling = settings.features
     extract = features.Extractor(
-        lambda params, pictures: load.Encoder(encoder.model, params, "").features(pictures, pooling),
+        lambda params, pictures: load.Encoder(encoder.model, params, "").features(
+            pictures, pooling
+        ),
         mesh,
         size=encoder.model.image_size,
         resize=settings.resize,
@@ -86,7 +88,7 @@ def main():
     if arguments.out:
         report = {
             "checkpoint": encoder.source,
-            "config": config.to_dict(settings),
+            "config": schema.to_dict(settings),
             "results": results,
         }
         Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")

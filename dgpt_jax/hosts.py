@@ -5,7 +5,7 @@ import signal
 
 import jax
 
-from dgpt_jax.config import UserError
+from dgpt_jax.schema import UserError
 
 # What a scheduler's signal ends with after saving: "try again", as sysexits has it.
 EXIT_PREEMPTED = 75

@@ -19,7 +19,7 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dgpt_jax import records
-from dgpt_jax.config import UserError
+from dgpt_jax.schema import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SPLITS = ("train", "val", "valid", "validation", "test")

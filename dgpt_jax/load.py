@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax import checkpoint, digpt, heads, vit
-from dgpt_jax.config import Model, UserError, parse
+from dgpt_jax.config import Model
 from dgpt_jax.convert import digpt as official
 from dgpt_jax.convert import files, layout, timm
+from dgpt_jax.schema import UserError, parse
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Schedule and optimizer. Source: the official pretraining's `lr_sched.py` and `main_pretrain.py`."""
+"""Schedule and optimizer, as in the official pretraining's lr_sched.py and main_pretrain.py."""
 
 import jax.numpy as jnp
 import optax

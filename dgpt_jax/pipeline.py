@@ -15,7 +15,8 @@ import grain
 import numpy as np
 
 from dgpt_jax import records, segments, views
-from dgpt_jax.config import Data, Model, UserError
+from dgpt_jax.config import Data, Model
+from dgpt_jax.schema import UserError
 
 # Streams of random numbers that hang on one position: numpy seeds are (seed, stream, position).
 ORDER, VIEW = 0, 1
@@ -45,7 +46,7 @@ class Examples:
         source = self.sources[position // len(self) % len(self.sources)]
         record = source[index]
         try:
-            image = records.decode_picture(record["image"])
+            image = views.decode_picture(record["image"])
         except ValueError as e:
             raise UserError(f"{source}: example {index} ({record['id']}): {e}") from None
         if self.with_tokens:
@@ -137,7 +138,7 @@ def eval_batches(
     rows: slice,
     threads: int = 8,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order: batches with a bool `valid`, False on what pads the last one."""
+    """Every example once, in order; bool `valid` is False on what pads the last batch."""
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, length, batch_size):
             wanted = np.arange(start + rows.start, start + rows.stop)

@@ -15,18 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core import naming, splits
 
-from dgpt_jax.config import UserError
+from dgpt_jax import token_codec
+from dgpt_jax.schema import UserError
 
 STORE_FILE = "token_store.json"
 STORE_FORMAT = 1
-CODECS = {"float16": np.float16, "int8": np.int8}
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class StoreInfo:
     """What a token store says of itself; compared with the training config at start.
 
     `grid` is the teacher's (rows, columns), `cls` whether its CLS token comes first, `width` its C.
-    `channel_scale` has C values for int8 (see `encode_tokens`), none for float16. `cosine` is the
+    `channel_scale`: C values for int8 (see token_codec.encode), none for float16. `cosine` is the
     measured (minimum, mean) of decoded to exact tokens.
     """
 
@@ -84,81 +83,6 @@ def view_split(view: int) -> str:
     return f"view{view:03d}"
 
 
-# Codecs of tokens.
-
-
-def channel_scale(tokens: np.ndarray) -> np.ndarray:
-    """Root mean square of each channel of (..., C), never zero: the static scale of int8.
-
-    A few channels of CLIP are 20 to 50 times the rest and would drown them in a per-token range.
-    """
-    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
-    rms = np.sqrt(np.square(flat).mean(axis=0))
-    return np.where(rms > 0, rms, 1.0).astype(np.float32)
-
-
-def encode_tokens(tokens: np.ndarray, codec: str, scale: np.ndarray | None) -> np.ndarray:
-    """Float tokens (..., C) as stored: float16, or int8 after the channel scale.
-
-    int8 spans each token's own largest scaled value. That factor is not stored: losses normalise
-    every token. Raises UserError on tokens that are not finite.
-    """
-    if not np.isfinite(tokens).all():
-        raise UserError("the teacher gave tokens that are not finite: check its weights and dtype")
-    if codec == "float16":
-        limit = np.finfo(np.float16).max
-        return np.clip(tokens, -limit, limit).astype(np.float16)
-    scaled = tokens / scale
-    largest = np.abs(scaled).max(axis=-1, keepdims=True)
-    return np.rint(scaled * (127 / np.where(largest > 0, largest, 1))).astype(np.int8)
-
-
-def decode_tokens(stored, scale):
-    """Stored tokens (..., C) as float32, up to a positive factor a token; NumPy or JAX arrays."""
-    tokens = stored.astype(np.float32)
-    return tokens * np.asarray(scale, np.float32) if len(scale) else tokens
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine along the last axis, float64."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return (a * b).sum(axis=-1) / np.maximum(norms, 1e-30)
-
-
-# Pictures.
-
-_ENCODINGS = {
-    "jpeg95": (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95]),
-    "webp-lossless": (".webp", [cv2.IMWRITE_WEBP_QUALITY, 101]),
-    "png": (".png", []),
-}
-
-
-def encode_picture(image: np.ndarray, kind: str) -> bytes:
-    """RGB uint8 (height, width, 3) as bytes of "jpeg95", "webp-lossless" or "png"."""
-    extension, options = _ENCODINGS[kind]
-    ok, data = cv2.imencode(extension, image[..., ::-1], options)
-    if not ok:
-        raise ValueError(f"OpenCV could not encode a picture of shape {image.shape} as {kind}")
-    return data.tobytes()
-
-
-def decode_picture(data: bytes) -> np.ndarray:
-    """Encoded bytes as RGB uint8 (height, width, 3), EXIF orientation ignored.
-
-    Raises ValueError on bytes that are no image.
-    """
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    if image is None:
-        raise ValueError(f"{len(data)} bytes that are no readable image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-# Directories.
-
-
 def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesDict:
     """Schema of an image dataset; with a label where there are classes."""
     features = {
@@ -179,7 +103,7 @@ def token_features(info: StoreInfo, label) -> tfds.features.FeaturesDict:
         # Bytes, not a list of integers: a sixth of the size and forty times as fast to parse.
         "tokens": tfds.features.Tensor(
             shape=(info.tokens, info.width),
-            dtype=CODECS[info.codec],
+            dtype=token_codec.CODECS[info.codec],
             encoding=tfds.features.Encoding.BYTES,
         ),
         "box": tfds.features.Tensor(shape=(4,), dtype=np.int32),

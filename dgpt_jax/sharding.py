@@ -8,7 +8,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dgpt_jax import param_rules
-from dgpt_jax.config import Mesh, UserError
+from dgpt_jax.config import Mesh
+from dgpt_jax.schema import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))

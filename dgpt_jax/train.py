@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from clu import parameter_overview
 
-from dgpt_jax import checkpoint, cli, hosts, metrics, optim, pipeline, sharding, state
+from dgpt_jax import checkpoint, cli, hosts, metrics, optim, pipeline, schema, sharding, state
 from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
 from dgpt_jax.evals import pretraining
@@ -71,7 +71,9 @@ def train(config: Train, workdir: Path) -> int:
             checkpoints.metadata(latest)
             train_state = checkpoints.restore(latest, state.abstract(task.init, tx, mesh))
             progress.say(f"continuing from step {latest} in {workdir}")
-        progress.say(parameter_overview.get_parameter_overview(train_state.params, include_stats=False))
+        progress.say(
+            parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
+        )
 
         frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
         step_fn = make_train_step(task.loss, tx, mesh, accum_steps=config.accum_steps)
@@ -81,9 +83,7 @@ def train(config: Train, workdir: Path) -> int:
         batches = pipeline.train_batches(
             task.examples, config.batch_size, rows=rows, start_step=first
         )
-        batches = pipeline.ahead(
-            batches, partial(sharding.global_batch, mesh, config.batch_size)
-        )
+        batches = pipeline.ahead(batches, partial(sharding.global_batch, mesh, config.batch_size))
         clock = metrics.Clock(first, schedule.total, config.batch_size)
         running = collection.empty()
         pending = None  # what is logged is fetched one interval late: the host never waits
@@ -144,8 +144,8 @@ def train(config: Train, workdir: Path) -> int:
 
 def describe(config, task, schedule, mesh, peak, workdir, progress) -> dict:
     """Prints and saves the resolved config and what follows from it; returns it as a dict."""
-    resolved = config_lib.to_dict(config)
-    for name, value in config_lib.flatten(resolved).items():
+    resolved = schema.to_dict(config)
+    for name, value in schema.flatten(resolved).items():
         progress.say(f"config.{name} = {value!r}")
     for note in task.notes:
         progress.say(note)

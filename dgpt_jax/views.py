@@ -1,8 +1,9 @@
-"""A view of an image as data (crop box and flip), drawing one, and rendering an image through it."""
+"""Pictures: decoding them, views (crop box and flip, as data), and rendering through a view."""
 
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -83,3 +84,31 @@ def centre_crop(image: np.ndarray, resize_to: int, size: int, *, squash: bool) -
     image = resize(image, *target)
     top, left = (round((n - size) / 2) for n in image.shape[:2])
     return image[top : top + size, left : left + size]
+
+
+_ENCODINGS = {
+    "jpeg95": (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95]),
+    "webp-lossless": (".webp", [cv2.IMWRITE_WEBP_QUALITY, 101]),
+    "png": (".png", []),
+}
+
+
+def encode_picture(image: np.ndarray, kind: str) -> bytes:
+    """RGB uint8 (height, width, 3) as bytes of "jpeg95", "webp-lossless" or "png"."""
+    extension, options = _ENCODINGS[kind]
+    ok, data = cv2.imencode(extension, image[..., ::-1], options)
+    if not ok:
+        raise ValueError(f"OpenCV could not encode a picture of shape {image.shape} as {kind}")
+    return data.tobytes()
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """Encoded bytes as RGB uint8 (height, width, 3), EXIF orientation ignored.
+
+    Raises ValueError on bytes that are no image.
+    """
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    if image is None:
+        raise ValueError(f"{len(data)} bytes that are no readable image")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

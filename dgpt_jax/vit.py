@@ -197,7 +197,9 @@ def patchify(images, patch: int):
     batch, height, width, channels = images.shape
     rows, cols = height // patch, width // patch
     if (rows * patch, cols * patch) != (height, width):
-        raise ValueError(f"an image of {height}×{width} is not a whole number of {patch}-px patches")
+        raise ValueError(
+            f"an image of {height}×{width} is not a whole number of {patch}-px patches"
+        )
     x = images.reshape(batch, rows, patch, cols, patch, channels).swapaxes(2, 3)
     return x.reshape(batch, rows, cols, patch * patch * channels)
 

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dgpt_jax import clip, vit
-from dgpt_jax.config import UserError
 from dgpt_jax.convert import clip as convert
 from dgpt_jax.convert import files, layout
+from dgpt_jax.schema import UserError
 from tests.paths import GOLDEN
 
 OFFICIAL = GOLDEN / "clip_tower_tiny.safetensors"
@@ -64,9 +64,7 @@ def test_hugging_face_live(tmp_path, activation):
         hidden = model.vision_model(torch.tensor(images.transpose(0, 3, 1, 2).copy()))
         normed = model.vision_model.post_layernorm(hidden.last_hidden_state)
         expected = model.visual_projection(normed).numpy()
-    np.testing.assert_allclose(
-        tokens_of(convert.load(str(tmp_path)), images), expected, atol=1e-4
-    )
+    np.testing.assert_allclose(tokens_of(convert.load(str(tmp_path)), images), expected, atol=1e-4)
 
 
 def test_whole_clip_models_are_read_without_their_text_towers(tmp_path):

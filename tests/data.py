@@ -4,7 +4,8 @@ import numpy as np
 from PIL import Image
 
 from dgpt_jax import images
-from dgpt_jax.config import Model, parse
+from dgpt_jax.config import Model
+from dgpt_jax.schema import parse
 
 # 16×16 pixels, 4×4 patches, 2×2 segments of 2×2 patches.
 TINY = dict(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from dgpt_jax.config import UserError
 from dgpt_jax.evals import knn, probe
+from dgpt_jax.schema import UserError
 
 
 def clusters(n, seed, classes=5, width=16, spread=2.5):
@@ -35,9 +35,7 @@ def test_knn_is_the_direct_computation(chunk):
     x_test, y_test = clusters(77, seed=2)
     ks = (1, 10, 20, 150, 300)
     for temperature in (0.07, 1.0):
-        found = knn.knn_accuracy(
-            x, y, x_test, y_test, ks=ks, temperature=temperature, chunk=chunk
-        )
+        found = knn.knn_accuracy(x, y, x_test, y_test, ks=ks, temperature=temperature, chunk=chunk)
         direct = {k: direct_knn(x, y, x_test, y_test, k, temperature) for k in ks}
         assert found == pytest.approx(direct, abs=1e-9)
     assert len(set(found.values())) > 2  # the ks really differ here

@@ -5,11 +5,12 @@ import pickle
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import dgpt_jax
-from dgpt_jax.config import UserError
 from dgpt_jax.convert import files
+from dgpt_jax.schema import UserError
 from tests.paths import GOLDEN
 
 
@@ -37,7 +38,7 @@ def test_sharded_safetensors(tmp_path):
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(Exception):
+    with pytest.raises(SafetensorError):
         files.write_safetensors(tmp_path / "a.safetensors", {"x": np.array(["text"])}, {})
     assert os.listdir(tmp_path) == []
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax import images, records
-from dgpt_jax.config import UserError
+from dgpt_jax import images, records, views
+from dgpt_jax.schema import UserError
 from tests.data import smooth_image, write_folder
 
 
@@ -15,7 +15,7 @@ def import_all(src, out, **kwargs):
 
 def pictures(out, split="train"):
     source = records.Split(out, split)
-    return {source[i]["id"]: records.decode_picture(source[i]["image"]) for i in range(len(source))}
+    return {source[i]["id"]: views.decode_picture(source[i]["image"]) for i in range(len(source))}
 
 
 @pytest.fixture

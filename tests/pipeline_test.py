@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dgpt_jax import pipeline
-from dgpt_jax.config import Data, UserError, parse
+from dgpt_jax.config import Data
+from dgpt_jax.schema import UserError, parse
 from tests.data import image_dataset, tiny_model
 
 BATCH = 8

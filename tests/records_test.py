@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dgpt_jax import records
-from dgpt_jax.config import UserError
+from dgpt_jax import records, token_codec, views
+from dgpt_jax.schema import UserError
 from tests.data import image_dataset, smooth_image
 
 
@@ -19,34 +19,34 @@ def heavy_tailed(rng, shape=(64, 17, 48)):
 @pytest.mark.parametrize("codec,least", [("float16", 0.999999), ("int8", 0.999)])
 def test_codec_cosines(codec, least):
     tokens = heavy_tailed(np.random.default_rng(0))
-    scale = records.channel_scale(tokens) if codec == "int8" else np.zeros(0)
-    stored = records.encode_tokens(tokens, codec, scale)
-    assert stored.dtype == records.CODECS[codec]
-    assert records.cosines(records.decode_tokens(stored, scale), tokens).min() >= least
+    scale = token_codec.channel_scale(tokens) if codec == "int8" else np.zeros(0)
+    stored = token_codec.encode(tokens, codec, scale)
+    assert stored.dtype == token_codec.CODECS[codec]
+    assert token_codec.cosines(token_codec.decode(stored, scale), tokens).min() >= least
 
 
 def test_the_channel_scale_keeps_ordinary_channels():
     tokens = heavy_tailed(np.random.default_rng(0))
     ordinary = []
-    for scale in (records.channel_scale(tokens), np.ones(tokens.shape[-1], np.float32)):
-        decoded = records.decode_tokens(records.encode_tokens(tokens, "int8", scale), scale)
-        ordinary.append(records.cosines(decoded[..., 3:], tokens[..., 3:]).min())
+    for scale in (token_codec.channel_scale(tokens), np.ones(tokens.shape[-1], np.float32)):
+        decoded = token_codec.decode(token_codec.encode(tokens, "int8", scale), scale)
+        ordinary.append(token_codec.cosines(decoded[..., 3:], tokens[..., 3:]).min())
     with_scale, without = ordinary
     assert with_scale > 0.999 and without < 0.98
 
 
 def test_codec_of_zeros_and_of_nan():
     zeros = np.zeros((2, 3, 4), np.float32)
-    scale = records.channel_scale(zeros)
-    assert not records.encode_tokens(zeros, "int8", scale).any()
+    scale = token_codec.channel_scale(zeros)
+    assert not token_codec.encode(zeros, "int8", scale).any()
     with pytest.raises(UserError, match="not finite"):
-        records.encode_tokens(zeros + np.nan, "int8", scale)
+        token_codec.encode(zeros + np.nan, "int8", scale)
 
 
 @pytest.mark.parametrize("kind", ["jpeg95", "webp-lossless", "png"])
 def test_pictures_round_trip(kind):
     picture = smooth_image(np.random.default_rng(0), 32, 32)
-    decoded = records.decode_picture(records.encode_picture(picture, kind))
+    decoded = views.decode_picture(views.encode_picture(picture, kind))
     error = np.abs(decoded.astype(int) - picture)
     assert error.max() == 0 if kind != "jpeg95" else 0 < error.mean() < 3
 
@@ -54,7 +54,7 @@ def test_pictures_round_trip(kind):
 def test_undecodable_bytes():
     for data in (b"", b"not an image"):
         with pytest.raises(ValueError, match="no readable image"):
-            records.decode_picture(data)
+            views.decode_picture(data)
 
 
 def test_tfds_itself_opens_what_we_write(tmp_path):
@@ -66,7 +66,7 @@ def test_tfds_itself_opens_what_we_write(tmp_path):
     assert builder.info.features["label"].names == ["a", "b"]
     ours = records.Split(path, "train")
     assert ours[9]["id"] == "b/004.png"
-    assert np.array_equal(records.decode_picture(ours[9]["image"]), source[9]["image"])
+    assert np.array_equal(views.decode_picture(ours[9]["image"]), source[9]["image"])
 
 
 def test_broken_directories(tmp_path):

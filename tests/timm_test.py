@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from dgpt_jax import heads
-from dgpt_jax.config import SIZES, Model, parse
+from dgpt_jax.config import SIZES, Model
 from dgpt_jax.convert import layout, timm
+from dgpt_jax.schema import parse
 from tests.paths import GOLDEN
 
 

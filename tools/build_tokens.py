@@ -1,6 +1,6 @@
 """Builds a token store from a TFDS image dataset and CLIP weights; a rerun continues.
 
-    python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=DIR
+python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=DIR
 """
 
 from dgpt_jax import build, cli, hosts

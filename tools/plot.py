@@ -6,10 +6,10 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from dgpt_jax import cli  # noqa: E402
-from dgpt_jax.config import UserError  # noqa: E402
+from dgpt_jax import cli
+from dgpt_jax.schema import UserError
 
 
 def read(run) -> list[dict]:

@@ -7,7 +7,6 @@ linear probes on held-out digits, the export, and pictures. The teacher is a sup
 seen the training labels. Neither it nor any encoder sees the test split.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,17 +15,16 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from PIL import Image  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import plot
+from PIL import Image
 
-import plot  # noqa: E402
-import visualize  # noqa: E402
-from dgpt_jax import clip, cli, config, evaluate, heads, load, metrics, records, views  # noqa: E402
-from dgpt_jax.config import UserError  # noqa: E402
-from dgpt_jax.convert import clip as clip_weights  # noqa: E402
+from dgpt_jax import clip, config, evaluate, load, records, views
+from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax.schema import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("both", "next", "visible", "pixels")
@@ -83,12 +81,12 @@ def read_pictures(dataset, split: str) -> tuple[np.ndarray, np.ndarray]:
     """All pictures (N, 32, 32, 3) and labels of a split."""
     source = records.Split(dataset, split)
     examples = [source[i] for i in range(len(source))]
-    pictures = np.stack([records.decode_picture(e["image"]) for e in examples])
+    pictures = np.stack([views.decode_picture(e["image"]) for e in examples])
     return pictures, np.array([e["label"] for e in examples])
 
 
 def train_teacher(dataset, directory: Path, steps: int):
-    """Trains a small CLIP tower against ten fixed random unit vectors, one a class, and saves it."""
+    """Trains a small CLIP tower against ten fixed random unit vectors, one a class; saves it."""
     pictures, labels = read_pictures(dataset, "train")
     rng = np.random.default_rng(1)
     vectors = rng.standard_normal((10, TOWER.out_width)).astype(np.float32)

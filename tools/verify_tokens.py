@@ -4,6 +4,7 @@ Exits 1 if a cosine lies below what the store's codec and teacher dtype allow.
 """
 
 from dgpt_jax import build, cli, config, records
+from dgpt_jax.schema import UserError
 
 
 def main():
@@ -34,11 +35,13 @@ def main():
         )
     bad = [row["split"] for row in rows if row["min"] < least]
     if bad:
-        raise config.UserError(
+        raise UserError(
             f"{args.store}: stored tokens are not the teacher's in {', '.join(bad)} (least cosine "
             f"below {least}): build the store again"
         )
-    print(f"all cosines ≥ {least}; next: python -m dgpt_jax.train with config.data.path={args.store}")
+    print(
+        f"all cosines ≥ {least}; next: python -m dgpt_jax.train with config.data.path={args.store}"
+    )
 
 
 if __name__ == "__main__":

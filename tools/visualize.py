@@ -9,15 +9,15 @@ blue. CHECKPOINT is a work directory or timm safetensors.
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-from dgpt_jax import cli, load, records, views  # noqa: E402
-from dgpt_jax.config import UserError  # noqa: E402
+from dgpt_jax import cli, load, views
+from dgpt_jax.schema import UserError
 
 
 def pca_colours(tokens: np.ndarray) -> np.ndarray:
-    """Patch tokens (B, N, D) to (B, N, 3) in [0, 1], each component over its 2nd-98th percentile."""
+    """Patch tokens (B, N, D) to colours (B, N, 3): each component over its 2nd-98th percentile."""
     flat = tokens.reshape(-1, tokens.shape[-1])
     flat = flat - flat.mean(axis=0)
     _, _, basis = np.linalg.svd(flat, full_matrices=False)
@@ -58,7 +58,7 @@ def main():
     for path in args.images:
         try:
             with open(path, "rb") as file:
-                image = records.decode_picture(file.read())
+                image = views.decode_picture(file.read())
         except (OSError, ValueError) as e:
             raise UserError(f"{path}: {e}") from None
         pictures.append(views.centre_crop(image, size, size, squash=False))

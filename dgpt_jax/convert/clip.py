@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from dgpt_jax.clip import CLIP_MEAN, CLIP_STD, ClipTower, Tower
-from dgpt_jax.config import UserError
 from dgpt_jax.convert import files, layout
 from dgpt_jax.convert.layout import Entry, linear, norm
+from dgpt_jax.schema import UserError
 from dgpt_jax.vit import ACTIVATIONS
 
 FILES = (
@@ -124,7 +124,7 @@ def parameter_shapes(tower: Tower) -> dict[str, tuple[int, ...]]:
 
 def interpolate_positions(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """(1+N, D) to (1+rows·cols, D): bicubic with torch's kernel, not antialiased; CLS is kept."""
-    side = int(round((len(positions) - 1) ** 0.5))
+    side = round((len(positions) - 1) ** 0.5)
     width = positions.shape[1]
     table = positions[1:].reshape(side, side, width)
     table = jax.image.resize(table, (*grid, width), "cubic-pytorch", antialias=False)
@@ -247,7 +247,7 @@ def _tower(state, entries_of, config: Mapping, given: Mapping, path: Path) -> To
         raise UserError(f"{path}: {settings['heads']} heads do not divide the width {width}")
     is_openclip = entries_of is openclip_entries
     return Tower(
-        image_size=patch * int(round((len(positions) - 1) ** 0.5)),
+        image_size=patch * round((len(positions) - 1) ** 0.5),
         patch=patch,
         width=width,
         depth=depth,

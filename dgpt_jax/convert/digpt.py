@@ -8,9 +8,10 @@ the `kd` one. The table below undoes that, so that a decoder here holds what it 
 import numpy as np
 
 from dgpt_jax import segments
-from dgpt_jax.config import SIZES, Model, UserError, parse
+from dgpt_jax.config import SIZES, Model
 from dgpt_jax.convert import layout
 from dgpt_jax.convert.layout import Entry, linear, norm
+from dgpt_jax.schema import UserError, parse
 
 # Our decoder: the official prefix of its blocks, and that of its encoder features.
 DECODERS = {"next": ("ar", "kd"), "visible": ("kd", "ar")}
@@ -66,7 +67,7 @@ def model_of(state, heads: int | None = None, decoder_heads: int | None = None) 
             patch=patch,
             heads=heads,
             depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-            image_size=patch * int(round((state["pos_embed"].shape[1] - 1) ** 0.5)),
+            image_size=patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
             mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
             decoder_width=decoder_width,
             decoder_depth=1 + max(int(k.split(".")[1]) for k in state if "ar_blocks." in k),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dgpt_jax.config import UserError
+from dgpt_jax.schema import UserError
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _to_torch(entry: Entry, value: np.ndarray) -> np.ndarray:
     if entry.kind == "linear":
         return value.reshape(int(np.prod(value.shape[: entry.inputs])), -1).T
     if entry.kind == "conv":
-        patch = int(round((value.shape[0] / 3) ** 0.5))
+        patch = round((value.shape[0] / 3) ** 0.5)
         return value.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
     return value.reshape(-1) if entry.kind == "vector" else value
 
@@ -76,7 +76,9 @@ def read(
     missing = sorted(named - set(state))
     extra = sorted(n for n in set(state) - named if not n.startswith(tuple(ignore)))
     if missing or extra:
-        raise UserError(f"{what}: {_listed('missing', missing)}{_listed('unknown', extra)}".rstrip())
+        raise UserError(
+            f"{what}: {_listed('missing', missing)}{_listed('unknown', extra)}".rstrip()
+        )
     params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
     filled = dict.fromkeys(params, 0)
     for entry in entries:
@@ -150,7 +152,10 @@ def timm_blocks(name: str, path: str, depth: int) -> list[Entry]:
 
 def patch_embed(name: str, path: str) -> list[Entry]:
     """Weight and bias of the patch embedding's convolution."""
-    return [Entry(f"{name}.weight", f"{path}/kernel", "conv"), Entry(f"{name}.bias", f"{path}/bias")]
+    return [
+        Entry(f"{name}.weight", f"{path}/kernel", "conv"),
+        Entry(f"{name}.bias", f"{path}/bias"),
+    ]
 
 
 def flatten(tree, prefix: str = "") -> dict:

@@ -1,9 +1,10 @@
-"""timm's VisionTransformer: `global_pool="avg"` (fc_norm) or `"token"` (norm), with or without head."""
+"""timm's VisionTransformer: `global_pool` "avg" (fc_norm) or "token" (norm), head or not."""
 
 from dgpt_jax import vit
-from dgpt_jax.config import SIZES, Model, UserError, parse
+from dgpt_jax.config import SIZES, Model
 from dgpt_jax.convert import layout
 from dgpt_jax.convert.layout import Entry, linear, norm
+from dgpt_jax.schema import UserError, parse
 
 # timm's names of sizes at 224 pixels; other models are `vit_base_patch16_224` with model_args.
 NAMES = {
@@ -52,7 +53,7 @@ def model_of(state, config: dict) -> Model:
             heads=heads,
             depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
             mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-            image_size=patch * int(round((state["pos_embed"].shape[1] - 1) ** 0.5)),
+            image_size=patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
             segments=(1, 1),
         ),
     )

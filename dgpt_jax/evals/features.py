@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from dgpt_jax import pipeline, records, sharding, views
-from dgpt_jax.config import UserError
+from dgpt_jax.schema import UserError
 
 
 class Extractor:
@@ -41,7 +41,7 @@ class Extractor:
 
         def load(index):
             record = source[index]
-            image = records.decode_picture(record["image"])
+            image = views.decode_picture(record["image"])
             picture = views.centre_crop(image, **self._view)
             return {"image": picture, "label": np.int32(record["label"])}
 

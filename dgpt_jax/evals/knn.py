@@ -21,7 +21,7 @@ def knn_accuracy(
     """{k: accuracy in [0, 1]} of features (N, D) with labels (N,).
 
     Features are L2-normalised; each of the k most similar training examples votes for its class
-    with exp(similarity / temperature). A k above N uses all N. Exact; memory is chunk² similarities.
+    with exp(similarity / temperature). A k above N uses all N. Exact; holds chunk² similarities.
     """
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     train, train_y = _padded(_unit(train_features), train_labels, chunk)

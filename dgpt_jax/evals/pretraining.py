@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dgpt_jax import heads, metrics, pipeline, records, sharding, vit
+from dgpt_jax import heads, pipeline, records, sharding, vit
 from dgpt_jax.evals import features, knn
 
 

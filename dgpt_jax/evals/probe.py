@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dgpt_jax.config import UserError
+from dgpt_jax.schema import UserError
 
 L2_GRID = tuple(10.0**e for e in range(-5, 3))
 L2_WITHOUT_FOLDS = 0.1  # with a single label a class there is nothing to choose by

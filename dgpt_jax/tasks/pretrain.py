@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from dgpt_jax import clip, digpt, pipeline, records, vit
-from dgpt_jax.config import Train, UserError
+from dgpt_jax import clip, digpt, pipeline, records, token_codec, vit
+from dgpt_jax.config import Train
 from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax.schema import UserError
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Pretrain:
                 dtype = self.config.teacher.dtype
                 tokens = clip.teacher_tokens(self._tower, frozen, pictures, dtype=dtype)
             else:
-                tokens = records.decode_tokens(batch["tokens"], self.target.channel_scale)
+                tokens = token_codec.decode(batch["tokens"], self.target.channel_scale)
             parts = digpt.token_losses(
                 predictions,
                 jax.lax.stop_gradient(tokens),

@@ -1,0 +1,167 @@
+"""Between an `ml_collections.ConfigDict` and frozen dataclasses.
+
+A schema is a frozen dataclass whose fields have defaults and a `doc`, made by `entry`; its own
+`resolved()`, where it has one, checks the values together and fills in what follows from others.
+"""
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+
+from ml_collections import config_dict
+
+
+class UserError(Exception):
+    """Something the user can mend. Commands print its one line, no traceback, and exit with 1."""
+
+
+def entry(default, doc: str):
+    """A field of a schema."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def one_of(path: str, value, allowed):
+    """Raises UserError unless `value` is among `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{path} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def default(schema) -> config_dict.ConfigDict:
+    """A schema's fields at their defaults, as a locked ConfigDict for a config file to edit."""
+    config = config_dict.ConfigDict()
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(field.type):
+            config[field.name] = default(field.type)
+        elif field.default is None:  # a placeholder, because a plain None cannot be overridden
+            config[field.name] = config_dict.placeholder(_kind(field.type))
+        else:
+            config[field.name] = field.default
+    return config.lock()
+
+
+def parse(schema, config, prefix: str = "config"):
+    """A ConfigDict (or plain dict, as JSON gives it) as the frozen dataclass `schema`.
+
+    Absent keys take their defaults. Raises UserError for an unknown key, with the nearest known
+    one, or a value of the wrong type.
+    """
+    known = {field.name: field for field in dataclasses.fields(schema)}
+    values = {}
+    for name, value in dict(config.items()).items():
+        if name not in known:
+            raise UserError(_unknown(f"{prefix}.{name}", schema))
+        values[name] = _coerce(known[name].type, value, f"{prefix}.{name}")
+    parsed = schema(**values)
+    return parsed.resolved() if hasattr(parsed, "resolved") else parsed
+
+
+def override(config: config_dict.ConfigDict, schema, path: str, text: str):
+    """Sets `config.model.width`, in the ConfigDict of a schema, to what `text` means there.
+
+    `1e4` is an integer where one is due; `None`, `(2, 2)` and `0.5,1` mean what they say.
+    """
+    parent, names = "config", path.split(".")[1:]
+    for i, name in enumerate(names):
+        field = next((f for f in dataclasses.fields(schema) if f.name == name), None)
+        if field is None:
+            raise UserError(_unknown(f"{parent}.{name}", schema))
+        parent, last = f"{parent}.{name}", i == len(names) - 1
+        if dataclasses.is_dataclass(field.type) == last:
+            raise UserError(f"{parent} is {'a group of keys' if last else 'a value, not a group'}")
+        if last:
+            with config.ignore_type():
+                config[name] = _coerce(field.type, _literal(field.type, text), parent)
+        else:
+            config, schema = config[name], field.type
+
+
+def to_dict(config) -> dict:
+    """A parsed config as plain nested dicts, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """{"model": {"width": 8}} as {"model.width": 8}."""
+    flat = {}
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def describe(schema, prefix: str = "--config.") -> str:
+    """A line for each field: its flag, type, default and doc."""
+    lines = []
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(field.type):
+            lines.append(describe(field.type, f"{prefix}{field.name}."))
+        else:
+            kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            about = f"({kind}, default {field.default!r}): {field.metadata['doc']}"
+            lines.append(f"  {prefix}{field.name} {about}")
+    return "\n".join(lines)
+
+
+def _unknown(path: str, schema) -> str:
+    prefix, _, name = path.rpartition(".")
+    names = [field.name for field in dataclasses.fields(schema)]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}.{near[0]}?" if near else f"known here: {', '.join(names)}"
+    return f"unknown config key {path}: {hint}"
+
+
+def _optional(annotation) -> bool:
+    return isinstance(annotation, types.UnionType)
+
+
+def _required(annotation):
+    """`int` of `int | None`."""
+    if _optional(annotation):
+        return next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def _kind(annotation) -> type:
+    """The runtime type: tuple of `tuple[int, int] | None`."""
+    annotation = _required(annotation)
+    return typing.get_origin(annotation) or annotation
+
+
+def _literal(annotation, text: str):
+    """The Python value of a flag's text; strings stay as they are."""
+    if _optional(annotation) and text == "None":
+        return None
+    if _kind(annotation) is str:
+        return text
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    if _kind(annotation) is tuple and not isinstance(value, (tuple, list)):
+        value = (value,)
+    return value
+
+
+def _coerce(annotation, value, path: str):
+    """`value` as the annotation has it, or UserError."""
+    if dataclasses.is_dataclass(annotation):
+        if not hasattr(value, "items"):
+            raise UserError(f"{path} is a group of keys, not a value: got {value!r}")
+        return parse(annotation, value, path)
+    if value is None and _optional(annotation):
+        return None
+    kind = _kind(annotation)
+    if kind is tuple and isinstance(value, (list, tuple)):  # JSON turns tuples into lists
+        inner = typing.get_args(_required(annotation))
+        if inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise UserError(f"{path} takes {len(inner)} values, got {value!r}")
+        return tuple(_coerce(inner[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{path} must be {kind.__name__}, got {value!r}")
+    return value
