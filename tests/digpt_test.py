@@ -44,6 +44,7 @@ def losses_of(module, model, params, images, tokens, order):
     )
 
 
+@pytest.mark.smoke
 def test_official_losses_and_gradients(golden):
     model, module, params, inputs, expected = golden
 

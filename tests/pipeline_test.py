@@ -34,6 +34,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
+@pytest.mark.smoke
 def test_a_seek_gives_the_same_batches(examples):
     whole = batches(examples, 9)  # 22 examples: several epochs
     for step in (1, 4, 8):

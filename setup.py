@@ -1,0 +1,52 @@
+"""The package. Tested versions of everything, for both supported jax releases: constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dgpt_jax/__init__.py").read_text())[1]
+
+setup(
+    name="dgpt_jax",
+    version=VERSION,
+    description="Pretrain vision transformers by D-iGPT in JAX, from stored CLIP tokens",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dgpt_jax", "dgpt_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.12",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "tensorflow-datasets>=4.9.10,<5",
+        "array_record>=0.8.3,<0.9",
+        "grain>=0.2.18,<0.3",
+        "ml_collections>=1.1.0,<2",
+        "clu>=0.0.12,<0.1",
+        "numpy>=2.1,<3",
+        "opencv-python-headless>=4.10,<6",
+        "pillow>=11,<14",
+        "safetensors>=0.5,<1",
+        "tensorboardX>=2.6.2,<3",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "plan": ["libtpu"],
+        "torch": ["torch>=2.6,<3"],
+        "gcs": ["gcsfs>=2024.6", "fsspec>=2024.6"],
+        "plot": ["matplotlib>=3.9,<4"],
+        "quickstart": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],
+        "test": [
+            "matplotlib>=3.9,<4",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff==0.17.6",
+            "scikit-learn>=1.5,<2",
+        ],
+    },
+)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes .venv, if there is none, and installs the package with the extras of $1, at the tested
+# versions. Done again only where setup.py, constraints.txt or the extras have changed.
+#     tools/setup_venv.sh test,torch
+# PYTHON names another interpreter than python3, VENV another directory than .venv.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=$1
+python=${PYTHON:-python3}
+venv=${VENV:-.venv}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: $("$python" --version) is too old: Python 3.11 or newer is needed (set PYTHON)" >&2
+  exit 1
+fi
+stamp="$venv/installed-$(cat setup.py constraints.txt | cksum | cut -d' ' -f1)-$extras"
+[ -e "$stamp" ] && exit 0
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+echo "installing dgpt_jax[$extras] into $venv …"
+"$venv/bin/python" -m pip install -q --disable-pip-version-check \
+  -c constraints.txt -e ".[$extras]"
+touch "$stamp"
