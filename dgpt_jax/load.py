@@ -93,6 +93,15 @@ def load_encoder(path) -> Encoder:
     return Encoder(model, layout.unflatten(params), str(file))
 
 
+def untrained(model: Model, seed: int) -> Encoder:
+    """The encoder as pretraining starts it: the baseline that a pretrained one is compared with."""
+    init = jax.jit(digpt.build(model, out_width=1).init)
+    params = init(jax.random.key(seed), *digpt.dummy_inputs(model))["params"]
+    return Encoder(
+        model, heads.from_pretrained(params["encoder"], model), f"untrained, seed {seed}"
+    )
+
+
 def load_digpt(path, *, heads: int | None = None, decoder_heads: int | None = None) -> Pretrained:
     """The pretraining model of a work directory, or of the official layout (.pth, .safetensors).
 

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import plot
+import visualize
 from PIL import Image
 
-from dgpt_jax import clip, config, evaluate, load, records, views
+from dgpt_jax import cli, clip, config, evaluate, load, metrics, records, schema, views
 from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.schema import UserError
 
@@ -44,13 +45,11 @@ def command(*parts, log: Path, core: int | None = None) -> subprocess.Popen:
     words = [sys.executable, *map(str, parts)]
     say(f"$ python {' '.join(words[1:])}".replace(f"{ROOT}/", ""))
     log.parent.mkdir(parents=True, exist_ok=True)
-    pin = None
-    if core is not None and hasattr(os, "sched_setaffinity"):
-        pin = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
     with log.open("a") as file:
-        return subprocess.Popen(
-            words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, preexec_fn=pin
-        )
+        process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})
+    return process
 
 
 def finish(process: subprocess.Popen, log: Path):
@@ -176,9 +175,15 @@ def measure(features: dict) -> dict:
     for name, splits in features.items():
         table[name] = {}
         for protocol in ("knn", "linear"):
-            settings = config.parse(
+            settings = schema.parse(
                 config.Evaluate,
-                dict(protocol=protocol, shots=(5, 50, 0), seeds=tuple(range(5)), k=(20,)),
+                dict(
+                    data="digits",
+                    protocol=protocol,
+                    shots=(5, 50, 0),
+                    seeds=tuple(range(5)),
+                    k=(20,),
+                ),
             )
             for row in evaluate.measure(settings, splits["train"], splits["test"]):
                 table[name].setdefault((protocol, row["shots"]), []).append(row["accuracy"])
@@ -215,3 +220,77 @@ def bar_chart(table: dict, out: Path):
     figure.tight_layout()
     figure.savefig(out, dpi=130)
     plot.plt.close(figure)
+
+
+def pictures_of_runs(out: Path, images: dict):
+    """loss.png, accuracy.png's companion tokens.png: what the encoders' tokens look like."""
+    runs = [out / "runs" / name for name in RUNS]
+    plot.curves(runs, ["next", "visible", "heldout/next", "heldout/visible"], out / "losses.png")
+    pictures = images["test"][0][:12]
+    rows = {"image": pictures}
+    encoders = {name: load.load_encoder(out / "runs" / name) for name in ("both", "pixels")}
+    encoders = {"untrained": load.untrained(encoders["both"].model, seed=0)} | encoders
+    for name, encoder in encoders.items():
+        tokens = np.asarray(encoder.tokens(pictures))[:, 1:]
+        side = encoder.model.grid
+        rows[name] = visualize.pca_colours(tokens).reshape(len(pictures), side, side, 3)
+    visualize.grid(rows, out / "tokens.png")
+
+
+def export(out: Path, images: dict):
+    """The encoder in timm's layout, loaded again: the same features."""
+    log = out / "logs" / "convert.txt"
+    run(log, "tools/convert.py", out / "runs" / "both", out / "timm", "--to=timm")
+    pictures = images["test"][0][:64]
+    ours = load.load_encoder(out / "runs" / "both").features(pictures, "mean")
+    again = load.load_encoder(out / "timm").features(pictures, "mean")
+    say(f"export: features differ by at most {float(jnp.abs(ours - again).max()):.1e}")
+
+
+def run(log: Path, *parts):
+    finish(command(*parts, log=log), log)
+
+
+def main():
+    made = cli.parser(__doc__)
+    made.add_argument("--out", default="quickstart_run", help="directory for everything")
+    made.add_argument("--steps", type=int, help="steps of each pretraining; default: the config's")
+    args = made.parse_args()
+    out, started = Path(args.out).resolve(), time.monotonic()
+    if out.exists():
+        raise UserError(f"{out} is already there: remove it, or choose another --out")
+    logs = out / "logs"
+    say(f"everything goes to {out}")
+    write_digits(out / "pictures")
+    run(logs / "import.txt", "tools/import_images.py", out / "pictures", f"--out={out / 'digits'}")
+    images = {split: read_pictures(out / "digits", split) for split in ("train", "test")}
+    say("training the teacher (supervised: it sees the training labels)")
+    train_teacher(out / "digits", out / "teacher", steps=args.steps or 300)
+    shared = (
+        "tools/build_tokens.py", "--config=configs/quickstart_tokens.py",
+        f"--config.source={out / 'digits'}", f"--config.teacher.weights={out / 'teacher'}",
+    )  # fmt: skip
+    run(logs / "tokens.txt", *shared, f"--out={out / 'tokens'}")
+    run(
+        logs / "tokens.txt", *shared, f"--out={out / 'tokens_test'}",
+        "--config.split=test", "--config.views=1",
+    )  # fmt: skip
+    verify = ("tools/verify_tokens.py", out / "tokens", f"--weights={out / 'teacher'}")
+    run(logs / "verify.txt", *verify)
+    pretrain(out, args.steps)
+    say("measuring")
+    table = measure(feature_sets(out, images))
+    text = print_table(table)
+    (out / "accuracy.md").write_text(text + "\n")
+    bar_chart(table, out / "accuracy.png")
+    export(out, images)
+    pictures_of_runs(out, images)
+    print(
+        f"\nAccuracy on {len(images['test'][0])} held-out digits, %, by labels a class:\n\n{text}\n"
+    )
+    say(f"done in {metrics.duration(time.monotonic() - started)}: tables and pictures in {out}")
+    print(f"next: look at {out}/accuracy.png, losses.png, tokens.png; load {out}/timm in timm")
+
+
+if __name__ == "__main__":
+    cli.run(main)
