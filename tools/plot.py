@@ -39,6 +39,37 @@ def curves(runs, names, out):
     plt.close(figure)
 
 
+def table(cells: dict[str, dict[tuple, tuple[float, float]]]) -> str:
+    """Markdown of {row: {(protocol, labels a class): (mean, standard error)}}."""
+    columns = list(next(iter(cells.values())))
+    titles = [f"{protocol} {shots}" for protocol, shots in columns]
+    lines = ["| features | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, row in cells.items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[c][0]:.1f}" for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def accuracies(cells: dict[str, dict[tuple, tuple[float, float]]], out):
+    """Bars of what `table` shows, with the standard errors; one panel a protocol."""
+    columns = list(next(iter(cells.values())))
+    protocols = list(dict.fromkeys(protocol for protocol, _ in columns))
+    figure, axes = plt.subplots(1, len(protocols), figsize=(11, 4), sharey=True, squeeze=False)
+    for axis, protocol in zip(axes[0], protocols, strict=True):
+        shots = [s for p, s in columns if p == protocol]
+        for i, shot in enumerate(shots):
+            places = [row + 0.27 * (i - (len(shots) - 1) / 2) for row in range(len(cells))]
+            means, errors = zip(*(row[protocol, shot] for row in cells.values()), strict=True)
+            axis.bar(places, means, 0.25, yerr=errors, label=f"{shot} labels a class")
+        axis.set_xticks(range(len(cells)), cells, rotation=30, ha="right", fontsize=8)
+        axis.set_title(protocol)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].set_ylabel("accuracy, %")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
 def main():
     made = cli.parser(__doc__)
     made.add_argument("runs", nargs="+", help="work directories")

@@ -7,6 +7,7 @@ linear probes on held-out digits, the export, and pictures. The teacher is a sup
 seen the training labels. Neither it nor any encoder sees the test split.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -40,22 +41,65 @@ def say(text: str):
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def command(*parts, log: Path, core: int | None = None) -> subprocess.Popen:
-    """Starts a command of the README, its output in a log; on one core if told so."""
-    words = [sys.executable, *map(str, parts)]
-    say(f"$ python {' '.join(words[1:])}".replace(f"{ROOT}/", ""))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    if core is not None:
-        os.sched_setaffinity(process.pid, {core})
-    return process
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of the README; its output goes to logs/NAME.txt, whose first line is the command."""
+
+    name: str
+    makes: Path
+    words: tuple
+
+    @property
+    def line(self) -> str:
+        return " ".join(["python", *map(str, self.words)])
+
+    def done(self, logs: Path) -> bool:
+        """Whether the very same command has succeeded before, and what it made is still there."""
+        log = logs / f"{self.name}.txt"
+        kept = self.makes.exists() and log.exists()
+        return kept and log.read_text().startswith(f"{self.line}\n")
+
+    def start(self, logs: Path, core: int | None) -> subprocess.Popen:
+        with (logs / f"{self.name}.running.txt").open("w") as log:
+            log.write(f"{self.line}\n")
+            log.flush()
+            words = [sys.executable, *map(str, self.words)]
+            process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        if core is not None:
+            os.sched_setaffinity(process.pid, {core})
+        return process
+
+    def finish(self, logs: Path, process: subprocess.Popen):
+        log = logs / f"{self.name}.running.txt"
+        if process.wait():
+            tail = "\n".join(log.read_text().splitlines()[-5:])
+            raise UserError(f"{self.line}\nfailed, see {log}:\n{tail}")
+        log.rename(logs / f"{self.name}.txt")
 
 
-def finish(process: subprocess.Popen, log: Path):
-    if process.wait():
-        tail = "\n".join(log.read_text().splitlines()[-5:])
-        raise UserError(f"the command above failed, see {log}:\n{tail}")
+def run(logs: Path, *commands: Command, cores=(None,)) -> bool:
+    """Runs the commands that are not done yet, one on each core; whether there were any."""
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting = [c for c in commands if not c.done(logs)]
+    any_left, running = bool(waiting), {}
+    for command in commands:
+        if command not in waiting:
+            say(f"{command.name}: done before, kept")
+    try:
+        while waiting or running:
+            for core in cores:
+                if core not in running and waiting:
+                    command = waiting.pop(0)
+                    say(f"$ {command.line}")
+                    running[core] = command, command.start(logs, core)
+                elif core in running and running[core][1].poll() is not None:
+                    command, process = running.pop(core)
+                    command.finish(logs, process)
+            time.sleep(0.2)
+    finally:  # Ctrl-C reaches the commands too: they save and end
+        for _, process in running.values():
+            process.wait()
+    return any_left
 
 
 def write_digits(folder: Path):
@@ -117,31 +161,26 @@ def train_teacher(dataset, directory: Path, steps: int):
     clip_weights.save(directory, params, TOWER)
 
 
-def pretrain(out: Path, steps: int | None):
-    """Runs the four trainings, as many at once as there are cores, each on its own."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
-    waiting, running = list(RUNS), {}
-    while waiting or running:
-        free = [core for core in cores if core not in running]
-        if waiting and free:
-            name, core = waiting.pop(0), free[0]
-            log = out / "logs" / f"train_{name}.txt"
-            pixels = name == "pixels"
-            parts = [
-                "-m", "dgpt_jax.train", f"--config=configs/quickstart.py:{name}",
-                f"--workdir={out / 'runs' / name}",
-                f"--config.data.path={out / ('digits' if pixels else 'tokens')}",
-                f"--config.evals.heldout={out / ('digits' if pixels else 'tokens_test')}",
-            ]  # fmt: skip
-            if steps:
-                parts.append(f"--config.total={steps} steps")
-            running[core] = (command(*parts, log=log, core=core), log)
-            continue
-        time.sleep(0.5)
-        for core, (process, log) in list(running.items()):
-            if process.poll() is not None:
-                finish(process, log)
-                del running[core]
+def pretraining(out: Path, name: str, steps: int | None) -> Command:
+    """The training `name` of configs/quickstart.py."""
+    data = "digits" if name == "pixels" else "tokens"
+    words = [
+        "-m", "dgpt_jax.train", f"--config=configs/quickstart.py:{name}",
+        f"--workdir={out / 'runs' / name}", f"--config.data.path={out / data}",
+        f"--config.evals.heldout={out / ('digits' if name == 'pixels' else 'tokens_test')}",
+    ]  # fmt: skip
+    if steps:
+        words.append(f"--config.total={steps} steps")
+    return Command(f"train_{name}", out / "runs" / name / "checkpoints", tuple(words))
+
+
+def token_store(out: Path, name: str, *overrides: str) -> Command:
+    """A store of the teacher's tokens, by configs/quickstart_tokens.py."""
+    words = (
+        "tools/build_tokens.py", "--config=configs/quickstart_tokens.py", f"--out={out / name}",
+        f"--config.source={out / 'digits'}", f"--config.teacher.weights={out / 'teacher'}",
+    )  # fmt: skip
+    return Command(name, out / name / "dataset_info.json", words + overrides)
 
 
 def feature_sets(out: Path, images: dict) -> dict:
@@ -151,7 +190,7 @@ def feature_sets(out: Path, images: dict) -> dict:
     model = trained["both"].model
     module = load.untrained(model, seed=0)
     encoders = {
-        "raw pixels": lambda x: jnp.asarray(x, jnp.float32).reshape(len(x), -1) / 255,
+        "raw pixels": lambda x: jnp.asarray(x[..., 0], jnp.float32).reshape(len(x), -1) / 255,
         "untrained encoder": module.features,
         "iGPT (pixels)": trained["pixels"].features,
         "D-iGPT visible only": trained["visible"].features,
@@ -181,7 +220,7 @@ def measure(features: dict) -> dict:
                     data="digits",
                     protocol=protocol,
                     shots=(5, 50, 0),
-                    seeds=tuple(range(5)),
+                    seeds=(0, 1, 2),
                     k=(20,),
                 ),
             )
@@ -194,32 +233,6 @@ def measure(features: dict) -> dict:
         }
         for name, columns in table.items()
     }
-
-
-def print_table(table: dict) -> str:
-    columns = list(next(iter(table.values())))
-    titles = [f"{protocol} {shots}" for protocol, shots in columns]
-    lines = ["| features | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for name, cells in table.items():
-        lines.append(f"| {name} | " + " | ".join(f"{cells[c][0]:.1f}" for c in columns) + " |")
-    return "\n".join(lines)
-
-
-def bar_chart(table: dict, out: Path):
-    figure, axes = plot.plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, protocol in zip(axes, ("knn", "linear"), strict=True):
-        for i, shots in enumerate((5, 50, "all")):
-            places = np.arange(len(table)) + 0.27 * (i - 1)
-            means, errors = zip(*(cells[protocol, shots] for cells in table.values()), strict=True)
-            axis.bar(places, means, 0.25, yerr=errors, label=f"{shots} labels a class")
-        axis.set_xticks(range(len(table)), table, rotation=30, ha="right", fontsize=8)
-        axis.set_title({"knn": "kNN (k = 20)", "linear": "linear probe"}[protocol])
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("accuracy on held-out digits, %")
-    axes[0].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(out, dpi=130)
-    plot.plt.close(figure)
 
 
 def pictures_of_runs(out: Path, images: dict):
@@ -237,57 +250,50 @@ def pictures_of_runs(out: Path, images: dict):
     visualize.grid(rows, out / "tokens.png")
 
 
-def export(out: Path, images: dict):
-    """The encoder in timm's layout, loaded again: the same features."""
-    log = out / "logs" / "convert.txt"
-    run(log, "tools/convert.py", out / "runs" / "both", out / "timm", "--to=timm")
+def check_export(out: Path, images: dict):
+    """The exported encoder, loaded again, has the checkpoint's features."""
     pictures = images["test"][0][:64]
     ours = load.load_encoder(out / "runs" / "both").features(pictures, "mean")
     again = load.load_encoder(out / "timm").features(pictures, "mean")
     say(f"export: features differ by at most {float(jnp.abs(ours - again).max()):.1e}")
 
 
-def run(log: Path, *parts):
-    finish(command(*parts, log=log), log)
-
-
 def main():
     made = cli.parser(__doc__)
     made.add_argument("--out", default="quickstart_run", help="directory for everything")
-    made.add_argument("--steps", type=int, help="steps of each pretraining; default: the config's")
+    made.add_argument("--steps", type=int, help="steps of each training; default: the configs'")
     args = made.parse_args()
     out, started = Path(args.out).resolve(), time.monotonic()
-    if out.exists():
-        raise UserError(f"{out} is already there: remove it, or choose another --out")
-    logs = out / "logs"
+    logs, pictures = out / "logs", out / "pictures"
     say(f"everything goes to {out}")
-    write_digits(out / "pictures")
-    run(logs / "import.txt", "tools/import_images.py", out / "pictures", f"--out={out / 'digits'}")
+    if not pictures.exists():
+        write_digits(out / "pictures.part")
+        (out / "pictures.part").rename(pictures)
+    words = ("tools/import_images.py", pictures, f"--out={out / 'digits'}")
+    run(logs, Command("import", out / "digits" / "dataset_info.json", words))
     images = {split: read_pictures(out / "digits", split) for split in ("train", "test")}
-    say("training the teacher (supervised: it sees the training labels)")
-    train_teacher(out / "digits", out / "teacher", steps=args.steps or 300)
-    shared = (
-        "tools/build_tokens.py", "--config=configs/quickstart_tokens.py",
-        f"--config.source={out / 'digits'}", f"--config.teacher.weights={out / 'teacher'}",
-    )  # fmt: skip
-    run(logs / "tokens.txt", *shared, f"--out={out / 'tokens'}")
-    run(
-        logs / "tokens.txt", *shared, f"--out={out / 'tokens_test'}",
-        "--config.split=test", "--config.views=1",
-    )  # fmt: skip
-    verify = ("tools/verify_tokens.py", out / "tokens", f"--weights={out / 'teacher'}")
-    run(logs / "verify.txt", *verify)
-    pretrain(out, args.steps)
-    say("measuring")
-    table = measure(feature_sets(out, images))
-    text = print_table(table)
-    (out / "accuracy.md").write_text(text + "\n")
-    bar_chart(table, out / "accuracy.png")
-    export(out, images)
-    pictures_of_runs(out, images)
-    print(
-        f"\nAccuracy on {len(images['test'][0])} held-out digits, %, by labels a class:\n\n{text}\n"
-    )
+    if not (out / "teacher").exists():
+        say("training the teacher (supervised: it sees the training labels)")
+        train_teacher(out / "digits", out / "teacher.part", steps=args.steps or 300)
+        (out / "teacher.part").rename(out / "teacher")
+    run(logs, token_store(out, "tokens"))
+    run(logs, token_store(out, "tokens_test", "--config.split=test", "--config.views=1"))
+    words = ("tools/verify_tokens.py", out / "tokens", f"--weights={out / 'teacher'}")
+    run(logs, Command("verify", out / "tokens", words))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (None,)
+    trained = run(logs, *(pretraining(out, name, args.steps) for name in RUNS), cores=cores)
+    text = out / "accuracy.md"
+    if trained or not text.exists():
+        words = ("tools/convert.py", out / "runs" / "both", out / "timm", "--to=timm")
+        (logs / "export.txt").unlink(missing_ok=True)
+        run(logs, Command("export", out / "timm", words))
+        check_export(out, images)
+        pictures_of_runs(out, images)
+        say("measuring")
+        table = measure(feature_sets(out, images))
+        plot.accuracies(table, out / "accuracy.png")
+        text.write_text(plot.table(table) + "\n")
+    print(f"\nAccuracy on {TEST} held-out digits, %, by labels a class:\n\n{text.read_text()}")
     say(f"done in {metrics.duration(time.monotonic() - started)}: tables and pictures in {out}")
     print(f"next: look at {out}/accuracy.png, losses.png, tokens.png; load {out}/timm in timm")
 
