@@ -101,6 +101,7 @@ def build(config: Tokens, out) -> StoreInfo:
             info = _same_store(StoreInfo.load(out), info, out)
         features = records.token_features(info, source.label)
         out.mkdir(parents=True, exist_ok=True)
+        info.save(out)  # before the shards: a rerun with another config must not mix with them
         shards = -(-len(source) // config.shard_size)
         ranges = [
             range(i * config.shard_size, min((i + 1) * config.shard_size, len(source)))
@@ -126,7 +127,6 @@ def build(config: Tokens, out) -> StoreInfo:
                 )
     kept = _existing_views(out, config.views)
     lengths = {records.view_split(v): [len(r) for r in ranges] for v in range(kept)}
-    info.save(out)
     records.write_metadata(out, features, lengths)
     return info
 

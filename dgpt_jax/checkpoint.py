@@ -110,12 +110,18 @@ def load_params(path) -> tuple[dict, dict]:
     Needs no devices like those that wrote it, and does not read the optimizer state.
     """
     root, step = find(path)
-    item = Path(root) / str(step)
-    metadata = _checked(
-        ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(item / "metadata"), root
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.PyTreeCheckpointHandler(),
+        opt_state=ocp.PyTreeCheckpointHandler(),  # known, so that Orbax does not warn; not read
+        metadata=ocp.JsonCheckpointHandler(),
     )
-    with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(item / "params").item_metadata.tree
+    with ocp.Checkpointer(handler) as reader:
+        item = Path(root) / str(step)
+        tree = reader.metadata(item).item_metadata["params"].tree
         kind = ocp.RestoreArgs(restore_type=np.ndarray)
-        params = reader.restore(item / "params", restore_args=jax.tree.map(lambda _: kind, tree))
-    return params, metadata
+        arguments = ocp.args.Composite(
+            params=ocp.args.PyTreeRestore(restore_args=jax.tree.map(lambda _: kind, tree)),
+            metadata=ocp.args.JsonRestore(),
+        )
+        found = reader.restore(item, args=arguments)
+    return found["params"], _checked(found["metadata"], root)

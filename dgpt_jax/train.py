@@ -124,6 +124,7 @@ def train(config: Train, workdir: Path) -> int:
                         progress.say(f"step {step}: {shown}")
                     clock.restart(step)
                 if step % schedule.checkpoint_every == 0 or last:
+                    flush()  # a run killed right after has logged all that it does not repeat
                     checkpoints.save(train_state, {"config": resolved})
             flush()
             if stop.exit_code is not None and checkpoints.latest() != step:

@@ -1,10 +1,13 @@
 """Small datasets and models that several tests share."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dgpt_jax import images
-from dgpt_jax.config import Model
+from dgpt_jax import build, clip, images
+from dgpt_jax.config import Model, Tokens
+from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.schema import parse
 
 # 16×16 pixels, 4×4 patches, 2×2 segments of 2×2 patches.
@@ -51,3 +54,30 @@ def image_dataset(root, per_class: int = 12, *, shard_size: int = 8, **kwargs):
     write_folder(root / "folder", per_class, **kwargs)
     images.import_folder(root / "folder", root / "images", shard_size=shard_size, say=lambda _: 0)
     return root / "images"
+
+
+# 16×16 pixels, 4×4 patches like TINY's; 24 channels.
+TOWER = clip.Tower(
+    image_size=16, patch=4, width=32, depth=2, heads=2, mlp_width=64, out_width=24,
+    activation="quick_gelu",
+)  # fmt: skip
+
+
+def random_teacher(directory, *, seed=0, tower=TOWER):
+    """A tower of random weights in OpenCLIP's layout, whose tokens differ from image to image."""
+    size = tower.image_size
+    init = jax.jit(clip.ClipTower(tower).init)
+    params = init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))["params"]
+    params["patch_embed"]["kernel"] *= 10
+    clip_weights.save(directory, params, tower)
+    return directory
+
+
+def token_store(root, dataset, teacher, **changes):
+    """A token store `root/tokens` of 16×16 pictures; `changes` are fields of config.Tokens."""
+    settings = dict(
+        source=str(dataset), teacher={"weights": str(teacher)}, picture_size=16, picture="png",
+        shard_size=16, batch_size=8, threads=2,
+    )  # fmt: skip
+    build.build(parse(Tokens, settings | changes), root / "tokens")
+    return root / "tokens"

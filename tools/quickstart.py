@@ -43,7 +43,7 @@ def say(text: str):
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of the README; its output goes to logs/NAME.txt, whose first line is the command."""
+    """A command of the README; logs/NAME.txt gets itself as the first line, then its output."""
 
     name: str
     makes: Path

@@ -31,6 +31,10 @@ class Pretrain:
         targets = config.data.targets
         if targets == "stored":
             self.target = stored_target(config)
+            stored = records.StoreInfo.load(config.data.path).picture_size
+            size = config.model.image_size
+            if stored != size:
+                self.notes = (f"{config.data.path}: pictures of {stored} px are resized to {size}",)
         elif targets == "online":
             self.target = self._load_teacher()
         else:

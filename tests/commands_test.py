@@ -1,0 +1,147 @@
+"""Commands as users run them: bad input is one clear line and a non-zero exit; what is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dgpt_jax import cli, evaluate, train
+from tests.data import image_dataset, random_teacher, token_store
+
+ROOT = Path(__file__).parent.parent
+QUICK = f"--config={ROOT / 'configs/quickstart.py'}"
+TINY = [
+    "--config.model.image_size=16", "--config.model.width=24", "--config.model.depth=2",
+    "--config.model.heads=2", "--config.total=1 steps", "--config.batch_size=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(image dataset, teacher, token store with 24 channels and a 4×4 grid)."""
+    root = tmp_path_factory.mktemp("commands")
+    dataset = image_dataset(root, per_class=4)
+    teacher = random_teacher(root / "teacher")
+    return dataset, teacher, token_store(root, dataset, teacher)
+
+
+def refused(monkeypatch, main, *words) -> str:
+    """The line with which a command ends on a user's error."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    message = ended.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    return message  # sys.exit prints it to stderr and ends with 1
+
+
+def train_refused(monkeypatch, tmp_path, path, *words) -> str:
+    workdir = tmp_path / "run"
+    words = (QUICK, f"--workdir={workdir}", f"--config.data.path={path}", *TINY, *words)
+    message = refused(monkeypatch, train.main, *words)
+    assert not workdir.exists()  # found before anything is made
+    return message
+
+
+def test_unknown_config_key(monkeypatch, tmp_path, made):
+    message = train_refused(monkeypatch, tmp_path, made[2], "--config.optim.lr=1")
+    assert message == "error: unknown config key config.optim.lr: did you mean config.optim.blr?"
+
+
+def test_missing_directory(monkeypatch, tmp_path):
+    message = train_refused(monkeypatch, tmp_path, tmp_path / "absent")
+    assert f"no such directory: {tmp_path / 'absent'}" in message
+
+
+def test_tokens_of_another_grid_or_width(monkeypatch, tmp_path, made):
+    message = train_refused(monkeypatch, tmp_path, made[2], "--config.teacher.width=768")
+    assert "holds teacher tokens of width 24, the config expects 768" in message
+    message = train_refused(monkeypatch, tmp_path, made[2], "--config.teacher.grid=16")
+    assert "holds teacher tokens of grid 4, the config expects 16" in message
+
+
+def test_a_batch_that_is_not_divisible(monkeypatch, tmp_path, made):
+    message = train_refused(monkeypatch, tmp_path, made[2], "--config.accum_steps=3")
+    assert "config.batch_size 4 is not divisible by config.accum_steps 3" in message
+    message = train_refused(monkeypatch, tmp_path, made[2], "--config.mesh.fsdp=3")
+    assert "3" in message and "device" in message
+
+
+def test_a_folder_without_images(monkeypatch, tmp_path):
+    import import_images
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/notes.txt").write_text("no image")
+    words = (tmp_path / "folder", f"--out={tmp_path / 'out'}")
+    assert "no images" in refused(monkeypatch, import_images.main, *words)
+
+
+def test_a_truncated_shard(monkeypatch, tmp_path, made):
+    store = token_store(tmp_path, made[0], made[1])
+    shard = next(store.glob("*array_record*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    message = train_refused(monkeypatch, tmp_path, store)
+    assert shard.name in message and "damaged or truncated" in message
+
+
+def test_checkpoints_that_are_none(monkeypatch, tmp_path, made):
+    import convert
+    import plot
+
+    words = (f"--config={ROOT / 'configs/knn_in1k.py'}", f"--config.data={made[0]}")
+    message = refused(monkeypatch, evaluate.main, *words, f"--checkpoint={tmp_path}")
+    assert "neither a work directory" in message
+    message = refused(monkeypatch, convert.main, tmp_path / "x", tmp_path / "y", "--to=timm")
+    assert str(tmp_path / "x") in message
+    message = refused(monkeypatch, plot.main, tmp_path, f"--out={tmp_path / 'a.png'}")
+    assert "no metrics.jsonl" in message
+
+
+def test_a_real_process_ends_with_1_and_no_traceback(tmp_path):
+    words = ["-m", "dgpt_jax.train", QUICK, f"--workdir={tmp_path}", "--config.data.pth=x"]
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    lines = ended.stderr.strip().splitlines()
+    assert lines == ["error: unknown config key config.data.pth: did you mean config.data.path?"]
+
+
+IMPORT_ALL = """
+import importlib, pathlib, pkgutil, sys, dgpt_jax
+names = [m.name for m in pkgutil.walk_packages(dgpt_jax.__path__, "dgpt_jax.")]
+for name in names:
+    importlib.import_module(name)
+assert "tensorflow" not in sys.modules
+for folder in ("configs", "tools"):
+    sys.path.insert(0, folder)
+    for path in pathlib.Path(folder).glob("*.py"):
+        importlib.import_module(path.stem)
+        names.append(path.stem)
+assert "tensorflow" not in sys.modules
+import tensorflow  # the bait is there
+print(len(names))
+"""
+
+
+@pytest.mark.smoke
+def test_every_file_imports_and_none_imports_tensorflow(tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow/__init__.py").write_text("__version__ = '2.20.0'\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    files = [p for p in (ROOT / "dgpt_jax").rglob("*.py") if p.name != "__init__.py"]
+    assert int(ended.stdout) >= len(files)
+
+
+def test_help_lists_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(train.main)
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "--config.optim.blr (float, default 0.00015): base learning rate" in shown

@@ -1,0 +1,103 @@
+"""Configs: every file loads and is whole; overrides mean what they say; mistakes are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dgpt_jax import cli, config, schema
+from dgpt_jax.schema import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def schema_of(path: Path):
+    """The schema that a config file names in its imports."""
+    text = path.read_text()
+    return next(s for s in (config.Tokens, config.Evaluate, config.Train) if s.__name__ in text)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_parses(path):
+    made, wanted = cli.load_config(str(path)), schema_of(path)
+    for group, name in (("data", "path"), ("source", None), ("data", None)):
+        if group in made and name is None and made[group] == "":
+            made[group] = "somewhere"
+        elif name and group in made and not isinstance(made[group], str):
+            made[group][name] = "somewhere"
+    parsed = schema.parse(wanted, made)
+    again = schema.parse(wanted, json.loads(json.dumps(schema.to_dict(parsed))))
+    assert again == parsed  # the saved config.json gives the same run
+
+
+def override(text: str):
+    path, value = text.split("=")
+    made = schema.default(config.Train)
+    made.data.path = "somewhere"
+    schema.override(made, config.Train, path, value)
+    return schema.parse(config.Train, made)
+
+
+def test_overrides_are_read_by_the_fields_type():
+    assert override("config.batch_size=1e3").batch_size == 1000
+    assert override("config.optim.blr=1").optim.blr == 1.0
+    assert override("config.model.taps=[6,12]").model.taps == (6, 12)
+    assert override("config.model.taps=None").model.taps == (6, 8, 10, 12)
+    assert override("config.data.crop_scale=0.5,1").data.crop_scale == (0.5, 1.0)
+    assert override("config.data.flip=false").data.flip is False
+    assert override("config.data.path=1").data.path == "1"
+    assert override("config.model.segments=(2, 7)").model.segments == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("config.modle.width=8", "unknown config key config.modle: did you mean config.model?"),
+        ("config.model.widht=8", "did you mean config.model.width?"),
+        ("config.lr=1", "unknown config key config.lr"),
+        ("config.model=8", "is a group of keys"),
+        ("config.seed.x=8", "is a value, not a group"),
+        ("config.batch_size=1.5", "config.batch_size must be int, got 1.5"),
+        ("config.batch_size=True", "config.batch_size must be int, got True"),
+        ("config.data.flip=2", "config.data.flip must be bool"),
+        ("config.model.segments=3", "config.model.segments takes 2 values"),
+        ("config.model.segments=3,3", "do not divide the 14×14 grid"),
+        ("config.model.taps=(3, 13)", "must increase within 1..12"),
+        ("config.model.width=6", "must be a multiple of 4"),
+        ("config.data.targets=pixels", "set loss.visible to 0"),
+        ("config.data.targets=online", "needs config.teacher.weights"),
+        ("config.accum_steps=3", "not divisible by config.accum_steps"),
+        ("config.dtype=float16", "must be one of bfloat16, float32"),
+        ("config.loss.next=-1", "needs a positive weight"),
+    ],
+)
+def test_mistakes_are_one_clear_line(text, message):
+    with pytest.raises(UserError) as caught:
+        override(text)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_durations():
+    def steps(text, total=None):
+        return config.steps(text, batch_size=100, examples=1050, total=total)
+
+    assert steps("300 epochs") == 3150 and steps("1 epoch") == 10
+    assert steps("5000 steps") == 5000 and steps("1e6 examples") == 10_000
+    assert steps("2%", total=400) == 8
+    for text in ("", "5", "epochs", "-1 steps", "3 weeks", "5%", "x%"):
+        with pytest.raises(UserError, match="cannot read the duration"):
+            steps(text)
+
+
+def test_config_files_that_fail(tmp_path):
+    def load(text):
+        (tmp_path / "c.py").write_text(text)
+        return cli.load_config(str(tmp_path / "c.py"))
+
+    head = "from dgpt_jax.config import Train\nfrom dgpt_jax.schema import default\n"
+    with pytest.raises(UserError, match=r"c.py:5: unknown config key bacth"):
+        load(head + "def get_config():\n  c = default(Train)\n  c.bacth = 3\n  return c\n")
+    with pytest.raises(UserError, match=r"c.py:3: NameError"):
+        load(head + "oops\n")
+    with pytest.raises(UserError, match="no such config file"):
+        cli.load_config(str(tmp_path / "absent.py"))

@@ -1,0 +1,231 @@
+"""The whole loop: resuming is exact, the loss falls, what it writes is read by everything else."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import dgpt_jax
+from dgpt_jax import (
+    checkpoint,
+    config,
+    hosts,
+    images,
+    metrics,
+    optim,
+    pipeline,
+    schema,
+    sharding,
+    state,
+    step,
+    train,
+)
+from dgpt_jax.tasks.pretrain import Pretrain
+from tests.data import TINY, image_dataset, random_teacher, token_store
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(image dataset, teacher, token store) of 20 pictures."""
+    root = tmp_path_factory.mktemp("train")
+    dataset = image_dataset(root, per_class=10)
+    teacher = random_teacher(root / "teacher")
+    return dataset, teacher, token_store(root, dataset, teacher, views=2)
+
+
+def settings(path, **changes) -> config.Train:
+    defaults = dict(
+        total="20 steps",
+        batch_size=8,
+        dtype="float32",
+        log_every=1,
+        model=TINY,
+        data={"path": str(path), "threads": 2},
+        optim={"blr": 0.064, "warmup": "10%"},
+        checkpoint={"every": "100%"},
+    )
+    for name, value in changes.items():
+        both = isinstance(value, dict) and name in defaults
+        defaults[name] = defaults[name] | value if both else value
+    return schema.parse(config.Train, defaults)
+
+
+def metrics_of(workdir) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def stop_after(monkeypatch, steps: int, number):
+    """The process gets a signal while it works on a step."""
+    ahead = pipeline.ahead
+
+    def interrupted(batches, place):
+        stream = ahead(batches, place)
+        try:
+            for count, batch in enumerate(stream, start=1):
+                if count == steps:
+                    signal.raise_signal(number)
+                yield batch
+        finally:
+            stream.close()
+
+    monkeypatch.setattr(pipeline, "ahead", interrupted)
+
+
+@pytest.mark.smoke
+def test_20_steps_are_10_and_10_more(made, tmp_path, monkeypatch):
+    run = settings(made[2])
+    assert train.train(run, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10, signal.SIGTERM)
+        assert train.train(run, tmp_path / "parts") == hosts.EXIT_PREEMPTED
+    assert checkpoint.find(tmp_path / "parts")[1] == 10
+    assert train.train(run, tmp_path / "parts") == 0
+    whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
+    assert [line["step"] for line in parts] == list(range(1, 21))
+    for name in ("loss", "next", "visible", "grad_norm", "learning_rate"):
+        assert [line[name] for line in whole] == [line[name] for line in parts]
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    a, b = (state_of(run, tmp_path / name, step=20) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def state_of(run, workdir, step: int) -> state.TrainState:
+    """Parameters, optimizer state and step of a run."""
+    tx = optim.optimizer(run.optim, optim.schedule(1.0, 2, 20))
+    abstract = state.abstract(Pretrain(run).init, tx, sharding.make_mesh(run.mesh))
+    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    try:
+        return checkpoints.restore(step, abstract)
+    finally:
+        checkpoints.close()
+
+
+def test_a_finished_run_is_left_alone(made, tmp_path, capsys):
+    run = settings(made[2], total="2 steps")
+    train.train(run, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train.train(run, tmp_path) == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert "holds step 2" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves(made, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 3, signal.SIGINT)
+    assert train.train(settings(made[2]), tmp_path) == 130
+    assert checkpoint.find(tmp_path)[1] == 3
+
+
+def test_the_loss_falls_on_digits(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for i, picture in enumerate(load_digits().images[:200]):
+        image = Image.fromarray((picture * 255 / 16).astype(np.uint8)).resize((24, 24))
+        image.save(tmp_path / f"folder/{i:03d}.png")
+    images.import_folder(tmp_path / "folder", tmp_path / "images", say=lambda _: None)
+    store = token_store(tmp_path, tmp_path / "images", random_teacher(tmp_path / "teacher"))
+    run = settings(
+        store, total="60 steps", batch_size=32, optim={"blr": 0.016},
+        evals={"heldout": str(store), "every": "50%", "batch_size": 64},
+    )  # fmt: skip
+    assert train.train(run, tmp_path / "run") == 0
+    lines = metrics_of(tmp_path / "run")
+    for name in ("next", "visible"):
+        first, last = (np.mean([x[name] for x in part]) for part in (lines[:5], lines[-5:]))
+        assert last < 0.6 * first, name
+    heldout = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    heldout = [x for x in heldout if "heldout/next" in x]
+    assert [x["step"] for x in heldout] == [30, 60]
+    assert heldout[-1]["heldout/visible"] < heldout[0]["heldout/visible"]
+
+
+def test_overfit_8_images(tmp_path):
+    dataset = image_dataset(tmp_path, per_class=4)
+    store = token_store(tmp_path, dataset, random_teacher(tmp_path / "teacher"))
+    run = settings(
+        store, total="300 steps", log_every=10, data={"order": "raster"}, optim={"blr": 0.1},
+        model={"width": 48, "decoder_width": 48},
+    )  # fmt: skip
+    assert train.train(run, tmp_path / "run") == 0
+    lines = metrics_of(tmp_path / "run")
+    print([round(x["loss"], 4) for x in lines])
+    assert lines[0]["loss"] > 1 and lines[-1]["loss"] < 0.02
+
+
+def test_accumulated_gradients_are_the_batchs(made):
+    """One step in 1, 2 and 4 micro-batches: the same metrics and the same update."""
+    mesh = sharding.make_mesh(config.Mesh())
+    tx = optax.sgd(1.0)  # unlike Adam, shows a gradient of the wrong scale
+    task = Pretrain(settings(made[2]))
+    batch = next(pipeline.train_batches(task.examples, 8, rows=slice(0, 8), start_step=0))
+    results = []
+    for k in (1, 2, 4):
+        begun = state.create(task.init, tx, mesh, seed=0)
+        step_fn = step.make_train_step(task.loss, tx, mesh, accum_steps=k)
+        running = metrics.averages(task.metric_names).empty()
+        placed = sharding.global_batch(mesh, 8, batch)
+        results.append(step_fn(begun, running, placed, {}))
+    for after, running in results[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            after.params, results[0][0].params,
+        )  # fmt: skip
+        expected = results[0][1].compute()
+        for name, value in running.compute().items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-5)
+
+
+def test_the_online_teacher_gives_the_stored_tokens_losses(made):
+    """The same pictures and orders: tokens from the step's own teacher, or from the store."""
+    dataset, teacher, store = made
+    stored = Pretrain(settings(store))
+    online = Pretrain(
+        settings(dataset, data={"targets": "online"}, teacher={"weights": str(teacher)})
+    )
+    params = stored.init(jax.random.key(0))
+    batch = next(pipeline.train_batches(stored.examples, 8, rows=slice(0, 8), start_step=0))
+    _, a = jax.jit(stored.loss)(params, {}, batch)
+    _, b = jax.jit(online.loss)(params, online.frozen, batch)
+    for name in ("next", "visible"):
+        np.testing.assert_allclose(a[name], b[name], atol=0.01)
+    gradients = jax.grad(lambda f: online.loss(params, f, batch)[0])(online.frozen)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_online_and_pixel_runs(made, tmp_path):
+    dataset, teacher, _ = made
+    for targets, visible in (("online", 1.0), ("pixels", 0.0)):
+        run = settings(
+            dataset, total="3 steps", data={"targets": targets}, loss={"visible": visible},
+            teacher={"weights": str(teacher)},
+            evals={"knn": str(dataset), "knn_test": "train", "knn_resize": 16, "every": "3 steps"},
+        )  # fmt: skip
+        assert train.train(run, tmp_path / targets) == 0
+        text = (tmp_path / targets / "metrics.jsonl").read_text()
+        assert ("visible" in text) == bool(visible) and "knn/cls" in text
+
+
+def test_a_run_is_opened_again(made, tmp_path):
+    run = settings(made[2], total="2 steps")
+    train.train(run, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert schema.parse(config.Train, saved) == run
+    encoder, whole = dgpt_jax.load_encoder(tmp_path), dgpt_jax.load_digpt(tmp_path)
+    assert encoder.model == run.model and "step 2" in encoder.source
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
+    tokens = rng.standard_normal((2, 17, 24)).astype(np.float32)
+    orders = np.stack([rng.permutation(4) for _ in range(2)])
+    losses = jax.jit(whole.losses)(images, tokens, orders)
+    assert set(losses) == {"next", "visible"}
+    gradient = jax.grad(lambda t: sum(whole.losses(images, t, orders).values()))(tokens)
+    assert np.isfinite(gradient).all() and np.any(gradient)
+    gradient = jax.grad(lambda p: sum(whole.losses(images, tokens, orders, params=p).values()))(
+        whole.params
+    )
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient["encoder"]["blocks"]))
