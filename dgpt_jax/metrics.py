@@ -95,7 +95,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """One line on stderr: a live bar in a terminal, plain lines elsewhere. On process 0."""
 
-    def __init__(self, total: int, stream=sys.stderr):
+    def __init__(self, total: int, stream=None):
+        stream = stream or sys.stderr
         self.total, self._stream = total, stream
         self._active = jax.process_index() == 0
         self._live = self._active and stream.isatty()

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,7 +135,7 @@ def write_shard(path: epath.Path, features, examples: Iterable[Mapping]) -> int:
             writer.write(features.serialize_example(example))
             written += 1
         writer.close()
-        temporary.rename(path)
+        temporary.replace(path)
     except BaseException:
         if writer.is_open():
             writer.close()
@@ -223,6 +223,9 @@ class Split:
         self._length = builder.info.splits[split].num_examples
         if not self._length:
             raise UserError(f"{directory} has no examples in split {split}")
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))
 
     def __len__(self) -> int:
         return self._length

@@ -2,7 +2,10 @@
 
 import json
 import signal
+import sys
+from pathlib import Path
 
+import convert
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,9 @@ from sklearn.datasets import load_digits
 import dgpt_jax
 from dgpt_jax import (
     checkpoint,
+    cli,
     config,
+    evaluate,
     hosts,
     images,
     metrics,
@@ -28,6 +33,8 @@ from dgpt_jax import (
 )
 from dgpt_jax.tasks.pretrain import Pretrain
 from tests.data import TINY, image_dataset, random_teacher, token_store
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +85,27 @@ def stop_after(monkeypatch, steps: int, number):
     monkeypatch.setattr(pipeline, "ahead", interrupted)
 
 
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """The work directory of 20 steps in one go."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train.train(settings(made[2]), workdir) == 0
+    return workdir
+
+
 @pytest.mark.smoke
-def test_20_steps_are_10_and_10_more(made, tmp_path, monkeypatch):
+def test_20_steps_are_10_and_10_more(made, whole, tmp_path, monkeypatch):
     run = settings(made[2])
-    assert train.train(run, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 10, signal.SIGTERM)
-        assert train.train(run, tmp_path / "parts") == hosts.EXIT_PREEMPTED
-    assert checkpoint.find(tmp_path / "parts")[1] == 10
-    assert train.train(run, tmp_path / "parts") == 0
-    whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
+        assert train.train(run, tmp_path) == hosts.EXIT_PREEMPTED
+    assert checkpoint.find(tmp_path)[1] == 10
+    assert train.train(run, tmp_path) == 0
+    expected, parts = metrics_of(whole), metrics_of(tmp_path)
     assert [line["step"] for line in parts] == list(range(1, 21))
     for name in ("loss", "next", "visible", "grad_norm", "learning_rate"):
-        assert [line[name] for line in whole] == [line[name] for line in parts]
-    assert whole[-1]["loss"] < whole[0]["loss"]
-    a, b = (state_of(run, tmp_path / name, step=20) for name in ("whole", "parts"))
+        assert [line[name] for line in parts] == [line[name] for line in expected]
+    a, b = (state_of(run, workdir, step=20) for workdir in (whole, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -107,13 +120,11 @@ def state_of(run, workdir, step: int) -> state.TrainState:
         checkpoints.close()
 
 
-def test_a_finished_run_is_left_alone(made, tmp_path, capsys):
-    run = settings(made[2], total="2 steps")
-    train.train(run, tmp_path)
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert train.train(run, tmp_path) == 0
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert "holds step 2" in capsys.readouterr().out
+def test_a_finished_run_is_left_alone(made, whole, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert train.train(settings(made[2]), whole) == 0
+    assert (whole / "metrics.jsonl").read_bytes() == before
+    assert f"{whole} holds step 20" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves(made, tmp_path, monkeypatch):
@@ -137,7 +148,7 @@ def test_the_loss_falls_on_digits(tmp_path):
     lines = metrics_of(tmp_path / "run")
     for name in ("next", "visible"):
         first, last = (np.mean([x[name] for x in part]) for part in (lines[:5], lines[-5:]))
-        assert last < 0.6 * first, name
+        assert last < 0.75 * first, name
     heldout = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     heldout = [x for x in heldout if "heldout/next" in x]
     assert [x["step"] for x in heldout] == [30, 60]
@@ -158,13 +169,13 @@ def test_overfit_8_images(tmp_path):
 
 
 def test_accumulated_gradients_are_the_batchs(made):
-    """One step in 1, 2 and 4 micro-batches: the same metrics and the same update."""
+    """One step whole and in 4 micro-batches: the same metrics and the same update."""
     mesh = sharding.make_mesh(config.Mesh())
     tx = optax.sgd(1.0)  # unlike Adam, shows a gradient of the wrong scale
     task = Pretrain(settings(made[2]))
     batch = next(pipeline.train_batches(task.examples, 8, rows=slice(0, 8), start_step=0))
     results = []
-    for k in (1, 2, 4):
+    for k in (1, 4):
         begun = state.create(task.init, tx, mesh, seed=0)
         step_fn = step.make_train_step(task.loss, tx, mesh, accum_steps=k)
         running = metrics.averages(task.metric_names).empty()
@@ -193,7 +204,7 @@ def test_the_online_teacher_gives_the_stored_tokens_losses(made):
     _, b = jax.jit(online.loss)(params, online.frozen, batch)
     for name in ("next", "visible"):
         np.testing.assert_allclose(a[name], b[name], atol=0.01)
-    gradients = jax.grad(lambda f: online.loss(params, f, batch)[0])(online.frozen)
+    gradients = jax.jit(jax.grad(lambda f: online.loss(params, f, batch)[0]))(online.frozen)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
@@ -210,22 +221,56 @@ def test_online_and_pixel_runs(made, tmp_path):
         assert ("visible" in text) == bool(visible) and "knn/cls" in text
 
 
-def test_a_run_is_opened_again(made, tmp_path):
-    run = settings(made[2], total="2 steps")
-    train.train(run, tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert schema.parse(config.Train, saved) == run
-    encoder, whole = dgpt_jax.load_encoder(tmp_path), dgpt_jax.load_digpt(tmp_path)
-    assert encoder.model == run.model and "step 2" in encoder.source
+def test_a_run_is_opened_again(made, whole):
+    saved = json.loads((whole / "config.json").read_text())
+    assert schema.parse(config.Train, saved) == settings(made[2])
+    encoder, model = dgpt_jax.load_encoder(whole), dgpt_jax.load_digpt(whole)
+    assert encoder.model == model.model and "step 20" in encoder.source
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
     tokens = rng.standard_normal((2, 17, 24)).astype(np.float32)
     orders = np.stack([rng.permutation(4) for _ in range(2)])
-    losses = jax.jit(whole.losses)(images, tokens, orders)
+    losses = jax.jit(model.losses)(images, tokens, orders)
     assert set(losses) == {"next", "visible"}
-    gradient = jax.grad(lambda t: sum(whole.losses(images, t, orders).values()))(tokens)
+
+    def total(params, tokens):
+        return sum(model.losses(images, tokens, orders, params=params).values())
+
+    gradients, gradient = jax.jit(jax.grad(total, argnums=(0, 1)))(model.params, tokens)
     assert np.isfinite(gradient).all() and np.any(gradient)
-    gradient = jax.grad(lambda p: sum(whole.losses(images, tokens, orders, params=p).values()))(
-        whole.params
-    )
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient["encoder"]["blocks"]))
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients["encoder"]["blocks"]))
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_a_run_is_measured(made, whole, tmp_path, monkeypatch, capsys, protocol):
+    words = [
+        f"--config={ROOT}/configs/{protocol}_in1k.py", f"--config.data={made[0]}",
+        "--config.test=train[:8]", "--config.k=3,5", "--config.shots=2,0", "--config.seeds=0,1",
+        "--config.resize=16", "--config.batch_size=8", f"--checkpoint={whole}",
+        f"--out={tmp_path}/results.json",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+    cli.run(evaluate.main)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [(r["shots"], r["seed"], r["train"]) for r in results] == [
+        (shots, seed, train)
+        for shots, seed, train in ((2, 0, 4), (2, 1, 4), ("all", None, 20))
+        for _ in range(2 if protocol == "knn" else 1)
+    ]
+    assert all(r["test"] == 8 and 0 <= r["accuracy"] <= 100 for r in results)
+    if protocol == "linear":  # the mean colours tell the two classes apart
+        assert results[-1]["accuracy"] == 100
+    assert "step 20" in capsys.readouterr().out
+
+
+def test_a_run_is_exported(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert", str(whole), str(tmp_path), "--to=timm"])
+    cli.run(convert.main)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        exported = dgpt_jax.load_encoder(path).features(pictures, "mean")
+        np.testing.assert_array_equal(
+            exported, dgpt_jax.load_encoder(whole).features(pictures, "mean")
+        )
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["num_features"] == 24 and written["pretrained_cfg"]["input_size"] == [3, 16, 16]

@@ -24,12 +24,14 @@ def curves(runs, names, out):
     """One panel a metric, one line a run that has it."""
     figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        for run in runs:
+        for i, run in enumerate(runs):
             lines = [line for line in read(run) if name in line]
             if lines:
                 steps, values = [x["step"] for x in lines], [x[name] for x in lines]
                 marker = "o" if len(lines) < 8 else None
-                axis.plot(steps, values, label=Path(run).name, marker=marker, markersize=3)
+                axis.plot(
+                    steps, values, color=f"C{i}", label=Path(run).name, marker=marker, markersize=3
+                )
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -59,13 +61,14 @@ def accuracies(cells: dict[str, dict[tuple, tuple[float, float]]], out):
         for i, shot in enumerate(shots):
             places = [row + 0.27 * (i - (len(shots) - 1) / 2) for row in range(len(cells))]
             means, errors = zip(*(row[protocol, shot] for row in cells.values()), strict=True)
-            axis.bar(places, means, 0.25, yerr=errors, label=f"{shot} labels a class")
+            label = "all labels" if shot == "all" else f"{shot} labels a class"
+            axis.bar(places, means, 0.25, yerr=errors, label=label)
         axis.set_xticks(range(len(cells)), cells, rotation=30, ha="right", fontsize=8)
         axis.set_title(protocol)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("accuracy, %")
-    axes[0, 0].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(shots))
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

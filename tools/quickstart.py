@@ -12,29 +12,24 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import plot
 import visualize
-from PIL import Image
 
-from dgpt_jax import cli, clip, config, evaluate, load, metrics, records, schema, views
+from dgpt_jax import cli, clip, config, evaluate, load, metrics, schema
 from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.schema import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("both", "next", "visible", "pixels")
-TEST = 360  # of 1,797
-TOWER = clip.Tower(
-    image_size=32, patch=4, width=64, depth=4, heads=2, mlp_width=256, out_width=64,
-    activation="gelu",
-)  # fmt: skip
 
 
 def say(text: str):
@@ -102,65 +97,6 @@ def run(logs: Path, *commands: Command, cores=(None,)) -> bool:
     return any_left
 
 
-def write_digits(folder: Path):
-    """scikit-learn's digits as 32×32 files folder/{train,test}/CLASS/i.{png,jpg}."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.images))
-    for place, i in enumerate(order):
-        split = "test" if place < TEST else "train"
-        path = folder / split / str(digits.target[i])
-        path.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8))
-        image = image.resize((32, 32), Image.Resampling.BICUBIC)
-        if i % 2:
-            image.save(path / f"{i:04d}.png")
-        else:
-            image.save(path / f"{i:04d}.jpg", quality=95)
-
-
-def read_pictures(dataset, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """All pictures (N, 32, 32, 3) and labels of a split."""
-    source = records.Split(dataset, split)
-    examples = [source[i] for i in range(len(source))]
-    pictures = np.stack([views.decode_picture(e["image"]) for e in examples])
-    return pictures, np.array([e["label"] for e in examples])
-
-
-def train_teacher(dataset, directory: Path, steps: int):
-    """Trains a small CLIP tower against ten fixed random unit vectors, one a class; saves it."""
-    pictures, labels = read_pictures(dataset, "train")
-    rng = np.random.default_rng(1)
-    vectors = rng.standard_normal((10, TOWER.out_width)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    init = jax.jit(clip.ClipTower(TOWER).init)
-    params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, steps // 10, steps))
-
-    def loss(params, pictures, labels):
-        cls = clip.teacher_tokens(TOWER, params, pictures)[:, 0]
-        cls /= jnp.linalg.norm(cls, axis=1, keepdims=True)
-        logits = 10 * cls @ vectors.T
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    @jax.jit
-    def step(params, opt_state, pictures, labels):
-        grads = jax.grad(loss)(params, pictures, labels)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    opt_state = tx.init(params)
-    for _ in range(steps):
-        chosen = rng.integers(0, len(pictures), 64)
-        crops = []
-        for picture in pictures[chosen]:
-            view = views.draw(rng, 32, 32, scale=(0.5, 1), ratio=(3 / 4, 4 / 3), flip=False)
-            crops.append(views.render(picture, view, 32))
-        params, opt_state = step(params, opt_state, np.stack(crops), labels[chosen])
-    clip_weights.save(directory, params, TOWER)
-
-
 def pretraining(out: Path, name: str, steps: int | None) -> Command:
     """The training `name` of configs/quickstart.py."""
     data = "digits" if name == "pixels" else "tokens"
@@ -187,15 +123,16 @@ def feature_sets(out: Path, images: dict) -> dict:
     """{name: {split: (features, labels)}} of everything that is compared."""
     tower = clip_weights.load(str(out / "teacher"))
     trained = {name: load.load_encoder(out / "runs" / name) for name in RUNS}
-    model = trained["both"].model
-    module = load.untrained(model, seed=0)
+    students = {
+        "untrained encoder": load.untrained(trained["both"].model, seed=0),
+        "iGPT (pixels)": trained["pixels"],
+        "D-iGPT visible only": trained["visible"],
+        "D-iGPT next only": trained["next"],
+        "D-iGPT both": trained["both"],
+    }
     encoders = {
         "raw pixels": lambda x: jnp.asarray(x[..., 0], jnp.float32).reshape(len(x), -1) / 255,
-        "untrained encoder": module.features,
-        "iGPT (pixels)": trained["pixels"].features,
-        "D-iGPT visible only": trained["visible"].features,
-        "D-iGPT next only": trained["next"].features,
-        "D-iGPT both": trained["both"].features,
+        **{name: partial(student.features, pooling="mean") for name, student in students.items()},
         "the teacher": lambda x: clip.teacher_tokens(tower.tower, tower.params, x)[:, 0],
     }
     found = {}
@@ -239,7 +176,8 @@ def pictures_of_runs(out: Path, images: dict):
     """loss.png, accuracy.png's companion tokens.png: what the encoders' tokens look like."""
     runs = [out / "runs" / name for name in RUNS]
     plot.curves(runs, ["next", "visible", "heldout/next", "heldout/visible"], out / "losses.png")
-    pictures = images["test"][0][:12]
+    pictures, labels = images["test"]
+    pictures = pictures[[np.flatnonzero(labels == label)[0] for label in range(10)]]
     rows = {"image": pictures}
     encoders = {name: load.load_encoder(out / "runs" / name) for name in ("both", "pixels")}
     encoders = {"untrained": load.untrained(encoders["both"].model, seed=0)} | encoders
@@ -267,14 +205,14 @@ def main():
     logs, pictures = out / "logs", out / "pictures"
     say(f"everything goes to {out}")
     if not pictures.exists():
-        write_digits(out / "pictures.part")
+        digits.write_digits(out / "pictures.part")
         (out / "pictures.part").rename(pictures)
     words = ("tools/import_images.py", pictures, f"--out={out / 'digits'}")
     run(logs, Command("import", out / "digits" / "dataset_info.json", words))
-    images = {split: read_pictures(out / "digits", split) for split in ("train", "test")}
+    images = {split: digits.read_pictures(out / "digits", split) for split in ("train", "test")}
     if not (out / "teacher").exists():
         say("training the teacher (supervised: it sees the training labels)")
-        train_teacher(out / "digits", out / "teacher.part", steps=args.steps or 300)
+        digits.train_teacher(out / "digits", out / "teacher.part", steps=args.steps or 600)
         (out / "teacher.part").rename(out / "teacher")
     run(logs, token_store(out, "tokens"))
     run(logs, token_store(out, "tokens_test", "--config.split=test", "--config.views=1"))
@@ -293,7 +231,9 @@ def main():
         table = measure(feature_sets(out, images))
         plot.accuracies(table, out / "accuracy.png")
         text.write_text(plot.table(table) + "\n")
-    print(f"\nAccuracy on {TEST} held-out digits, %, by labels a class:\n\n{text.read_text()}")
+    print(
+        f"\nAccuracy on {digits.TEST} held-out digits, %, by labels a class:\n\n{text.read_text()}"
+    )
     say(f"done in {metrics.duration(time.monotonic() - started)}: tables and pictures in {out}")
     print(f"next: look at {out}/accuracy.png, losses.png, tokens.png; load {out}/timm in timm")
 

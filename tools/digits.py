@@ -1,0 +1,75 @@
+"""The quickstart's images and teacher: scikit-learn's digits as files, a small supervised tower."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dgpt_jax import clip, records, views
+from dgpt_jax.convert import clip as clip_weights
+
+TEST = 360  # images of the test split, of 1,797
+TOWER = clip.Tower(
+    image_size=32, patch=8, width=64, depth=4, heads=2, mlp_width=256, out_width=64,
+    activation="gelu",
+)  # fmt: skip
+
+
+def write_digits(folder: Path):
+    """scikit-learn's digits as 32×32 files folder/{train,test}/CLASS/i.{png,jpg}."""
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    for place, i in enumerate(order):
+        split = "test" if place < TEST else "train"
+        path = folder / split / str(digits.target[i])
+        path.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8))
+        image = image.resize((32, 32), Image.Resampling.BICUBIC)
+        if i % 2:
+            image.save(path / f"{i:04d}.png")
+        else:
+            image.save(path / f"{i:04d}.jpg", quality=95)
+
+
+def read_pictures(dataset, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """All pictures (N, 32, 32, 3) and labels of a split."""
+    examples = list(records.Split(dataset, split))
+    pictures = np.stack([views.decode_picture(e["image"]) for e in examples])
+    return pictures, np.array([e["label"] for e in examples])
+
+
+def train_teacher(dataset, directory: Path, steps: int):
+    """Trains a small CLIP tower against ten fixed random unit vectors, one a class; saves it."""
+    pictures, labels = read_pictures(dataset, "train")
+    rng = np.random.default_rng(1)
+    vectors = rng.standard_normal((10, TOWER.out_width)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    init = jax.jit(clip.ClipTower(TOWER).init)
+    params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, steps // 10, steps))
+
+    def loss(params, pictures, labels):
+        cls = clip.teacher_tokens(TOWER, params, pictures)[:, 0]
+        cls /= jnp.linalg.norm(cls, axis=1, keepdims=True)
+        logits = 10 * cls @ vectors.T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def step(params, opt_state, pictures, labels):
+        grads = jax.grad(loss)(params, pictures, labels)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = tx.init(params)
+    for _ in range(steps):
+        chosen = rng.integers(0, len(pictures), 64)
+        crops = []
+        for picture in pictures[chosen]:
+            view = views.draw(rng, 32, 32, scale=(0.5, 1), ratio=(3 / 4, 4 / 3), flip=False)
+            crops.append(views.render(picture, view, 32))
+        params, opt_state = step(params, opt_state, np.stack(crops), labels[chosen])
+    clip_weights.save(directory, params, TOWER)
