@@ -71,6 +71,7 @@ def test_every_epoch_is_a_new_permutation_with_new_views_and_orders(examples):
         if {a, b, c, d} == {0, 1, 2, 3}
     }  # fmt: skip
     assert not any(np.array_equal(x, y) for x in first["image"] for y in second["image"])
+    assert len({tuple(examples(position, 0)["order"]) for position in range(20)}) > 5
 
 
 def test_orders_hang_on_the_position_not_on_the_row(examples):
