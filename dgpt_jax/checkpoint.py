@@ -4,7 +4,9 @@ Parameters alone open on any machine, as NumPy arrays, whatever topology wrote t
 state opens on any mesh. The only file that imports Orbax.
 """
 
+import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,20 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, metadata: dict[str, Any]):
-        """Starts saving; `metadata` is JSON. Raises RuntimeError where Orbax declines."""
+        """Starts saving; `metadata` is JSON. Raises RuntimeError where Orbax declines.
+
+        Raises UserError where the disk is full, at the latest when the next save begins.
+        """
         step = int(state.step)
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                metadata=ocp.args.JsonSave({"format": FORMAT, "step": step} | metadata),
-            ),
-        )
+        with self._full_disk_is_the_users():
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    opt_state=ocp.args.StandardSave(state.opt_state),
+                    metadata=ocp.args.JsonSave({"format": FORMAT, "step": step} | metadata),
+                ),
+            )
         if not saved:
             raise RuntimeError(
                 f"the checkpoint of step {step} was not saved: {self._manager.directory} holds "
@@ -79,10 +85,23 @@ class Checkpoints:
 
     def close(self):
         """Waits for the last save; raises what went wrong in the background."""
+        with self._full_disk_is_the_users():
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _full_disk_is_the_users(self):
         try:
-            self._manager.wait_until_finished()
-        finally:
-            self._manager.close()
+            yield
+        except Exception as e:  # TensorStore raises ValueError, Orbax various, the system OSError
+            if not re.search(r"RESOURCE_EXHAUSTED|No space left|quota exceeded", str(e)):
+                raise
+            raise UserError(
+                f"no space left for a checkpoint in {self._manager.directory}, which holds step "
+                f"{self._manager.latest_step() or 'none'}: make room, then the same command continues"
+            ) from e
 
 
 def _checked(metadata: dict, path) -> dict:
