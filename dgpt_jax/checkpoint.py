@@ -98,9 +98,10 @@ class Checkpoints:
         except Exception as e:  # TensorStore raises ValueError, Orbax various, the system OSError
             if not re.search(r"RESOURCE_EXHAUSTED|No space left|quota exceeded", str(e)):
                 raise
+            newest = self._manager.latest_step() or "none"
             raise UserError(
-                f"no space left for a checkpoint in {self._manager.directory}, which holds step "
-                f"{self._manager.latest_step() or 'none'}: make room, then the same command continues"
+                f"no space left for a checkpoint in {self._manager.directory} (newest complete "
+                f"step: {newest}): make room, then the same command continues"
             ) from e
 
 
