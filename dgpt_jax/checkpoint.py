@@ -39,6 +39,10 @@ class Checkpoints:
             item_names=("params", "opt_state", "metadata"),
         )
 
+    @property
+    def directory(self) -> str:
+        return str(self._manager.directory)
+
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
@@ -59,7 +63,7 @@ class Checkpoints:
             )
         if not saved:
             raise RuntimeError(
-                f"the checkpoint of step {step} was not saved: {self._manager.directory} holds "
+                f"the checkpoint of step {step} was not saved: {self.directory} holds "
                 f"step {self._manager.latest_step()}"
             )
 
@@ -68,7 +72,7 @@ class Checkpoints:
             self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))[
                 "metadata"
             ],
-            self._manager.directory,
+            self.directory,
         )
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -100,7 +104,7 @@ class Checkpoints:
                 raise
             newest = self._manager.latest_step() or "none"
             raise UserError(
-                f"no space left for a checkpoint in {self._manager.directory} (newest complete "
+                f"no space left for a checkpoint in {self.directory} (newest complete "
                 f"step: {newest}): make room, then the same command continues"
             ) from e
 

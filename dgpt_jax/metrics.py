@@ -24,6 +24,7 @@ class Writer:
 
     def __init__(self, workdir: Path):
         self._active = jax.process_index() == 0
+        self._workdir = workdir
         if self._active:
             workdir.mkdir(parents=True, exist_ok=True)
             self._file = (workdir / "metrics.jsonl").open("a")
@@ -40,9 +41,12 @@ class Writer:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def text(self, name: str, text: str):
+    def config(self, resolved: dict):
+        """The resolved config: config.json, and a text in TensorBoard."""
         if self._active:
-            self._board.add_text(name, text)
+            text = json.dumps(resolved, indent=1)
+            (self._workdir / "config.json").write_text(text + "\n")
+            self._board.add_text("config", f"```\n{text}\n```")
 
     def close(self):
         if self._active:
@@ -68,14 +72,19 @@ class Clock:
         self._waited += seconds
 
     def read(self, step: int) -> dict[str, float]:
-        """images/s, share of time waiting for data, and seconds left, since the last reading."""
+        """images/s, share of time waiting for data, and seconds left, since the last reading.
+
+        Empty where no step has been done since.
+        """
+        if step == self._step:
+            return {}
         elapsed = max(time.monotonic() - self._time, 1e-9)
         rate = (step - self._step) / elapsed
         self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
         values = {
             "images_per_second": rate * self.batch_size,
             "data_wait": min(self._waited / elapsed, 1.0),
-            "eta_seconds": (self.total - step) / self._rate if self._rate else math.inf,
+            "eta_seconds": (self.total - step) / self._rate,
         }
         self.restart(step)
         return values
@@ -107,8 +116,8 @@ class Progress:
         known = ("eta_seconds", "images_per_second", "data_wait", "learning_rate")
         losses = " ".join(f"{n} {v:.4f}" for n, v in values.items() if n not in known)
         line = (
-            f"step {step}/{self.total} eta {duration(values['eta_seconds'])} "
-            f"{values['images_per_second']:.0f} img/s wait {values['data_wait']:.0%} "
+            f"step {step}/{self.total} eta {duration(values.get('eta_seconds', math.inf))} "
+            f"{values.get('images_per_second', 0):.0f} img/s wait {values.get('data_wait', 0):.0%} "
             f"{losses} lr {values['learning_rate']:.2e}"
         )
         if self._live:

@@ -20,6 +20,7 @@ from dgpt_jax import checkpoint, cli, hosts, metrics, optim, pipeline, schema, s
 from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
 from dgpt_jax.evals import pretraining
+from dgpt_jax.schema import UserError
 from dgpt_jax.step import make_train_step
 from dgpt_jax.tasks.pretrain import Pretrain
 
@@ -56,21 +57,15 @@ def train(config: Train, workdir: Path) -> int:
     rate = optim.schedule(peak, schedule.warmup, schedule.total)
     tx = optim.optimizer(config.optim, rate)
     progress = metrics.Progress(schedule.total)
-    resolved = describe(config, task, schedule, mesh, peak, workdir, progress)
+    describe(config, task, schedule, mesh, peak, progress)
+    resolved = schema.to_dict(config)
 
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
     writer = metrics.Writer(workdir)
     stop = hosts.StopOnSignal()
     try:
-        # Weights come from the run's own newest checkpoint, else from scratch.
-        latest = checkpoints.latest()
-        if latest is None:
-            train_state = state.create(task.init, tx, mesh, config.seed)
-            writer.text("config", f"```\n{json.dumps(resolved, indent=1)}\n```")
-        else:
-            checkpoints.metadata(latest)
-            train_state = checkpoints.restore(latest, state.abstract(task.init, tx, mesh))
-            progress.say(f"continuing from step {latest} in {workdir}")
+        train_state, first = begin(config, task, tx, mesh, checkpoints, progress)
+        writer.config(resolved)
         progress.say(
             parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
         )
@@ -79,7 +74,7 @@ def train(config: Train, workdir: Path) -> int:
         step_fn = make_train_step(task.loss, tx, mesh, accum_steps=config.accum_steps)
         collection = metrics.averages(task.metric_names)
         evaluators = pretraining.periodic(task, mesh)
-        step = first = latest or 0
+        step = first
         batches = pipeline.train_batches(
             task.examples, config.batch_size, rows=rows, start_step=first
         )
@@ -143,10 +138,29 @@ def train(config: Train, workdir: Path) -> int:
     return 0
 
 
-def describe(config, task, schedule, mesh, peak, workdir, progress) -> dict:
-    """Prints and saves the resolved config and what follows from it; returns it as a dict."""
-    resolved = schema.to_dict(config)
-    for name, value in schema.flatten(resolved).items():
+def begin(config, task, tx, mesh, checkpoints, progress) -> tuple[state.TrainState, int]:
+    """State and step of the run's newest checkpoint, else fresh ones.
+
+    Raises UserError where the checkpoint is of another model; other changes are only said.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return state.create(task.init, tx, mesh, config.seed), 0
+    before = schema.flatten(checkpoints.metadata(latest)["config"])
+    now = schema.flatten(json.loads(json.dumps(schema.to_dict(config))))
+    for name, value in now.items():
+        if value != (old := before.get(name)):
+            change = f"config.{name} is {value!r}, in the checkpoint of step {latest} {old!r}"
+            if name.startswith("model."):
+                raise UserError(f"{change}: choose another --workdir")
+            progress.say(change)
+    progress.say(f"continuing from step {latest} in {checkpoints.directory}")
+    return checkpoints.restore(latest, state.abstract(task.init, tx, mesh)), latest
+
+
+def describe(config, task, schedule, mesh, peak, progress):
+    """Prints the resolved config and what follows from it."""
+    for name, value in schema.flatten(schema.to_dict(config)).items():
         progress.say(f"config.{name} = {value!r}")
     for note in task.notes:
         progress.say(note)
@@ -157,10 +171,6 @@ def describe(config, task, schedule, mesh, peak, workdir, progress) -> dict:
         f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}, "
         f"{jax.process_count()} process(es)"
     )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
-    return resolved
 
 
 def main():

@@ -1,6 +1,7 @@
 """The whole loop: resuming is exact, the loss falls, what it writes is read by everything else."""
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from dgpt_jax import (
     step,
     train,
 )
+from dgpt_jax.schema import UserError
 from dgpt_jax.tasks.pretrain import Pretrain
 from tests.data import TINY, image_dataset, random_teacher, token_store
 
@@ -125,6 +127,16 @@ def test_a_finished_run_is_left_alone(made, whole, capsys):
     assert train.train(settings(made[2]), whole) == 0
     assert (whole / "metrics.jsonl").read_bytes() == before
     assert f"{whole} holds step 20" in capsys.readouterr().err
+
+
+def test_another_model_does_not_continue_a_run(made, whole, tmp_path, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "copy")
+    with pytest.raises(UserError, match=r"config.model.depth is 2, in the checkpoint .* 3: choose"):
+        train.train(settings(made[2], model={"depth": 2, "taps": (1, 2)}), workdir)
+    assert (workdir / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+    other = settings(made[2], total="20 steps", log_every=2)
+    assert train.train(other, workdir) == 0
+    assert "config.log_every is 2, in the checkpoint of step 20 1" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves(made, tmp_path, monkeypatch):

@@ -1,0 +1,80 @@
+"""What the host writes: JSONL, TensorBoard, the progress line and its clock."""
+
+import io
+import json
+import math
+import struct
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from dgpt_jax import metrics
+
+VALUES = {
+    "eta_seconds": 75.0, "images_per_second": 1234.5, "data_wait": 0.04, "learning_rate": 1e-3,
+    "loss": 1.5, "grad_norm": 2.0,
+}  # fmt: skip
+
+
+def test_scalars_reach_jsonl_and_tensorboard(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    writer.scalars(3, {"loss": 1.5, "next": math.nan})
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 3, "loss": 1.5, "next": "nan"}]
+    found = {}
+    for path in (tmp_path / "tensorboard").iterdir():
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, the event, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+            data = data[16 + length :]
+    assert found[3, "loss"] == 1.5 and math.isnan(found[3, "next"])
+    metrics.Writer(tmp_path).close()  # a resumed run appends
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+
+
+def test_the_clock_leaves_out_the_compile(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    clock = metrics.Clock(0, total=100, batch_size=8)
+    now = 60.0
+    clock.restart(1)  # the first step took a minute
+    assert clock.read(1) == {}
+    now = 65.0
+    clock.waited(1.0)
+    assert clock.read(11) == {"images_per_second": 16, "data_wait": 0.2, "eta_seconds": 44.5}
+    now = 66.0
+    clock.waited(5.0)
+    values = clock.read(13)
+    assert values["images_per_second"] == 16 and values["data_wait"] == 1.0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_the_progress_line(stream):
+    output = stream()
+    progress = metrics.Progress(100, output)
+    progress.show(50, VALUES)
+    progress.say("a line of its own")
+    progress.show(60, VALUES)
+    progress.close()
+    shown = output.getvalue()
+    assert (
+        "step 50/100 eta 1m15s 1234 img/s wait 4% loss 1.5000 grad_norm 2.0000 lr 1.00e-03" in shown
+    )
+    if stream is Terminal:  # one line, drawn again, below what was said
+        assert shown.count("\n") == 2 and shown.count("\r") == 3
+        assert "█" * 10 + "·" * 10 in shown
+    else:
+        assert shown.count("\n") == 3 and "\r" not in shown and "█" not in shown
+
+
+def test_durations():
+    shown = [metrics.duration(x) for x in (0, 59.6, 3725, 50 * 3600, math.inf)]
+    assert shown == ["0m00s", "1m00s", "1h02m", "2.1d", "?"]
