@@ -92,7 +92,7 @@ def build(config: Tokens, out) -> StoreInfo:
     out = epath.Path(out)
     source = records.Split(config.source, config.split)
     teacher = Teacher(config.teacher)
-    say = metrics.Progress(0).say
+    say = metrics.Progress().say
     for note in teacher.notes:
         say(note)
     with ThreadPoolExecutor(config.threads) as pool:

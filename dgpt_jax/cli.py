@@ -13,25 +13,33 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from dgpt_jax import hosts
 from dgpt_jax import schema as schema_lib
 from dgpt_jax.schema import UserError
 
 
 def run(main: Callable[[], None]):
-    """Runs a command: a UserError becomes one line and exit code 1, Ctrl-C exit code 130."""
+    """Runs a command: a UserError becomes one line and exit code 1, Ctrl-C exit code 130.
+
+    One of several processes ends at once on any error, so that the others end too.
+    """
     try:
         main()
+        return
     except UserError as e:
-        sys.exit(f"error: {e}")
+        ending = f"error: {e}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        ending = 130
     except BrokenPipeError:
-        sys.exit(1)
-    except OSError as e:
-        if not e.filename:
-            raise
+        ending = 1
+    except Exception as e:
         traceback.print_exc()
-        sys.exit(f"error: {e.filename}: {e.strerror}")
+        ending = f"error: {e.filename}: {e.strerror}" if getattr(e, "filename", None) else 1
+    if hosts.together():
+        if isinstance(ending, str):
+            print(ending, file=sys.stderr)
+        hosts.end(ending if isinstance(ending, int) else 1)
+    sys.exit(ending)
 
 
 def parser(description: str, schema=None) -> argparse.ArgumentParser:

@@ -137,6 +137,16 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    coordinator: str = entry(
+        "", "HOST:PORT of process 0; empty: alone, or found by JAX on a cluster"
+    )
+    processes: int | None = entry(None, "number of processes that must take part")
+    process: int | None = entry(None, "number of this one, from 0; with coordinator")
+    timeout: int = entry(120, "seconds to wait for all of them")
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: str = entry("5 epochs", "duration between checkpoints")
     keep: int = entry(2, "newest checkpoints to keep")
@@ -165,6 +175,7 @@ class Train:
     dtype: str = entry("bfloat16", "dtype of matmuls: bfloat16 or float32 (weights stay float32)")
     log_every: int = entry(50, "steps between log lines")
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
+    hosts: Hosts = Hosts()
     model: Model = Model()
     data: Data = Data()
     teacher: Teacher = Teacher()
@@ -216,6 +227,7 @@ class Tokens:
     shard_size: int = entry(8192, "examples a shard")
     threads: int = entry(8, "threads that decode, crop and encode pictures")
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
+    hosts: Hosts = Hosts()
     teacher: Teacher = Teacher()
 
     def resolved(self) -> "Tokens":
@@ -247,6 +259,7 @@ class Evaluate:
     temperature: float = entry(0.07, "kNN: a neighbour votes exp(similarity / temperature)")
     batch_size: int = entry(256, "images a step")
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
+    hosts: Hosts = Hosts()
 
     def resolved(self) -> "Evaluate":
         """Itself. Raises UserError on values that mean nothing."""

@@ -80,7 +80,7 @@ def main():
     made.add_argument("--checkpoint", required=True, help="work directory or .safetensors")
     made.add_argument("--out", help="write the results to this JSON file too")
     arguments, settings = cli.parse(made, Evaluate)
-    hosts.start(settings.platform)
+    hosts.start(settings.hosts, settings.platform)
     encoder = load.load_encoder(arguments.checkpoint)
     results = evaluate(settings, encoder)
     print(f"{encoder.source} on {settings.data}")

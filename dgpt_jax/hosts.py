@@ -1,20 +1,41 @@
-"""Starting JAX on the platform that was asked for, stopping on a signal."""
+"""Many hosts as one program: joining them, checking them before any work, ending them together."""
 
+import glob
+import importlib.util
 import os
+import re
+import secrets
 import signal
+import socket
+import sys
 
 import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
+from dgpt_jax.config import Hosts
 from dgpt_jax.schema import UserError
 
 # What a scheduler's signal ends with after saving: "try again", as sysexits has it.
 EXIT_PREEMPTED = 75
+HEARTBEAT_SECONDS = 30  # a host that is silent for so long is dead, and so are then all others
+NAME_BYTES = 64
 
 
-def start(platform: str):
-    """Picks the platform ("" for what JAX finds) and fails where it is not there."""
+def start(config: Hosts, platform: str):
+    """Joins the other processes, if there are any, and picks the platform ("" for what JAX finds).
+
+    Raises UserError where processes are missing, or where the platform is not there.
+    """
     if platform:
         jax.config.update("jax_platforms", "cuda" if platform == "gpu" else platform)
+    if config.coordinator:
+        if config.processes is None or config.process is None:
+            raise UserError("config.hosts.coordinator needs hosts.processes and hosts.process too")
+        _join(config, config.coordinator, config.processes, config.process)
+    elif _launched_together(platform):
+        _join(config)
     try:
         found = jax.default_backend()
     except RuntimeError as e:
@@ -22,12 +43,119 @@ def start(platform: str):
         raise UserError(f"config.platform={platform} is not available: {reason}") from None
     if platform and found != platform:
         raise UserError(f"config.platform={platform} was asked for, JAX found {found}")
+    if not platform and found == "cpu" and _accelerators():
+        raise UserError(
+            f"this machine has {_accelerators()}, but JAX found only the CPU: another process may "
+            f"hold it, or the package for it is missing (config.platform=cpu to go on without)"
+        )
+    if config.processes is not None and config.processes != jax.process_count():
+        raise UserError(
+            f"config.hosts.processes is {config.processes}, JAX found {jax.process_count()}"
+        )
+
+
+def _join(config: Hosts, *address):
+    """jax.distributed.initialize; JAX finds the others on TPU, Slurm, Open MPI without address."""
+    try:
+        jax.distributed.initialize(
+            *address,
+            initialization_timeout=config.timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except Exception as e:  # the runtime raises various kinds
+        seen = re.search(r"(\d+)/(\d+)", str(e))
+        count = f"saw {seen[1]} of {seen[2]} processes" if seen else "the processes did not meet"
+        where = f" at {address[0]}" if address else ""
+        reason = str(e).split("\n")[0][:200]
+        raise UserError(f"{count} within {config.timeout} s{where}: {reason}") from None
+
+
+def _launched_together(platform: str) -> bool:
+    """Whether a launcher that JAX knows has started several processes, or this is a TPU machine."""
+    several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    if any(int(os.environ.get(name, 1)) > 1 for name in several):
+        return True
+    return platform in ("", "tpu") and "cpu" not in _platforms() and "TPU" in _accelerators()
+
+
+def _platforms() -> str:
+    return jax.config.jax_platforms or ""
+
+
+def _accelerators() -> str:
+    """What device files tell, unless JAX is told not to look beyond the CPU."""
+    if "cpu" in _platforms():
+        return ""
+    tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if tpus and importlib.util.find_spec("libtpu"):
+        return "a TPU"
+    return "a GPU" if glob.glob("/dev/nvidia[0-9]*") else ""
+
+
+def together() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def preflight(workdir, mesh) -> list[str]:
+    """Lines of a table of all processes, after checking that they share `workdir`.
+
+    Raises UserError, on every host, with the hosts that do not see what the first one writes there.
+    """
+    name = np.zeros(NAME_BYTES, np.uint8)
+    encoded = socket.gethostname().encode()[:NAME_BYTES]
+    name[: len(encoded)] = list(encoded)
+    names = [bytes(row).rstrip(b"\0").decode() for row in _everyones(name)]
+    if jax.process_count() > 1:
+        sees = _everyones(_sees_probe(epath.Path(workdir)))
+        blind = [name for name, seen in zip(names, sees, strict=True) if not seen]
+        if blind:
+            raise UserError(
+                f"{', '.join(blind)} cannot see what {names[0]} writes to {workdir}: --workdir "
+                f"must be one directory that all hosts share"
+            )
+    lines = ["process  host                      devices  of all"]
+    for process, host in enumerate(names):
+        devices = sum(d.process_index == process for d in jax.devices())
+        lines.append(f"{process:7}  {host:24}  {devices:7}  {jax.device_count():6}")
+    return [*lines, f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}"]
+
+
+def _everyones(value: np.ndarray) -> np.ndarray:
+    """The value of every process, stacked."""
+    gathered = multihost_utils.process_allgather(value)
+    return np.reshape(gathered, (jax.process_count(), *np.shape(value)))
+
+
+def _sees_probe(workdir: epath.Path) -> np.ndarray:
+    """Whether this process sees a file that process 0 writes into `workdir`, which it makes."""
+    drawn = np.array(secrets.randbits(31), np.int32)
+    probe = workdir / f".probe_{int(multihost_utils.broadcast_one_to_all(drawn))}"
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+    multihost_utils.sync_global_devices("probe written")
+    sees = np.array(probe.exists())
+    multihost_utils.sync_global_devices("probe read")
+    if jax.process_index() == 0:
+        probe.unlink()
+    return sees
+
+
+def end(code: int):
+    """Ends this process and with it, within a minute, all others: without the barrier at exit, in
+    which it would wait for hosts that wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class StopOnSignal:
     """Within it, SIGTERM and SIGINT set `exit_code` instead of ending the process.
 
-    The loop looks at it between steps, saves, and leaves. A second SIGINT leaves at once.
+    The loop asks between steps, saves, and leaves; a second SIGINT leaves at once. One of several
+    processes leaves SIGTERM to JAX, which makes all of them stop after the same step.
     """
 
     def __init__(self):
@@ -35,13 +163,19 @@ class StopOnSignal:
         self._before = {}
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in () if together() else (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop before `step`; every process asks for every step and hears the same."""
+        if together() and multihost_utils.reached_preemption_sync_point(step):
+            self.exit_code = EXIT_PREEMPTED
+        return self.exit_code is not None
 
     def _receive(self, number, _):
         if number == signal.SIGINT and self.exit_code is not None:

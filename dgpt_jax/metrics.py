@@ -104,24 +104,23 @@ def duration(seconds: float) -> str:
 class Progress:
     """One line on stderr: a live bar in a terminal, plain lines elsewhere. On process 0."""
 
-    def __init__(self, total: int, stream=None):
-        stream = stream or sys.stderr
-        self.total, self._stream = total, stream
+    def __init__(self, stream=None):
+        self._stream = stream or sys.stderr
         self._active = jax.process_index() == 0
-        self._live = self._active and stream.isatty()
+        self._live = self._active and self._stream.isatty()
 
-    def show(self, step: int, values: dict[str, float]):
+    def show(self, step: int, total: int, values: dict[str, float]):
         if not self._active:
             return
         known = ("eta_seconds", "images_per_second", "data_wait", "learning_rate")
         losses = " ".join(f"{n} {v:.4f}" for n, v in values.items() if n not in known)
         line = (
-            f"step {step}/{self.total} eta {duration(values.get('eta_seconds', math.inf))} "
+            f"step {step}/{total} eta {duration(values.get('eta_seconds', math.inf))} "
             f"{values.get('images_per_second', 0):.0f} img/s wait {values.get('data_wait', 0):.0%} "
             f"{losses} lr {values['learning_rate']:.2e}"
         )
         if self._live:
-            filled = 20 * step // self.total
+            filled = 20 * step // total
             bar = "█" * filled + "·" * (20 - filled)
             self._stream.write(f"\r\x1b[K{bar} {line}")
         else:

@@ -50,13 +50,15 @@ def resolve_schedule(config: Train, examples: int) -> Schedule:
 def train(config: Train, workdir: Path) -> int:
     """Trains to the end or to a signal; returns the exit code."""
     mesh = sharding.make_mesh(config.mesh)
+    progress = metrics.Progress()
+    for line in hosts.preflight(workdir, mesh):
+        progress.say(line)
     rows = sharding.process_rows(mesh, config.batch_size)
     task = Pretrain(config)
     schedule = resolve_schedule(config, len(task.examples))
     peak = config.optim.blr * config.batch_size / 256
     rate = optim.schedule(peak, schedule.warmup, schedule.total)
     tx = optim.optimizer(config.optim, rate)
-    progress = metrics.Progress(schedule.total)
     describe(config, task, schedule, mesh, peak, progress)
     resolved = schema.to_dict(config)
 
@@ -90,11 +92,11 @@ def train(config: Train, workdir: Path) -> int:
             at, values, computed = pending
             values |= {name: float(v) for name, v in jax.device_get(computed).items()}
             writer.scalars(at, values)
-            progress.show(at, values)
+            progress.show(at, schedule.total, values)
             pending = None
 
         with stop, contextlib.closing(batches):
-            while step < schedule.total and stop.exit_code is None:
+            while step < schedule.total and not stop.asked(step):
                 asked = time.monotonic()
                 batch = next(batches)
                 clock.waited(time.monotonic() - asked)
@@ -177,7 +179,7 @@ def main():
     made = cli.parser(__doc__, Train)
     made.add_argument("--workdir", required=True, help="directory of the run; made if absent")
     arguments, config = cli.parse(made, Train)
-    hosts.start(config.platform)
+    hosts.start(config.hosts, config.platform)
     sys.exit(train(config, Path(arguments.workdir)))
 
 

@@ -59,10 +59,10 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_the_progress_line(stream):
     output = stream()
-    progress = metrics.Progress(100, output)
-    progress.show(50, VALUES)
+    progress = metrics.Progress(output)
+    progress.show(50, 100, VALUES)
     progress.say("a line of its own")
-    progress.show(60, VALUES)
+    progress.show(60, 100, VALUES)
     progress.close()
     shown = output.getvalue()
     assert (

@@ -11,7 +11,7 @@ def main():
     made = cli.parser(__doc__, Tokens)
     made.add_argument("--out", required=True, help="directory of the store; made if absent")
     args, config = cli.parse(made, Tokens)
-    hosts.start(config.platform)
+    hosts.start(config.hosts, config.platform)
     info = build.build(config, args.out)
     least, mean = info.cosine
     print(

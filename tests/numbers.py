@@ -1,0 +1,122 @@
+"""Twenty training steps on a layout of devices, written down to be compared with other layouts.
+
+    python -m tests.numbers OUT STORE LAYOUT… [--hosts=ADDRESS,PROCESSES,PROCESS] [--fault=FAULT]
+
+A LAYOUT is DATAxFSDPxTENSOR[:MICROBATCHES]. FAULT plants a mistake: `gradient` scales all gradients
+by 8, `half` replaces half of every batch by the other half.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dgpt_jax import config, hosts, metrics, optim, param_rules, pipeline, schema, sharding, state
+from dgpt_jax.step import make_train_step
+from dgpt_jax.tasks.pretrain import Pretrain
+from tests.data import TINY
+
+STEPS, BATCH = 20, 16
+
+
+def recorder() -> optax.GradientTransformation:
+    """Leaves the parameters alone; its state is the last gradient."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads),
+    )
+
+
+def flat(tree, prefix: str) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {f"{prefix}/{param_rules.path_of(path)}": np.asarray(leaf) for path, leaf in leaves}
+
+
+def run(layout: str, store: str, fault: str) -> dict[str, np.ndarray]:
+    """losses (STEPS,), gradient/PATH: norms at step 0, params/PATH: after the last step."""
+    shape, _, accum = layout.partition(":")
+    sizes = [int(n) for n in shape.split("x")]
+    settings = {
+        "batch_size": BATCH, "accum_steps": int(accum or 1), "dtype": "float32", "model": TINY,
+        "total": f"{STEPS} steps", "data": {"path": store, "threads": 2},
+        "mesh": dict(zip(sharding.AXES, sizes, strict=True)),
+    }  # fmt: skip
+    run = schema.parse(config.Train, settings)
+    task = Pretrain(run)
+    mesh = sharding.make_mesh(run.mesh, jax.devices()[: int(np.prod(sizes))])
+    rows = sharding.process_rows(mesh, BATCH)
+
+    def loss(params, frozen, batch):
+        value, parts = task.loss(params, frozen, batch)
+        return value * (8 if fault == "gradient" else 1), parts
+
+    def batches():
+        stream = pipeline.train_batches(task.examples, BATCH, rows=rows, start_step=0)
+        for batch in stream:
+            if fault == "half":
+                batch = jax.tree.map(lambda x: np.concatenate([x[: len(x) // 2]] * 2), batch)
+            yield sharding.global_batch(mesh, BATCH, batch)
+
+    def steps(tx, count):
+        current = state.create(task.init, tx, mesh, seed=0)
+        step = make_train_step(loss, tx, mesh, accum_steps=run.accum_steps)
+        collection, losses = metrics.averages(task.metric_names), []
+        for _, batch in zip(range(count), batches(), strict=False):
+            current, running = step(current, collection.empty(), batch, {})
+            values = running.compute()
+            losses.append(float(values["next"] + values["visible"]))
+        return current, losses
+
+    gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
+    recorded = gather(steps(recorder(), 1)[0].opt_state)
+    norms = {name: np.linalg.norm(g) for name, g in flat(recorded, "gradient").items()}
+    rate = optim.schedule(5e-3, 2, STEPS)
+    final, losses = steps(optim.optimizer(run.optim, rate), STEPS)
+    return {"losses": np.array(losses)} | norms | flat(gather(final.params), "params")
+
+
+def without_keys(name: str, leaf: np.ndarray) -> np.ndarray:
+    """Biases without those of attention's keys: the softmax does not see them, so their gradient is
+    rounding noise, which Adam scales up to a full step."""
+    if name.endswith("qkv/bias"):
+        return leaf[:, [0, 2]]
+    return leaf[:, 1] if name.endswith("kv/bias") else leaf
+
+
+def assert_same(a: dict, b: dict):
+    """Losses within 1e-5 relative, gradient norms and parameters within 1e-4."""
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose(a["losses"], b["losses"], rtol=1e-5)
+    for name in a:
+        kind = name.partition("/")[0]
+        if kind == "gradient":
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
+        elif kind == "params":
+            x, y = without_keys(name, a[name]), without_keys(name, b[name])
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * np.abs(x).max(), err_msg=name)
+
+
+def main():
+    made = argparse.ArgumentParser()
+    made.add_argument("out", type=Path)
+    made.add_argument("store")
+    made.add_argument("layouts", nargs="+")
+    made.add_argument("--hosts", default="")
+    made.add_argument("--fault", default="")
+    args = made.parse_args()
+    if args.hosts:
+        address, processes, process = args.hosts.split(",")
+        hosts.start(
+            config.Hosts(coordinator=address, processes=int(processes), process=int(process)), "cpu"
+        )
+    for layout in args.layouts:
+        found = run(layout, args.store, args.fault)
+        if jax.process_index() == 0:
+            np.savez(args.out / f"{layout.replace(':', '_')}{args.fault}.npz", **found)
+
+
+if __name__ == "__main__":
+    main()
