@@ -30,6 +30,7 @@ setup(
         "numpy>=2.1,<3",
         "opencv-python-headless>=4.10,<6",
         "pillow>=11,<14",
+        "psutil>=6,<8",
         "safetensors>=0.5,<1",
         "tensorboardX>=2.6.2,<3",
     ],
