@@ -34,7 +34,8 @@ def run(main: Callable[[], None]):
         ending = 1
     except Exception as e:
         traceback.print_exc()
-        ending = f"error: {e.filename}: {e.strerror}" if getattr(e, "filename", None) else 1
+        named = isinstance(e, OSError) and e.filename
+        ending = f"error: {e.filename}: {e.strerror}" if named else 1
     if hosts.together():
         if isinstance(ending, str):
             print(ending, file=sys.stderr)

@@ -51,8 +51,7 @@ def train(config: Train, workdir: Path) -> int:
     """Trains to the end or to a signal; returns the exit code."""
     mesh = sharding.make_mesh(config.mesh)
     progress = metrics.Progress()
-    for line in hosts.preflight(workdir, mesh):
-        progress.say(line)
+    progress.say("\n".join(hosts.preflight(workdir, mesh)))
     rows = sharding.process_rows(mesh, config.batch_size)
     task = Pretrain(config)
     schedule = resolve_schedule(config, len(task.examples))
