@@ -1,7 +1,7 @@
 """D-iGPT ViT-B/16 on ImageNet-1K, 300 epochs: the paper's main recipe (section 4, and the code).
 
-    python -m dgpt_jax.train --config=configs/pretrain_b16_in1k.py --workdir=gs://BUCKET/b16 \\
-        --config.data.path=gs://BUCKET/tokens
+    python -m dgpt_jax.train --config=configs/pretrain_b16_in1k.py --workdir=DIR \\
+        --config.data.path=TOKENS
 
 Batch 4096, peak learning rate 2.4e-3, 40 epochs of warm-up. Fine-tuned accuracy in the paper: 86.2
 (the authors' PyTorch on GPUs), 85.9 (their own run on TPU). Ours: not run.
