@@ -88,6 +88,9 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     path: str = entry("", "TFDS directory: a token store, or an image dataset")
+    examples: int | None = entry(
+        None, "examples that it must have, and that a plan without it goes by; default: any number"
+    )
     split: str = entry("train", "split of an image dataset (a token store's splits are its views)")
     targets: str = entry("stored", "stored (token store), online (live views), pixels (iGPT)")
     views: int | None = entry(None, "use the first so many views of the store; default: all")

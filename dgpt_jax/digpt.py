@@ -30,8 +30,8 @@ class DecoderBlock(nn.Module):
         attn1 = vit.Attention(self.heads, self.dtype, name="attn1")
         attn2 = vit.CrossAttention(self.heads, self.dtype, name="attn2")
         mlp = vit.Mlp(self.mlp_ratio, "gelu", self.dtype, name="mlp")
-        q_BNE = q_BNE + attn1(norm("norm1", q_BNE), mask_NN)
-        q_BNE = q_BNE + attn2(norm("norm2_1", q_BNE), norm("norm2_2", kv_BNE), mask_NN)
+        q_BNE = vit.kept(q_BNE + attn1(norm("norm1", q_BNE), mask_NN))
+        q_BNE = vit.kept(q_BNE + attn2(norm("norm2_1", q_BNE), norm("norm2_2", kv_BNE), mask_NN))
         return q_BNE + mlp(norm("norm2", q_BNE))
 
 
@@ -123,8 +123,9 @@ class DiGPT(nn.Module):
         # The last segment of the order never enters; CLS has position zero.
         x_BND = append_cls(x_BVTD, self.encoder.cls_token)
         mask_NN = segments.attention_mask(visible, x_BVTD.shape[2], self.cls_mask)
-        _, residuals_LBND = self.encoder.transform(x_BND, mask_NN)
-        return [residuals_LBND[depth - 1] for depth in self.taps], mask_NN
+        last_BND, inputs_LBND = self.encoder.transform(x_BND, mask_NN)
+        taps = [last_BND if d == self.encoder.depth else inputs_LBND[d] for d in self.taps]
+        return taps, mask_NN
 
 
 def take(x_BSTD, order_BP):

@@ -6,6 +6,7 @@ a process reads just the rows that its devices hold. So nothing here is ever che
 """
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,8 +90,14 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         if data.views is not None and not 1 <= data.views <= have:
             raise UserError(f"config.data.views {data.views}: {data.path} holds {have} views")
         names = [records.view_split(v) for v in range(data.views or have)]
+    sources = tuple(records.Split(data.path, name) for name in names)
+    if data.examples not in (None, len(sources[0])):
+        raise UserError(
+            f"{sources[0]} has {len(sources[0])} examples, the config expects {data.examples} "
+            f"(config.data.examples)"
+        )
     return Examples(
-        sources=tuple(records.Split(data.path, name) for name in names),
+        sources=sources,
         with_tokens=stored,
         data=data,
         image_size=model.image_size,
@@ -100,13 +107,20 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
 
 
 def train_batches(
-    examples: Examples, batch_size: int, *, rows: slice, start_step: int
+    examples: Examples, batch_size: int, *, rows: np.ndarray, start_step: int
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's `rows` of the global batches from `start_step` on, endlessly. Close it."""
-    local = rows.stop - rows.start
-    stream = grain.MapDataset.range(len(examples)).seed(examples.seed).shuffle().repeat(None)
-    stream = stream.map_with_index(examples).batch(local)
-    stream = stream[rows.start // local :: batch_size // local][start_step:]
+    """This process's `rows`, int (local,), of the global batches from `start_step` on, endlessly.
+    Close it."""
+    local = len(rows)
+    order = grain.MapDataset.range(len(examples)).seed(examples.seed).shuffle().repeat(None)
+
+    def load(n: int) -> dict[str, np.ndarray]:
+        """Example n of this process's stream."""
+        step, row = divmod(n, local)
+        position = step * batch_size + int(rows[row])
+        return examples(position, order[position])
+
+    stream = grain.MapDataset.range(start_step * local, sys.maxsize).map(load).batch(local)
     data = examples.data
     options = grain.ReadOptions(
         num_threads=data.threads, prefetch_buffer_size=max(2 * local, data.threads)
@@ -135,13 +149,14 @@ def eval_batches(
     length: int,
     batch_size: int,
     *,
-    rows: slice,
+    rows: np.ndarray,
     threads: int = 8,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; bool `valid` is False on what pads the last batch."""
+    """This process's rows of batches that hold every example once, in order; bool `valid` is False
+    on what pads the last batch."""
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, length, batch_size):
-            wanted = np.arange(start + rows.start, start + rows.stop)
+            wanted = start + rows
             loaded = list(pool.map(load, np.minimum(wanted, length - 1)))
             batch = {key: np.stack([example[key] for example in loaded]) for key in loaded[0]}
             yield batch | {"valid": wanted < length}

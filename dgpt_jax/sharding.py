@@ -1,6 +1,8 @@
 """The mesh, and where parameters and batches lie on it. The only file that names mesh axes."""
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -17,11 +19,9 @@ BATCH = P(("data", "fsdp"))
 # Paths of parameters and of optimizer moments end alike. Leaves under `blocks` have a leading layer
 # axis. fsdp splits the input width of a matrix, tensor splits heads and MLP hidden units.
 RULES = (
-    (r"blocks/.*(qkv|kv)/kernel$", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/.*q/kernel$", P(None, "fsdp", "tensor", None)),
-    (r"blocks/.*(qkv|kv)/bias$", P(None, None, "tensor", None)),
-    (r"blocks/.*q/bias$", P(None, "tensor", None)),
-    (r"blocks/.*proj/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"blocks/.*(qkv|q|kv)/kernel$", P(None, None, "fsdp", "tensor")),
+    (r"blocks/.*(qkv|q|kv)/bias$", P(None, None, "tensor")),
+    (r"blocks/.*proj/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/.*fc1/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/.*fc1/bias$", P(None, "tensor")),
     (r"blocks/.*fc2/kernel$", P(None, "tensor", "fsdp")),
@@ -75,27 +75,64 @@ def microbatch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, *BATCH))
 
 
-def process_rows(mesh: jax.sharding.Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process's devices hold."""
+def on_mesh(function: Callable, mesh: jax.sharding.Mesh) -> Callable:
+    """The function, traced so that `per_shard` and `on_tpu` within it know the mesh."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def on_tpu() -> bool:
+    """Whether what is being traced will run on the chips of a TPU mesh (see `on_mesh`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.abstract_device.platform == "tpu"
+
+
+def per_shard(function: Callable, arrays: Sequence[jax.Array], whole: Sequence[jax.Array]):
+    """function(arrays, whole), each device on its own examples and heads, because the compiler
+    cannot split a kernel. arrays: (parts, B, N, heads · K); whole: what every device needs all of;
+    the result: (B, N, heads · K)."""
+    return jax.shard_map(
+        function,
+        in_specs=(P(None, *BATCH, None, "tensor"), P()),
+        out_specs=P(*BATCH, None, "tensor"),
+        check_vma=False,
+    )(tuple(arrays), tuple(whole))
+
+
+def process_rows(mesh: jax.sharding.Mesh, batch_size: int, process: int | None = None):
+    """The rows of a global batch that a process's devices hold (this one's), ascending ints.
+
+    On a pod they are not neighbours: the mesh follows the wires between chips, not the hosts.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shards:
         raise UserError(
             f"a batch of {batch_size} is not divisible by the {shards} devices of data × fsdp"
         )
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    rows = sorted({i[0].indices(batch_size)[:2] for i in indices})
-    low, high = rows[0][0], rows[-1][1]
-    if sum(stop - start for start, stop in rows) != high - low or low % (high - low):
-        raise UserError("config.mesh leaves a process with rows that are not next to each other")
-    return slice(low, high)
+    process = jax.process_index() if process is None else process
+    held = batch_sharding(mesh).devices_indices_map((batch_size,))
+    local = {
+        index[0].indices(batch_size) for d, index in held.items() if d.process_index == process
+    }
+    return np.concatenate([np.arange(*rows) for rows in sorted(local)])
 
 
 def global_batch(mesh: jax.sharding.Mesh, batch_size: int, local):
     """Global arrays of `batch_size` examples from this process's rows, a tree of NumPy arrays."""
     sharding = batch_sharding(mesh)
+    rows = process_rows(mesh, batch_size)
 
     def place(x):
-        shape = (batch_size, *np.shape(x)[1:])
-        return jax.make_array_from_process_local_data(sharding, x, shape)
+        def shard(index):
+            start, stop, _ = index[0].indices(batch_size)
+            begin = np.searchsorted(rows, start)
+            return x[begin : begin + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
 
     return jax.tree.map(place, local)

@@ -20,7 +20,7 @@ def make_train_step(
     `accum_steps` micro-batches that a scan runs through, and their gradients are averaged: the same
     update as one big batch.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = sharding.on_mesh(jax.value_and_grad(loss, has_aux=True), mesh)
 
     def accumulate(params, frozen, batch):
         if accum_steps == 1:

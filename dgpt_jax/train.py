@@ -22,7 +22,7 @@ from dgpt_jax.config import Train
 from dgpt_jax.evals import pretraining
 from dgpt_jax.schema import UserError
 from dgpt_jax.step import make_train_step
-from dgpt_jax.tasks.pretrain import Pretrain
+from dgpt_jax.tasks.pretrain import open_pretrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def train(config: Train, workdir: Path) -> int:
     progress = metrics.Progress()
     progress.say("\n".join(hosts.preflight(workdir, mesh)))
     rows = sharding.process_rows(mesh, config.batch_size)
-    task = Pretrain(config)
+    task = open_pretrain(config)
     schedule = resolve_schedule(config, len(task.examples))
     peak = config.optim.blr * config.batch_size / 256
     rate = optim.schedule(peak, schedule.warmup, schedule.total)

@@ -12,6 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dgpt_jax import attention
 
 # Of ImageNet's pixels in [0, 1]; what students see, and what exports carry.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,8 +33,29 @@ def layer_norm(eps: float, name: str | None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
+class Projections(nn.Module):
+    """`parts` projections (B, N, D) → (parts, B, N, width), initialised like one fused matrix."""
+
+    parts: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND):
+        shape = (self.parts, x_BND.shape[-1], self.width)
+
+        def init(key, shape, dtype=jnp.float32):
+            fused = xavier(key, (shape[1], shape[0] * shape[2]), dtype)
+            return fused.reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1)
+
+        kernel = self.param("kernel", init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.parts, self.width))
+        out = jnp.einsum("bnd,pde->pbne", x_BND.astype(self.dtype), kernel.astype(self.dtype))
+        return out + bias.astype(self.dtype)[:, None, None]
+
+
 class Attention(nn.Module):
-    """Self-attention with one fused projection, `qkv` of shape (D, 3, H, K)."""
+    """Self-attention; `qkv` has a kernel (3, D, D)."""
 
     heads: int
     dtype: Any
@@ -39,18 +63,13 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BND, mask_NM=None):
         width = x_BND.shape[-1]
-        qkv = nn.DenseGeneral(
-            (3, self.heads, width // self.heads), kernel_init=xavier, dtype=self.dtype, name="qkv"
-        )(x_BND)
-        q, k, v = (qkv[..., i, :, :] for i in range(3))
-        out = jax.nn.dot_product_attention(q, k, v, mask=_broadcast(mask_NM))
-        return nn.DenseGeneral(
-            width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="proj"
-        )(out)
+        qkv = kept(Projections(3, width, self.dtype, name="qkv")(x_BND))
+        out = kept(attention.attend((qkv,), width // self.heads, mask_NM))
+        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(out)
 
 
 class CrossAttention(nn.Module):
-    """Attention from queries (B, N, E) to features (B, M, E): `q` (E, H, K), `kv` (E, 2, H, K)."""
+    """Attention from queries (B, N, E) to features (B, M, E): `q` (1, E, E), `kv` (2, E, E)."""
 
     heads: int
     dtype: Any
@@ -58,18 +77,10 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, q_BNE, kv_BME, mask_NM=None):
         width = q_BNE.shape[-1]
-        head = (self.heads, width // self.heads)
-        dense = {"kernel_init": xavier, "dtype": self.dtype}
-        q = nn.DenseGeneral(head, name="q", **dense)(q_BNE)
-        kv = nn.DenseGeneral((2, *head), name="kv", **dense)(kv_BME)
-        out = jax.nn.dot_product_attention(
-            q, kv[..., 0, :, :], kv[..., 1, :, :], mask=_broadcast(mask_NM)
-        )
-        return nn.DenseGeneral(width, axis=(-2, -1), name="proj", **dense)(out)
-
-
-def _broadcast(mask_NM):
-    return None if mask_NM is None else jnp.asarray(mask_NM)[None, None]
+        q = kept(Projections(1, width, self.dtype, name="q")(q_BNE))
+        kv = kept(Projections(2, width, self.dtype, name="kv")(kv_BME))
+        out = kept(attention.attend((q, kv), width // self.heads, mask_NM))
+        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(out)
 
 
 class Mlp(nn.Module):
@@ -81,7 +92,7 @@ class Mlp(nn.Module):
     def __call__(self, x_BND):
         width = x_BND.shape[-1]
         dense = {"kernel_init": xavier, "dtype": self.dtype}
-        hidden = nn.Dense(int(width * self.ratio), name="fc1", **dense)(x_BND)
+        hidden = kept(nn.Dense(int(width * self.ratio), name="fc1", **dense)(x_BND))
         return nn.Dense(width, name="fc2", **dense)(ACTIVATIONS[self.activation](hidden))
 
 
@@ -97,16 +108,24 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BND, mask_NM=None):
         y = layer_norm(self.eps, "norm1")(x_BND).astype(self.dtype)
-        x_BND = x_BND + Attention(self.heads, self.dtype, name="attn")(y, mask_NM)
+        x_BND = kept(x_BND + Attention(self.heads, self.dtype, name="attn")(y, mask_NM))
         y = layer_norm(self.eps, "norm2")(x_BND).astype(self.dtype)
         return x_BND + Mlp(self.mlp_ratio, self.activation, self.dtype, name="mlp")(y)
 
 
+# What the backward pass recomputes. "none" keeps what matrix products give and recomputes what lies
+# between them (norms, GELU, scores): cheaper than to write it to memory and read it again.
+KEPT = "kept"
 REMAT = {
-    "none": None,
+    "none": jax.checkpoint_policies.save_only_these_names(KEPT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def kept(x):
+    """Marks a result of a block that the backward pass reads instead of recomputing it."""
+    return checkpoint_name(x, KEPT)
 
 
 def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None):
@@ -117,8 +136,7 @@ def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None):
 
     def body(block, x, layer_input):
         args = (mask_NM,) if layer_input is None else (layer_input, mask_NM)
-        x = block(x, *args)
-        return x, x
+        return block(x, *args), x
 
     scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
     return scan(block, x, layer_inputs)
@@ -126,8 +144,6 @@ def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None):
 
 def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
     """The block class under a remat policy of REMAT."""
-    if REMAT[remat] is None:
-        return block
     return nn.remat(block, policy=REMAT[remat], prevent_cse=False)
 
 

@@ -16,7 +16,7 @@ import optax
 
 from dgpt_jax import config, hosts, metrics, optim, param_rules, pipeline, schema, sharding, state
 from dgpt_jax.step import make_train_step
-from dgpt_jax.tasks.pretrain import Pretrain
+from dgpt_jax.tasks.pretrain import open_pretrain
 from tests.data import TINY
 
 STEPS, BATCH = 20, 16
@@ -45,7 +45,7 @@ def run(layout: str, store: str, fault: str) -> dict[str, np.ndarray]:
         "mesh": dict(zip(sharding.AXES, sizes, strict=True)),
     }  # fmt: skip
     run = schema.parse(config.Train, settings)
-    task = Pretrain(run)
+    task = open_pretrain(run)
     mesh = sharding.make_mesh(run.mesh, jax.devices()[: int(np.prod(sizes))])
     rows = sharding.process_rows(mesh, BATCH)
 

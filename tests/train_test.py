@@ -33,7 +33,7 @@ from dgpt_jax import (
     train,
 )
 from dgpt_jax.schema import UserError
-from dgpt_jax.tasks.pretrain import Pretrain
+from dgpt_jax.tasks.pretrain import open_pretrain
 from tests.data import TINY, image_dataset, random_teacher, token_store
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +114,7 @@ def test_20_steps_are_10_and_10_more(made, whole, tmp_path, monkeypatch):
 def state_of(run, workdir, step: int) -> state.TrainState:
     """Parameters, optimizer state and step of a run."""
     tx = optim.optimizer(run.optim, optim.schedule(1.0, 2, 20))
-    abstract = state.abstract(Pretrain(run).init, tx, sharding.make_mesh(run.mesh))
+    abstract = state.abstract(open_pretrain(run).init, tx, sharding.make_mesh(run.mesh))
     checkpoints = checkpoint.Checkpoints(workdir, keep=2)
     try:
         return checkpoints.restore(step, abstract)
@@ -184,8 +184,8 @@ def test_accumulated_gradients_are_the_batchs(made):
     """One step whole and in 4 micro-batches: the same metrics and the same update."""
     mesh = sharding.make_mesh(config.Mesh())
     tx = optax.sgd(1.0)  # unlike Adam, shows a gradient of the wrong scale
-    task = Pretrain(settings(made[2]))
-    batch = next(pipeline.train_batches(task.examples, 8, rows=slice(0, 8), start_step=0))
+    task = open_pretrain(settings(made[2]))
+    batch = next(pipeline.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
     results = []
     for k in (1, 4):
         begun = state.create(task.init, tx, mesh, seed=0)
@@ -206,12 +206,12 @@ def test_accumulated_gradients_are_the_batchs(made):
 def test_the_online_teacher_gives_the_stored_tokens_losses(made):
     """The same pictures and orders: tokens from the step's own teacher, or from the store."""
     dataset, teacher, store = made
-    stored = Pretrain(settings(store))
-    online = Pretrain(
+    stored = open_pretrain(settings(store))
+    online = open_pretrain(
         settings(dataset, data={"targets": "online"}, teacher={"weights": str(teacher)})
     )
     params = stored.init(jax.random.key(0))
-    batch = next(pipeline.train_batches(stored.examples, 8, rows=slice(0, 8), start_step=0))
+    batch = next(pipeline.train_batches(stored.examples, 8, rows=np.arange(8), start_step=0))
     _, a = jax.jit(stored.loss)(params, {}, batch)
     _, b = jax.jit(online.loss)(params, online.frozen, batch)
     for name in ("next", "visible"):

@@ -54,7 +54,7 @@ def openclip_entries(depth: int) -> list[Entry]:
         qkv = "blocks/attn/qkv"
         table.append(Entry(f"{block}.attn.in_proj_weight", f"{qkv}/kernel", "linear", layer=i))
         table.append(Entry(f"{block}.attn.in_proj_bias", f"{qkv}/bias", "vector", layer=i))
-        table += linear(f"{block}.attn.out_proj", "blocks/attn/proj", layer=i, inputs=2)
+        table += linear(f"{block}.attn.out_proj", "blocks/attn/proj", layer=i)
         table += linear(f"{block}.mlp.c_fc", "blocks/mlp/fc1", layer=i)
         table += linear(f"{block}.mlp.c_proj", "blocks/mlp/fc2", layer=i)
     return table
@@ -77,7 +77,7 @@ def hf_entries(depth: int) -> list[Entry]:
         for part, name in enumerate("qkv"):
             source = f"{block}.self_attn.{name}_proj"
             table += linear(source, "blocks/attn/qkv", layer=i, part=part)
-        table += linear(f"{block}.self_attn.out_proj", "blocks/attn/proj", layer=i, inputs=2)
+        table += linear(f"{block}.self_attn.out_proj", "blocks/attn/proj", layer=i)
         table += linear(f"{block}.mlp.fc1", "blocks/mlp/fc1", layer=i)
         table += linear(f"{block}.mlp.fc2", "blocks/mlp/fc2", layer=i)
     return table

@@ -33,11 +33,10 @@ def entries(model: Model) -> list[Entry]:
             block, path = f"{theirs}_blocks.{i}", f"{ours}/blocks"
             for name in ("norm1", "norm2_1", "norm2_2", "norm2"):
                 table += norm(f"{block}.{name}", f"{path}/{name}", layer=i)
-            for name in ("attn1.qkv", "attn2.q", "attn2.kv", "mlp.fc1", "mlp.fc2"):
+            for name in (
+                "attn1.qkv", "attn1.proj", "attn2.q", "attn2.kv", "attn2.proj", "mlp.fc1", "mlp.fc2"
+            ):  # fmt: skip
                 table += linear(f"{block}.{name}", f"{path}/{name.replace('.', '/')}", layer=i)
-            for name in ("attn1.proj", "attn2.proj"):
-                path_name = name.replace(".", "/")
-                table += linear(f"{block}.{name}", f"{path}/{path_name}", layer=i, inputs=2)
         table += norm(f"{theirs}_norm", f"{ours}/norm")
         table += linear(f"{theirs}_pred", f"{ours}/pred")
     return table

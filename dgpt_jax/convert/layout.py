@@ -17,9 +17,9 @@ class Entry:
     """One array of a state dict.
 
     kind: "same"; "vector" (torch's (n,) against any shape); "linear" (torch's (out, in) against
-    (in…, out…), with `inputs` leading input axes); "conv" (torch's (out, channels, p, p) against
-    (p·p·channels, out)).
-    layer: index on the leaf's leading layer axis. part: index on the axis of the fused q, k, v.
+    (in, out), or (parts · out, in) against (parts, in, out)); "conv" (torch's (out, channels, p, p)
+    against (p·p·channels, out)).
+    layer: index on the leaf's leading layer axis. part: index on the axis of stacked q, k, v.
     copies: other names that hold the same values.
     """
 
@@ -28,30 +28,26 @@ class Entry:
     kind: str = "same"
     layer: int | None = None
     part: int | None = None
-    inputs: int = 1
     copies: tuple[str, ...] = ()
 
     def slot(self) -> tuple:
         """Where in the leaf the array goes."""
-        slot = () if self.layer is None else (self.layer,)
-        if self.part is not None:
-            slot += (slice(None), self.part) if self.kind == "linear" else (self.part,)
-        return slot or (...,)
+        return tuple(i for i in (self.layer, self.part) if i is not None) or (...,)
 
 
 def _from_torch(entry: Entry, value: np.ndarray, shape) -> np.ndarray:
-    if entry.kind == "linear":
-        value = value.T
-    elif entry.kind == "conv":
-        value = value.transpose(2, 3, 1, 0)
     if value.size != np.prod(shape):
         raise UserError(f"{entry.name} has shape {value.shape}, which does not fit {tuple(shape)}")
+    if entry.kind == "linear":
+        value = value.reshape(*shape[:-2], -1, value.shape[-1]).swapaxes(-1, -2)
+    elif entry.kind == "conv":
+        value = value.transpose(2, 3, 1, 0)
     return value.reshape(shape)
 
 
 def _to_torch(entry: Entry, value: np.ndarray) -> np.ndarray:
     if entry.kind == "linear":
-        return value.reshape(int(np.prod(value.shape[: entry.inputs])), -1).T
+        return value.swapaxes(-1, -2).reshape(-1, value.shape[-2])
     if entry.kind == "conv":
         patch = round((value.shape[0] / 3) ** 0.5)
         return value.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
@@ -121,9 +117,8 @@ def _listed(what: str, names: list[str], most: int = 8) -> str:
 
 def linear(name: str, path: str, **kwargs) -> list[Entry]:
     """Weight and bias of a torch Linear."""
-    inputs = kwargs.pop("inputs", 1)
     return [
-        Entry(f"{name}.weight", f"{path}/kernel", "linear", inputs=inputs, **kwargs),
+        Entry(f"{name}.weight", f"{path}/kernel", "linear", **kwargs),
         Entry(f"{name}.bias", f"{path}/bias", "vector", **kwargs),
     ]
 
@@ -143,7 +138,7 @@ def timm_blocks(name: str, path: str, depth: int) -> list[Entry]:
     for i in range(depth):
         entries += norm(f"{name}.{i}.norm1", f"{path}/norm1", layer=i)
         entries += linear(f"{name}.{i}.attn.qkv", f"{path}/attn/qkv", layer=i)
-        entries += linear(f"{name}.{i}.attn.proj", f"{path}/attn/proj", layer=i, inputs=2)
+        entries += linear(f"{name}.{i}.attn.proj", f"{path}/attn/proj", layer=i)
         entries += norm(f"{name}.{i}.norm2", f"{path}/norm2", layer=i)
         entries += linear(f"{name}.{i}.mlp.fc1", f"{path}/mlp/fc1", layer=i)
         entries += linear(f"{name}.{i}.mlp.fc2", f"{path}/mlp/fc2", layer=i)

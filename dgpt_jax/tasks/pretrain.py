@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 
 import jax
+import numpy as np
 
-from dgpt_jax import clip, digpt, pipeline, records, token_codec, vit
+from dgpt_jax import clip, digpt, pipeline, records, segments, token_codec, vit
 from dgpt_jax.config import Train
 from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.schema import UserError
@@ -12,56 +13,52 @@ from dgpt_jax.schema import UserError
 
 @dataclass(frozen=True)
 class Target:
-    """What is predicted: width C, the teacher's square grid, its CLS token, its channel scale."""
+    """What is predicted: width C, the teacher's square grid, its CLS token; how it is stored."""
 
     width: int
     grid: tuple[int, int]
     cls: bool
+    codec: str = "int8"
     channel_scale: tuple[float, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.grid[0] * self.grid[1] + self.cls
 
 
 class Pretrain:
-    """What pretraining adds to the loop. `frozen` are weights that the step reads, not trains."""
+    """What pretraining adds to the loop. `frozen` are weights that the step reads, not trains.
 
-    def __init__(self, config: Train):
+    `open_pretrain` makes one with its data, `planned` one without.
+    """
+
+    def __init__(self, config: Train, target: Target, *, examples=None, teacher=None, notes=()):
+        """examples: pipeline.Examples; teacher: a loaded tower that runs within the step."""
         self.config = config
-        self.examples = pipeline.open_examples(config.data, config.model, config.seed)
-        self.frozen = {}
-        self.notes: tuple[str, ...] = ()
-        targets = config.data.targets
-        if targets == "stored":
-            self.target = stored_target(config)
-            stored = records.StoreInfo.load(config.data.path).picture_size
-            size = config.model.image_size
-            if stored != size:
-                self.notes = (f"{config.data.path}: pictures of {stored} px are resized to {size}",)
-        elif targets == "online":
-            self.target = self._load_teacher()
-        else:
-            grid = (config.model.grid,) * 2
-            self.target = Target(3 * config.model.patch**2, grid, cls=False)
+        self.target = target
+        self.examples = examples
+        self.teacher = teacher
+        self.notes = notes
+        self.frozen = teacher.params if teacher else {}
         weights = {"next": config.loss.next, "visible": config.loss.visible}
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.metric_names = (*self.weights, "loss", "grad_norm")
         self.module = digpt.build(
-            config.model,
-            out_width=self.target.width,
-            decoders=tuple(self.weights),
-            dtype=config.dtype,
+            config.model, out_width=target.width, decoders=tuple(self.weights), dtype=config.dtype
         )
 
-    def _load_teacher(self) -> Target:
-        teacher = self.config.teacher
-        loaded = clip_weights.load(
-            teacher.weights,
-            image_size=teacher.image_size,
-            heads=teacher.heads,
-            activation=teacher.activation,
-        )
-        self.notes = loaded.notes
-        self.frozen = loaded.params
-        self._tower = loaded.tower
-        return Target(loaded.tower.out_width, loaded.tower.grid, cls=True)
+    def abstract_example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one example."""
+        size, target = self.config.model.image_size, self.target
+        example = {
+            "image": jax.ShapeDtypeStruct((size, size, 3), np.uint8),
+            "order": jax.ShapeDtypeStruct((segments.count(self.config.model.segments),), np.int32),
+        }
+        if self.config.data.targets == "stored":
+            dtype = token_codec.CODECS[target.codec]
+            example["tokens"] = jax.ShapeDtypeStruct((target.tokens, target.width), dtype)
+        return example
 
     def init(self, key):
         """Initial parameters, a nested dict."""
@@ -79,7 +76,7 @@ class Pretrain:
         else:
             if self.config.data.targets == "online":
                 dtype = self.config.teacher.dtype
-                tokens = clip.teacher_tokens(self._tower, frozen, pictures, dtype=dtype)
+                tokens = clip.teacher_tokens(self.teacher.tower, frozen, pictures, dtype=dtype)
             else:
                 tokens = token_codec.decode(batch["tokens"], self.target.channel_scale)
             parts = digpt.token_losses(
@@ -97,12 +94,68 @@ class Pretrain:
         """(load, length) of the held-out examples: one fixed view and order each."""
         config = self.config
         data = replace(
-            config.data, path=config.evals.heldout, split=config.evals.heldout_split, views=None
-        )
+            config.data, path=config.evals.heldout, split=config.evals.heldout_split, views=None,
+            examples=None,
+        )  # fmt: skip
         examples = pipeline.open_examples(data, config.model, config.seed)
         if data.targets == "stored":
             stored_target(replace(config, data=data), expected=self.target)
         return lambda index: examples(int(index), int(index)), len(examples)
+
+
+def open_pretrain(config: Train) -> Pretrain:
+    """The task with its data and its teacher. Raises UserError where they do not fit the config."""
+    examples = pipeline.open_examples(config.data, config.model, config.seed)
+    notes: tuple[str, ...] = ()
+    teacher = load_teacher(config)
+    if config.data.targets == "stored":
+        target = stored_target(config)
+        stored, size = (
+            records.StoreInfo.load(config.data.path).picture_size,
+            config.model.image_size,
+        )
+        if stored != size:
+            notes = (f"{config.data.path}: pictures of {stored} px are resized to {size}",)
+    else:
+        target = live_target(config, teacher)
+    notes += teacher.notes if teacher else ()
+    return Pretrain(config, target, examples=examples, teacher=teacher, notes=notes)
+
+
+def planned(config: Train) -> Pretrain:
+    """The task without its data: what is stored is taken to be what the config expects, as int8."""
+    teacher = load_teacher(config)
+    if config.data.targets != "stored":
+        return Pretrain(config, live_target(config, teacher), teacher=teacher)
+    if records.is_token_store(config.data.path):
+        return Pretrain(config, stored_target(config))
+    width, grid = config.teacher.width, config.teacher.grid
+    if width is None or grid is None:
+        raise UserError(
+            f"{config.data.path} is not there: set config.teacher.width and config.teacher.grid, "
+            f"what a store of it will hold"
+        )
+    return Pretrain(config, Target(width, (grid, grid), cls=True))
+
+
+def load_teacher(config: Train):
+    """The loaded tower that runs within the step, or None. Raises UserError."""
+    if config.data.targets != "online":
+        return None
+    teacher = config.teacher
+    return clip_weights.load(
+        teacher.weights,
+        image_size=teacher.image_size,
+        heads=teacher.heads,
+        activation=teacher.activation,
+    )
+
+
+def live_target(config: Train, teacher) -> Target:
+    """The Target of a teacher within the step, or of pixels."""
+    if teacher:
+        return Target(teacher.tower.out_width, teacher.tower.grid, cls=True)
+    return Target(3 * config.model.patch**2, (config.model.grid,) * 2, cls=False)
 
 
 def stored_target(config: Train, expected: Target | None = None) -> Target:
@@ -119,4 +172,4 @@ def stored_target(config: Train, expected: Target | None = None) -> Target:
                 f"{config.data.path} holds teacher tokens of {name} {found[name]}, the config "
                 f"expects {value} (config.teacher.{name})"
             )
-    return Target(info.width, info.grid, info.cls, info.channel_scale)
+    return Target(info.width, info.grid, info.cls, info.codec, info.channel_scale)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dgpt_jax import digpt, plan, vit
+from dgpt_jax import digpt, flops, vit
 from dgpt_jax.config import Model
 from dgpt_jax.schema import parse
 from tests.data import tiny_model
@@ -30,7 +30,7 @@ def test_flops_are_those_of_an_unrolled_compile(monkeypatch, decoders):
     def compiled(function) -> float:
         return jax.jit(function).lower(params, *inputs).compile().cost_analysis()["flops"]
 
-    counted = sum(plan.forward_flops(model, out_width=96, decoders=decoders).values())
+    counted = sum(flops.forward_flops(model, out_width=96, decoders=decoders).values())
     images = len(inputs[0])
     assert compiled(loss) / images == pytest.approx(counted, rel=0.05)
     assert compiled(jax.grad(loss)) / images == pytest.approx(3 * counted, rel=0.05)
@@ -39,6 +39,6 @@ def test_flops_are_those_of_an_unrolled_compile(monkeypatch, decoders):
 def test_flops_of_the_papers_model():
     """An encoder block of B/16, 148 tokens: XLA counts 0.419 TFLOP for 64 images on v5e, backward
     included, of which the elementwise operations are a hundredth."""
-    found = plan.forward_flops(parse(Model, {}), out_width=1024)
+    found = flops.forward_flops(parse(Model, {}), out_width=1024)
     assert set(found) == {"patches", "encoder", "next", "visible"}
     assert 3 * 64 * found["encoder"] / 12 == pytest.approx(0.419e12, rel=0.015)
