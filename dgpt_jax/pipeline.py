@@ -99,14 +99,29 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
     )
 
 
+@dataclass(frozen=True)
+class _Local:
+    """Example i of the stream of one process, which holds `rows` of every global batch."""
+
+    examples: Examples
+    order: grain.MapDataset  # position → index
+    batch_size: int
+    rows: np.ndarray
+
+    def __call__(self, i: int) -> dict[str, np.ndarray]:
+        step, row = divmod(int(i), len(self.rows))
+        position = step * self.batch_size + int(self.rows[row])
+        return self.examples(position, self.order[position])
+
+
 def train_batches(
-    examples: Examples, batch_size: int, *, rows: slice, start_step: int
+    examples: Examples, batch_size: int, *, rows: np.ndarray, start_step: int
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's `rows` of the global batches from `start_step` on, endlessly. Close it."""
-    local = rows.stop - rows.start
-    stream = grain.MapDataset.range(len(examples)).seed(examples.seed).shuffle().repeat(None)
-    stream = stream.map_with_index(examples).batch(local)
-    stream = stream[rows.start // local :: batch_size // local][start_step:]
+    """This process's `rows` (int) of global batches from `start_step` on, endlessly. Close it."""
+    order = grain.MapDataset.range(len(examples)).seed(examples.seed).shuffle().repeat(None)
+    local = len(rows)
+    stream = grain.MapDataset.range(len(order) // batch_size * local)
+    stream = stream.map(_Local(examples, order, batch_size, rows)).batch(local)[start_step:]
     data = examples.data
     options = grain.ReadOptions(
         num_threads=data.threads, prefetch_buffer_size=max(2 * local, data.threads)
@@ -135,13 +150,14 @@ def eval_batches(
     length: int,
     batch_size: int,
     *,
-    rows: slice,
+    rows: np.ndarray,
     threads: int = 8,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; bool `valid` is False on what pads the last batch."""
+    """Every example once, in order; bool `valid` is False on what pads the last batch. `rows` (int)
+    are those of the global batches that this process holds."""
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, length, batch_size):
-            wanted = np.arange(start + rows.start, start + rows.stop)
+            wanted = start + rows
             loaded = list(pool.map(load, np.minimum(wanted, length - 1)))
             batch = {key: np.stack([example[key] for example in loaded]) for key in loaded[0]}
             yield batch | {"valid": wanted < length}
