@@ -6,7 +6,6 @@ a process reads just the rows that its devices hold. So nothing here is ever che
 """
 
 import contextlib
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -106,21 +105,29 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
     )
 
 
+@dataclass(frozen=True)
+class _Local:
+    """Example i of the stream of one process, which holds `rows` of every global batch."""
+
+    examples: Examples
+    order: grain.MapDataset  # position → index
+    batch_size: int
+    rows: np.ndarray
+
+    def __call__(self, i: int) -> dict[str, np.ndarray]:
+        step, row = divmod(int(i), len(self.rows))
+        position = step * self.batch_size + int(self.rows[row])
+        return self.examples(position, self.order[position])
+
+
 def train_batches(
     examples: Examples, batch_size: int, *, rows: np.ndarray, start_step: int
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's `rows`, int (local,), of the global batches from `start_step` on, endlessly.
-    Close it."""
-    local = len(rows)
+    """This process's `rows` (int) of global batches from `start_step` on, endlessly. Close it."""
     order = grain.MapDataset.range(len(examples)).seed(examples.seed).shuffle().repeat(None)
-
-    def load(n: int) -> dict[str, np.ndarray]:
-        """Example n of this process's stream."""
-        step, row = divmod(n, local)
-        position = step * batch_size + int(rows[row])
-        return examples(position, order[position])
-
-    stream = grain.MapDataset.range(start_step * local, sys.maxsize).map(load).batch(local)
+    local = len(rows)
+    stream = grain.MapDataset.range(len(order) // batch_size * local)
+    stream = stream.map(_Local(examples, order, batch_size, rows)).batch(local)[start_step:]
     data = examples.data
     options = grain.ReadOptions(
         num_threads=data.threads, prefetch_buffer_size=max(2 * local, data.threads)
@@ -152,8 +159,8 @@ def eval_batches(
     rows: np.ndarray,
     threads: int = 8,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of batches that hold every example once, in order; bool `valid` is False
-    on what pads the last batch."""
+    """Every example once, in order; bool `valid` is False on what pads the last batch. `rows` (int)
+    are those of the global batches that this process holds."""
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, length, batch_size):
             wanted = start + rows

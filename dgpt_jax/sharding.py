@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +32,11 @@ RULES = (
 
 
 def make_mesh(config: Mesh, devices=None) -> jax.sharding.Mesh:
-    """The mesh over all devices, with -1 resolved; UserError where sizes do not fit."""
+    """The mesh over all devices, with -1 resolved; UserError where sizes do not fit.
+
+    Where TPU slices are joined by a network, that network lies along data: fsdp and tensor, which
+    exchange more, stay within a slice.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     named = f"config.mesh {dict(zip(AXES, sizes, strict=True))}"
@@ -41,8 +46,31 @@ def make_mesh(config: Mesh, devices=None) -> jax.sharding.Mesh:
         sizes[sizes.index(-1)] = len(devices) // math.prod(s for s in sizes if s != -1)
     if math.prod(sizes) != len(devices):
         raise UserError(f"{named} does not multiply to the {len(devices)} devices there are")
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    placed = _place(sizes, named, devices)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _place(sizes: list[int], named: str, devices) -> np.ndarray:
+    """The devices in the order that suits their wires. jax.make_mesh would refuse several slices
+    (to which it also counts the nodes of a GPU cluster), and to split an axis of a v6e or v5p."""
+    slices = 1
+    if devices[0].platform == "tpu":
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise UserError(
+            f"{named}: data is {sizes[0]} on {slices} TPU slices: make it a multiple of {slices}, "
+            f"because fsdp and tensor stay within a slice"
+        )
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        within = (sizes[0] // slices, *sizes[1:])
+        return mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    except (NotImplementedError, ValueError) as e:
+        reason = str(e).split("\n")[0]
+        raise UserError(f"{named} cannot be laid on these devices: {reason}") from None
 
 
 def shard_state(mesh: jax.sharding.Mesh, abstract):
@@ -104,10 +132,13 @@ def per_shard(function: Callable, arrays: Sequence[jax.Array], whole: Sequence[j
     )(tuple(arrays), tuple(whole))
 
 
-def process_rows(mesh: jax.sharding.Mesh, batch_size: int, process: int | None = None):
-    """The rows of a global batch that a process's devices hold (this one's), ascending ints.
+@functools.lru_cache  # asked for every batch
+def process_rows(
+    mesh: jax.sharding.Mesh, batch_size: int, process: int | None = None
+) -> np.ndarray:
+    """The rows of a global batch that the devices of a process (None: this one) hold, ascending.
 
-    On a pod they are not neighbours: the mesh follows the wires between chips, not the hosts.
+    They need not be next to each other: a mesh follows the wires of a pod, not its hosts.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shards:
@@ -115,24 +146,22 @@ def process_rows(mesh: jax.sharding.Mesh, batch_size: int, process: int | None =
             f"a batch of {batch_size} is not divisible by the {shards} devices of data × fsdp"
         )
     process = jax.process_index() if process is None else process
-    held = batch_sharding(mesh).devices_indices_map((batch_size,))
-    local = {
-        index[0].indices(batch_size) for d, index in held.items() if d.process_index == process
-    }
-    return np.concatenate([np.arange(*rows) for rows in sorted(local)])
+    indices = batch_sharding(mesh).devices_indices_map((batch_size,)).items()
+    held = {i[0].indices(batch_size) for device, i in indices if device.process_index == process}
+    return np.concatenate([np.arange(*rows) for rows in sorted(held)])
 
 
 def global_batch(mesh: jax.sharding.Mesh, batch_size: int, local):
     """Global arrays of `batch_size` examples from this process's rows, a tree of NumPy arrays."""
-    sharding = batch_sharding(mesh)
-    rows = process_rows(mesh, batch_size)
+    rows, sharding = process_rows(mesh, batch_size), batch_sharding(mesh)
 
     def place(x):
-        def shard(index):
+        def of_a_device(index):
             start, stop, _ = index[0].indices(batch_size)
-            begin = np.searchsorted(rows, start)
-            return x[begin : begin + stop - start]
+            at = np.searchsorted(rows, start)
+            return x[at : at + stop - start]
 
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
+        shape = (batch_size, *np.shape(x)[1:])
+        return jax.make_array_from_callback(shape, sharding, of_a_device)
 
     return jax.tree.map(place, local)

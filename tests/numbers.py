@@ -46,7 +46,9 @@ def run(layout: str, store: str, fault: str) -> dict[str, np.ndarray]:
     }  # fmt: skip
     run = schema.parse(config.Train, settings)
     task = open_pretrain(run)
-    mesh = sharding.make_mesh(run.mesh, jax.devices()[: int(np.prod(sizes))])
+    devices = np.array(jax.devices()[: int(np.prod(sizes))])
+    # Neighbours in the mesh are of different processes, as on a pod, whose wires ignore its hosts.
+    mesh = sharding.make_mesh(run.mesh, [*devices.reshape(jax.process_count(), -1).T.flat])
     rows = sharding.process_rows(mesh, BATCH)
 
     def loss(params, frozen, batch):
