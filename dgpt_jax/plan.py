@@ -60,7 +60,7 @@ class Plan:
     params_bytes: float
     optimizer_bytes: float
     batch_bytes: float
-    temporary_bytes: float
+    peak_bytes: float  # with arguments and results, as the compiler compares it with the HBM
     code_bytes: float
     model_flops: float  # of an image, by flops.FORMULA
     compiled_flops: float
@@ -70,9 +70,9 @@ class Plan:
     compile_seconds: float
 
     @property
-    def peak_bytes(self) -> float:
-        kinds = (self.params_bytes, self.optimizer_bytes, self.batch_bytes, self.temporary_bytes)
-        return sum(kinds) + self.code_bytes
+    def temporary_bytes(self) -> float:
+        """Activations, gradients and whatever else is neither state nor batch."""
+        return self.peak_bytes - self.params_bytes - self.optimizer_bytes - self.batch_bytes
 
     @property
     def images(self) -> float:
@@ -146,8 +146,7 @@ def plan(run: Train, topology: Topology) -> Plan:
         sizes = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", str(e))
         if not sizes:
             raise
-        arguments = _sharded_bytes((begun, batch))
-        raise DoesNotFit(_bytes(sizes[1]) + arguments, topology.chip.hbm) from None
+        raise DoesNotFit(_bytes(sizes[1]), topology.chip.hbm) from None
     seconds = time.monotonic() - began
     program = hlo.Program(compiled.as_text())
     memory = compiled.memory_analysis()
@@ -158,7 +157,7 @@ def plan(run: Train, topology: Topology) -> Plan:
         params_bytes=_sharded_bytes(begun.params),
         optimizer_bytes=_sharded_bytes(begun.opt_state),
         batch_bytes=_sharded_bytes(batch),
-        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         model_flops=model_flops(run, task),
         compiled_flops=costs.flops(program),
