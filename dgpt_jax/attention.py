@@ -19,6 +19,8 @@ from dgpt_jax import sharding
 
 # What a masked score is: far below any score, and finite, so that nothing becomes NaN.
 MASKED = -1e30
+# Tokens of which a head's scores, four times in float32, still fit beside the rest.
+LONGEST = 640
 LANES = 128  # the width of a TPU's vector registers
 
 
@@ -30,7 +32,8 @@ def attend(projections: Sequence[jax.Array], head_width: int, mask_NM=None) -> j
     may attend to whom (column).
     """
     projections = tuple(projections)
-    if not sharding.on_tpu():
+    longest = max(stacked.shape[2] for stacked in projections)
+    if not sharding.on_tpu() or longest > LONGEST:
         return reference(projections, head_width, mask_NM)
     bias = () if mask_NM is None else (jnp.where(mask_NM, 0.0, MASKED),)
     return sharding.per_shard(partial(fused, head_width=head_width), projections, bias)

@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from dgpt_jax.hlo import Computation, Instruction, Program
 
 # Instructions that move nothing: names for what is there already, and the ends of asynchronous
@@ -30,20 +32,28 @@ SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective over groups of one size: bytes a device gives to it in a step."""
+    """One kind of collective over groups of one size: `bytes` that each device gives to it.
+
+    `reach`: how far apart the members of a group are in the order of the mesh, at most.
+    """
 
     kind: str
     group: int
+    reach: int
     count: int
     bytes: float
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends, around a ring: twice for an all-reduce."""
+        """Bytes that a device sends, around a ring."""
+        return self.sent_around(self.group)
+
+    def sent_around(self, members: int) -> float:
+        """The same for a ring of so many: twice for an all-reduce, and a permute sends all."""
         if self.kind == "collective-permute":
             return self.bytes
         passes = 2 if self.kind == "all-reduce" else 1
-        return passes * self.bytes * (self.group - 1) / self.group
+        return passes * self.bytes * (members - 1) / members
 
 
 def bytes_moved(program: Program) -> float:
@@ -139,7 +149,7 @@ def collectives(program: Program) -> list[Collective]:
     One that the compiler spread over several fusions, to overlap it with them, keeps its
     channel and counts once.
     """
-    found: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0])
+    found: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0, 0.0])
     for name, count in program.times().items():
         by_channel = {
             _attribute_number(i.text, "channel_id") or i.name: (inside, i)
@@ -148,11 +158,11 @@ def collectives(program: Program) -> list[Collective]:
         for inside, instruction in by_channel.values():
             kind = instruction.opcode.removesuffix("-start")
             operands = (inside.instructions[n] for n in instruction.operands)
-            group = _group_size(instruction.text)
+            members = _group(instruction.text)
             given = sum(a.bytes for operand in operands for a in operand.results)
-            entry = found[kind, group]
+            entry = found[kind, len(members), max(members) - min(members) + 1]
             entry[0] += count
-            entry[1] += count * given * (group if kind == "all-gather" else 1)
+            entry[1] += count * given * (len(members) if kind == "all-gather" else 1)
     made = [Collective(*key, int(n), b) for key, (n, b) in found.items() if key[1] > 1]
     return sorted(made, key=lambda c: -c.bytes)
 
@@ -171,18 +181,26 @@ def _attribute_number(text: str, name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _group_size(text: str) -> int:
-    """Devices a group, of replica_groups={{0,1},{2,3}}, [2,2]<=[4] or mesh['x'=2,'y'=2] {'y'} (a
-    part of an axis is 'y':(1)2); 2 for the pairs of a permute."""
+def _group(text: str) -> list[int]:
+    """The first of the groups of replica_groups, as places in the order of devices. Written as
+    {{0,1},{2,3}}; as [2,2]<=[4], rows of an array of all; or as mesh['x'=2,'y'=4] {'x','y':(1)2},
+    axes of a mesh or parts of them, here the first two of four. A permute's pairs are groups."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return found[1].count(",") + 1
-    return 2 if "source_target_pairs" in text else 1
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        take = dict.fromkeys(sizes, slice(1))
+        for axis, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2]):
+            step = sizes[axis] // (int(before) * int(part)) if part else 1
+            take[axis] = slice(0, step * int(part) if part else sizes[axis], step)
+        return [int(place) for place in places[tuple(take.values())].flat]
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape = [int(n) for n in found[2].split(",")]
+        order = [int(n) for n in found[3].split(",")] if found[3] else range(len(shape))
+        places = np.arange(math.prod(shape)).reshape(shape).transpose(tuple(order))
+        return [int(place) for place in places.flat[: int(found[1])]]
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", text):
+        return [int(n) for n in found[1].split(",")]
+    return [0]
 
 
 def _product_flops(inside: Computation, product: Instruction) -> float:

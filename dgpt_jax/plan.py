@@ -39,6 +39,7 @@ class Bounds:
     compute: float
     memory: float
     ici: float
+    dcn: float
 
     @property
     def seconds(self) -> float:
@@ -82,12 +83,26 @@ class Plan:
     @property
     def bounds(self) -> Bounds:
         chip = self.topology.chip
-        wire = sum(c.wire_bytes for c in self.collectives)
+        ici, dcn = self.sent()
         return Bounds(
             compute=self.images * self.model_flops / chip.flops,
             memory=self.moved_bytes / chip.hbm_rate,
-            ici=wire / chip.ici,
+            ici=ici / chip.ici,
+            dcn=dcn / chip.dcn,
         )
+
+    def sent(self) -> tuple[float, float]:
+        """Bytes that a chip sends within its slice, and through the network to other slices, where
+        each of the chips of a slice has only its share to send."""
+        ici = dcn = 0.0
+        slices = self.topology.slices
+        for collective in self.collectives:
+            within = collective.group
+            if collective.reach > self.topology.chips // slices:
+                within //= slices
+                dcn += collective.sent_around(slices) / within
+            ici += collective.sent_around(within)
+        return ici, dcn
 
     @property
     def mfu(self) -> float:

@@ -1,6 +1,8 @@
 """Configs: every file loads and is whole; overrides mean what they say; mistakes are named."""
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,19 @@ def schema_of(path: Path):
     return next(s for s in (config.Tokens, config.Evaluate, config.Train) if s.__name__ in text)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_file_parses(path):
-    made, wanted = cli.load_config(str(path)), schema_of(path)
+def names_of(path: Path) -> list[str]:
+    """The file, and the file for each of its pods."""
+    found = re.search(r"^PODS = (.*)$", path.read_text(), re.MULTILINE)
+    return [str(path)] + [f"{path}:{pod}" for pod in (ast.literal_eval(found[1]) if found else ())]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for path in sorted(CONFIGS.glob("*.py")) for name in names_of(path)],
+    ids=lambda name: Path(name).name,
+)
+def test_every_config_file_parses(name):
+    made, wanted = cli.load_config(name), schema_of(Path(name.partition(":")[0]))
     for group, name in (("data", "path"), ("source", None), ("data", None)):
         if group in made and name is None and made[group] == "":
             made[group] = "somewhere"

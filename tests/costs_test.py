@@ -38,17 +38,19 @@ def test_bytes_are_slices_and_what_is_in_hbm(program):
 def test_collectives(program):
     (found,) = costs.collectives(program)
     assert (found.kind, found.group, found.count) == ("all-reduce", 4, 1)
+    assert found.reach == 7  # 0, 2, 4 and 6
     assert found.bytes == 16 * 128 * 4 and found.wire_bytes == 2 * found.bytes * 3 / 4
 
 
 @pytest.mark.parametrize(
-    "groups,size",
-    [("{{0,1},{2,3}}", 2), ("[2,4]<=[8]", 4), ("[4,2]<=[2,4]T(1,0)", 2),
-     ("mesh['a'=2,'b'=8] {'b'}", 8)],
+    "groups,size,reach",
+    [("{{0,1},{2,3}}", 2, 2), ("[2,4]<=[8]", 4, 4), ("[2,4]<=[4,2]T(1,0)", 4, 7),
+     ("mesh['a'=2,'b'=8] {'b'}", 8, 8), ("mesh['a'=2,'b'=8] {'a'}", 2, 9)],
 )  # fmt: skip
-def test_group_sizes(groups, size):
+def test_groups(groups, size, reach):
     text = PROGRAM.replace("mesh['x'=2,'y'=4] {'x','y':(1)2}", groups)
-    assert costs.collectives(Program(text))[0].group == size
+    (found,) = costs.collectives(Program(text))
+    assert (found.group, found.reach) == (size, reach)
 
 
 def test_a_batched_product_is_not_counted_for_its_padding():

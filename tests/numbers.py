@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from dgpt_jax import config, hosts, metrics, optim, param_rules, pipeline, schema, sharding, state
+from dgpt_jax.evals import pretraining
 from dgpt_jax.step import make_train_step
 from dgpt_jax.tasks.pretrain import open_pretrain
 from tests.data import TINY
@@ -36,13 +37,16 @@ def flat(tree, prefix: str) -> dict[str, np.ndarray]:
 
 
 def run(layout: str, store: str, fault: str) -> dict[str, np.ndarray]:
-    """losses (STEPS,), gradient/PATH: norms at step 0, params/PATH: after the last step."""
+    """losses (STEPS,), gradient/PATH: norms at step 0, params/PATH: after the last step,
+    heldout/NAME: losses of the store's 20 examples then: one batch of 20 on one device, padded
+    batches on several."""
     shape, _, accum = layout.partition(":")
     sizes = [int(n) for n in shape.split("x")]
     settings = {
         "batch_size": BATCH, "accum_steps": int(accum or 1), "dtype": "float32", "model": TINY,
         "total": f"{STEPS} steps", "data": {"path": store, "threads": 2},
         "mesh": dict(zip(sharding.AXES, sizes, strict=True)),
+        "evals": {"heldout": store, "batch_size": 8 if max(sizes) > 1 else 20},
     }  # fmt: skip
     run = schema.parse(config.Train, settings)
     task = open_pretrain(run)
@@ -77,7 +81,9 @@ def run(layout: str, store: str, fault: str) -> dict[str, np.ndarray]:
     norms = {name: np.linalg.norm(g) for name, g in flat(recorded, "gradient").items()}
     rate = optim.schedule(5e-3, 2, STEPS)
     final, losses = steps(optim.optimizer(run.optim, rate), STEPS)
-    return {"losses": np.array(losses)} | norms | flat(gather(final.params), "params")
+    params = gather(final.params)
+    measured = pretraining.heldout_loss(task, mesh)(final.params)
+    return {"losses": np.array(losses)} | norms | measured | flat(params, "params")
 
 
 def without_keys(name: str, leaf: np.ndarray) -> np.ndarray:
@@ -92,6 +98,8 @@ def assert_same(a: dict, b: dict):
     """Losses within 1e-5 relative, gradient norms and parameters within 1e-4."""
     assert a.keys() == b.keys()
     np.testing.assert_allclose(a["losses"], b["losses"], rtol=1e-5)
+    for name in ("heldout/next", "heldout/visible"):
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
     for name in a:
         kind = name.partition("/")[0]
         if kind == "gradient":

@@ -5,13 +5,14 @@
 compiles the real step for each topology (a minute or two, on any machine, extra `plan`) and prints
 memory, FLOPs, collectives and lower bounds of time, throughput and cost. Exits with 1 where a step
 does not fit, after searching for the change that makes it fit. --device=gpu prints what can be said
-of GPUs without compiling.
+of GPUs without compiling. --images_a_chip=64 with several topologies shows weak scaling: the batch
+grows with the chips; --plot=FILE.png draws it.
 """
 
+import dataclasses
 import json
-import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: nothing here runs on an accelerator
+import jax
 
 from dgpt_jax import chips, cli, flops, plan
 from dgpt_jax.chips import GIB, Topology
@@ -25,6 +26,7 @@ def report(made: plan.Plan, run: Train) -> dict:
     bounds = made.bounds
     return {
         "topology": str(made.topology),
+        "chips": made.topology.chips,
         "fits": True,
         "mesh": made.mesh,
         "images_a_chip": made.images,
@@ -41,7 +43,7 @@ def report(made: plan.Plan, run: Train) -> dict:
              "wire_bytes": c.wire_bytes}
             for c in made.collectives
         ],
-        "bound_seconds": {"compute": bounds.compute, "memory": bounds.memory, "ici": bounds.ici},
+        "bound_seconds": dataclasses.asdict(bounds),
         "binding": bounds.binding,
         "images_a_second_and_chip": made.images / bounds.seconds,
         "mfu": made.mfu,
@@ -57,7 +59,6 @@ def report(made: plan.Plan, run: Train) -> dict:
 def text(found: dict) -> str:
     """A report to be read."""
     hbm = {name: f"{size / GIB:.2f}" for name, size in found["hbm_bytes"].items()}
-    bound = {name: f"{1e3 * s:.1f}" for name, s in found["bound_seconds"].items()}
     ratio = found["hbm_bytes"]["sum"] / found["hbm_bytes"]["available"]
     lines = [
         f"{found['topology']}, mesh {found['mesh']}, {found['images_a_chip']:g} images a chip",
@@ -74,11 +75,11 @@ def text(found: dict) -> str:
             f"  {c['kind']} over {c['group']}: {c['count']} a step, {c['bytes'] / 1e6:.2f} MB, "
             f"{c['wire_bytes'] / 1e6:.2f} MB sent"
         )
+    each = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in found["bound_seconds"].items())
     lines.append(
         f"  at least {max(found['bound_seconds'].values()) * 1e3:.1f} ms a step, bound by "
-        f"{found['binding']} (compute {bound['compute']}, memory {bound['memory']}, ici "
-        f"{bound['ici']} ms): {found['images_a_second_and_chip']:.0f} images/s a chip, MFU "
-        f"{found['mfu']:.0%}"
+        f"{found['binding']} ({each} ms): {found['images_a_second_and_chip']:.0f} images/s a chip, "
+        f"MFU {found['mfu']:.0%}"
     )
     if found["steps"]:
         lines.append(
@@ -106,6 +107,52 @@ def does_not_fit(run: Train, topology: Topology, error: plan.DoesNotFit, say) ->
     }
 
 
+def plot(reports: list[dict], title: str, out: str):
+    """Throughput of a chip against their number: if communication hides behind the rest of the
+    step, and if none of it does."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    chip_counts = [found["chips"] for found in reports]
+    for name, label in (("hidden", "communication hidden"), ("exposed", "none of it hidden")):
+        axis.plot(chip_counts, [plan_rate(r, name) for r in reports], marker="o", label=label)
+    axis.set(xscale="log", xlabel="chips", ylabel="images/s a chip, at most", title=title, ylim=0)
+    axis.set_xticks(chip_counts, [str(n) for n in chip_counts])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+
+
+def plan_rate(found: dict, communication: str) -> float:
+    """images/s a chip at the bound, communication "hidden" behind the rest or "exposed"."""
+    bound = found["bound_seconds"]
+    work, wires = max(bound["compute"], bound["memory"]), bound["ici"] + bound["dcn"]
+    seconds = max(work, wires) if communication == "hidden" else work + wires
+    return found["images_a_chip"] / seconds
+
+
+def table(reports: list[dict]) -> str:
+    """Markdown of weak scaling."""
+    lines = [
+        "| topology | images a chip | sent, GB a chip | compute, memory, ICI, DCN: ms | images/s a "
+        "chip: hidden, exposed |",
+        "|---|---|---|---|---|",
+    ]
+    for found in reports:
+        bound = ", ".join(f"{1e3 * s:.1f}" for s in found["bound_seconds"].values())
+        sent = sum(c["wire_bytes"] for c in found["collectives"]) / 1e9
+        rates = ", ".join(f"{plan_rate(found, name):.0f}" for name in ("hidden", "exposed"))
+        lines.append(
+            f"| {found['topology']} | {found['images_a_chip']:g} | {sent:.2f} | {bound} | {rates} |"
+        )
+    return "\n".join(lines)
+
+
 def on_gpus(run: Train) -> str:
     """What can be said of GPUs without compiling."""
     task = planned(run)
@@ -128,26 +175,35 @@ def main():
     made = cli.parser(__doc__, Train)
     made.add_argument("--topology", action="append", default=[], help="v5e:4x4, 2*v5e:16x16, …")
     made.add_argument("--device", choices=["tpu", "gpu"], default="tpu")
+    made.add_argument("--images_a_chip", type=int, help="instead of config.batch_size")
+    made.add_argument("--plot", metavar="FILE.png", help="draw weak scaling over the topologies")
     made.add_argument("--json", action="store_true", help="print JSON, one line a topology")
     arguments, run = cli.parse(made, Train)
+    jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
     if arguments.device == "gpu":
         print(on_gpus(run))
         return
     if not arguments.topology:
         raise UserError("name a --topology, like v5e:4x4 or v5p:4x4x8")
-    failed = []
+    reports, failed = [], []
+    say = (lambda line: None) if arguments.json else print
     for topology in map(chips.topology, arguments.topology):
+        if arguments.images_a_chip:
+            batch_size = arguments.images_a_chip * topology.chips
+            run = dataclasses.replace(run, batch_size=batch_size)
         try:
             found = report(plan.plan(run, topology), run)
+            reports.append(found)
+            say(text(found))
         except plan.DoesNotFit as e:
-            found = does_not_fit(
-                run, topology, e, lambda line: None if arguments.json else print(line)
-            )
+            found = does_not_fit(run, topology, e, say)
             failed.append(f"{topology} does not fit: it {e}; {found['advice']}")
         if arguments.json:
             print(json.dumps(found))
-        elif found["fits"]:
-            print(text(found))
+    if arguments.images_a_chip:
+        say(table(reports))
+    if arguments.plot:
+        plot(reports, f"{run.model.size}, at most (data sheets)", arguments.plot)
     if failed:
         raise UserError("\n".join(failed))
 
