@@ -30,8 +30,8 @@ class DecoderBlock(nn.Module):
         attn1 = vit.Attention(self.heads, self.dtype, name="attn1")
         attn2 = vit.CrossAttention(self.heads, self.dtype, name="attn2")
         mlp = vit.Mlp(self.mlp_ratio, "gelu", self.dtype, name="mlp")
-        q_BNE = vit.kept(q_BNE + attn1(norm("norm1", q_BNE), mask_NN))
-        q_BNE = vit.kept(q_BNE + attn2(norm("norm2_1", q_BNE), norm("norm2_2", kv_BNE), mask_NN))
+        q_BNE = q_BNE + vit.kept(attn1(norm("norm1", q_BNE), mask_NN))
+        q_BNE = q_BNE + vit.kept(attn2(norm("norm2_1", q_BNE), norm("norm2_2", kv_BNE), mask_NN))
         return q_BNE + mlp(norm("norm2", q_BNE))
 
 

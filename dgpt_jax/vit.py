@@ -108,7 +108,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BND, mask_NM=None):
         y = layer_norm(self.eps, "norm1")(x_BND).astype(self.dtype)
-        x_BND = kept(x_BND + Attention(self.heads, self.dtype, name="attn")(y, mask_NM))
+        x_BND = x_BND + kept(Attention(self.heads, self.dtype, name="attn")(y, mask_NM))
         y = layer_norm(self.eps, "norm2")(x_BND).astype(self.dtype)
         return x_BND + Mlp(self.mlp_ratio, self.activation, self.dtype, name="mlp")(y)
 
