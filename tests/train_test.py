@@ -139,6 +139,12 @@ def test_another_model_does_not_continue_a_run(made, whole, tmp_path, capsys):
     assert "config.log_every is 2, in the checkpoint of step 20 1" in capsys.readouterr().err
 
 
+def test_preflight_comes_before_the_data(tmp_path, capsys):
+    with pytest.raises(UserError, match="no such directory"):
+        train.train(settings(tmp_path / "absent"), tmp_path / "run")
+    assert "process  host" in capsys.readouterr().err
+
+
 def test_ctrl_c_saves(made, tmp_path, monkeypatch):
     stop_after(monkeypatch, 3, signal.SIGINT)
     assert train.train(settings(made[2]), tmp_path) == 130
