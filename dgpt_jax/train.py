@@ -61,10 +61,12 @@ def train(config: Train, workdir: Path) -> int:
     describe(config, task, schedule, mesh, peak, progress)
     resolved = schema.to_dict(config)
 
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
-    writer = metrics.Writer(workdir)
     stop = hosts.StopOnSignal()
-    try:
+    with (
+        checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+        contextlib.closing(metrics.Writer(workdir)) as writer,
+        contextlib.closing(progress),
+    ):
         train_state, first = begin(config, task, tx, mesh, checkpoints, progress)
         writer.config(resolved)
         progress.say(
@@ -125,10 +127,6 @@ def train(config: Train, workdir: Path) -> int:
             flush()
             if stop.exit_code is not None and checkpoints.latest() != step:
                 checkpoints.save(train_state, {"config": resolved})
-    finally:
-        checkpoints.close()
-        writer.close()
-        progress.close()
     if stop.exit_code is not None:
         progress.say(f"stopped by a signal, saved at step {step}: the same command continues")
         return stop.exit_code

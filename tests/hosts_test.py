@@ -226,6 +226,27 @@ def test_gpus_of_a_task(monkeypatch, told, all_gpus):
     assert hosts._owns_all_gpus() == all_gpus
 
 
+# A run that fails at its fourth save; one is in flight at every step.
+FAILING = """
+import time
+from dgpt_jax import checkpoint, cli, train
+
+save, saved = checkpoint.Checkpoints.save, []
+
+def save_and_fail(self, *args):
+    if len(saved) == 3 and FAULT == "before":
+        raise RuntimeError("planted")
+    if len(saved) == 3:  # writes for ten minutes from here on, in the background
+        checkpoint.ocp.CheckpointManager._finalize = lambda *args: time.sleep(600)
+    saved.append(save(self, *args))
+    if len(saved) == 4:
+        raise RuntimeError("planted")
+
+checkpoint.Checkpoints.save = save_and_fail
+cli.run(train.main)
+"""
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("hosts")
@@ -270,3 +291,26 @@ def test_all_hosts_end_together(store, tmp_path, number, victim):
         assert codes == [75, 75] and "stopped by a signal, saved at step" in outputs[0]
     else:
         assert all(codes), codes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit,fault", [(0, "before"), (1, "before"), (1, "while")])
+def test_an_exception_ends_all_hosts(store, tmp_path, culprit, fault):
+    """Before a save that the other has begun, or while its own, slow one is in flight."""
+    address = free_address()
+    codes = [("-m", "dgpt_jax.train")] * 2
+    codes[culprit] = ("-c", f"FAULT = {fault!r}\n{FAILING}")
+    words = ("--config.checkpoint.every=1 steps", "--config.log_every=1")
+    both = [
+        train(store, tmp_path, address, process, *words, code=code)
+        for process, code in enumerate(codes)
+    ]
+    third = tmp_path / "checkpoints/3"
+    while not third.exists() and all(process.poll() is None for process in both):
+        time.sleep(0.1)
+    began = time.monotonic()
+    outputs = outputs_of(both)
+    print(f"exception of process {culprit}: all ended in {time.monotonic() - began:.1f} s")
+    assert time.monotonic() - began < 60 and all(process.returncode for process in both)
+    told = outputs[culprit].partition("Traceback (most recent call last)")[2]
+    assert "in save_and_fail\nRuntimeError: planted\n" in told
