@@ -1,8 +1,8 @@
 """The training loop: `python -m dgpt_jax.train --config=configs/… --workdir=DIR`.
 
 Running the same command again continues from the newest checkpoint in DIR. DIR holds config.json
-(resolved), metrics.jsonl, tensorboard/ and checkpoints/. Exit codes: 0 done, 1 a user's error, 75
-stopped by SIGTERM after saving, 130 by Ctrl-C after saving.
+(resolved), metrics.jsonl, tensorboard/, checkpoints/ and, where asked for, profile/. Exit codes: 0
+done, 1 a user's error, 75 stopped by SIGTERM after saving, 130 by Ctrl-C after saving.
 """
 
 import contextlib
@@ -83,6 +83,7 @@ def train(config: Train, workdir: Path) -> int:
         )
         batches = pipeline.ahead(batches, partial(sharding.global_batch, mesh, config.batch_size))
         clock = metrics.Clock(first, schedule.total, config.batch_size)
+        profile = metrics.Profile(workdir, config.profile, first)
         running = collection.empty()
         pending = None  # what is logged is fetched one interval late: the host never waits
 
@@ -96,8 +97,10 @@ def train(config: Train, workdir: Path) -> int:
             progress.show(at, schedule.total, values)
             pending = None
 
-        with stop, contextlib.closing(batches):
+        with stop, profile, contextlib.closing(batches):
             while step < schedule.total and not stop.asked(step):
+                if profile.reached(step, train_state):
+                    clock.restart(step)
                 asked = time.monotonic()
                 batch = next(batches)
                 clock.waited(time.monotonic() - asked)

@@ -276,7 +276,7 @@ def train(store, workdir, address, process, *words, code=("-m", "dgpt_jax.train"
 def test_all_hosts_end_together(store, tmp_path, number, victim):
     """A preempted host: all save the same step. A dead or interrupted one: the other ends too."""
     address, metrics = free_address(), tmp_path / "metrics.jsonl"
-    words = ("--config.checkpoint.every=2 steps", "--config.log_every=1")
+    words = ("--config.checkpoint.every=2 steps", "--config.log_every=1", "--config.profile=1,3")
     both = [train(store, tmp_path, address, process, *words) for process in range(2)]
     while not (metrics.exists() and metrics.read_text()):
         time.sleep(0.5)
@@ -289,6 +289,8 @@ def test_all_hosts_end_together(store, tmp_path, number, victim):
     codes = [process.returncode for process in both]
     if number == signal.SIGTERM:
         assert codes == [75, 75] and "stopped by a signal, saved at step" in outputs[0]
+        traces = [file.name[:5] for file in tmp_path.glob("profile/*/*/step_1/*.xplane.pb")]
+        assert sorted(traces) == ["0000.", "0001."]
     else:
         assert all(codes), codes
 
