@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dgpt_jax import hosts
 from dgpt_jax.schema import UserError
 from dgpt_jax.state import TrainState
 
@@ -29,7 +30,7 @@ def directory(workdir) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a run. Close it on every way out: saving goes on in the background."""
+    """The checkpoints of a run, a context: saving goes on in the background, leaving it waits."""
 
     def __init__(self, workdir, *, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -38,6 +39,15 @@ class Checkpoints:
             options=options,
             item_names=("params", "opt_state", "metadata"),
         )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_):
+        # One of several processes that fails must say so and end. The save in flight waits for the
+        # others, and they may wait for this one: what is not complete by now is never to be.
+        if kind is None or not hosts.together():
+            self.close()
 
     @property
     def directory(self) -> str:

@@ -177,6 +177,11 @@ class Train:
     accum_steps: int = entry(1, "micro-batches that an optimizer step is cut into")
     dtype: str = entry("bfloat16", "dtype of matmuls: bfloat16 or float32 (weights stay float32)")
     log_every: int = entry(50, "steps between log lines")
+    profile: tuple[int, int] | None = entry(
+        None,
+        "START, STOP in steps from where the command begins: what every process traces, into "
+        "WORKDIR/profile for TensorBoard; step 0 compiles; default: no trace",
+    )
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
     hosts: Hosts = Hosts()
     model: Model = Model()
@@ -199,6 +204,10 @@ class Train:
             raise UserError(
                 f"config.batch_size {self.batch_size} is not divisible by config.accum_steps "
                 f"{self.accum_steps}"
+            )
+        if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
+            raise UserError(
+                f"config.profile {self.profile} must be START, STOP in steps, 0 <= START < STOP"
             )
         weights = self.loss.next, self.loss.visible
         if min(weights) < 0 or sum(weights) == 0:

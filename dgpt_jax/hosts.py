@@ -8,11 +8,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
 import psutil
 from etils import epath
+from jax._src.distributed import global_state  # nothing public says what a launcher told JAX
 from jax.experimental import multihost_utils
 
 from dgpt_jax.config import Hosts
@@ -21,6 +23,7 @@ from dgpt_jax.schema import UserError
 # What a scheduler's signal ends with after saving: "try again", as sysexits has it.
 EXIT_PREEMPTED = 75
 HEARTBEAT_SECONDS = 30  # a host that is silent for so long is dead, and so are then all others
+LAST_WORDS_SECONDS = 5  # for the others to say why they end, before the coordinator is gone
 NAME_BYTES = 64
 
 
@@ -35,12 +38,12 @@ def start(config: Hosts, platform: str):
         if config.processes is None or config.process is None:
             raise UserError("config.hosts.coordinator needs hosts.processes and hosts.process too")
         _join(config, config.coordinator, config.processes, config.process)
-    elif _launched_together(platform):
+    elif config.processes != 1 and _launched_together(platform):
         _join(config)
     try:
         found = jax.default_backend()
-    except RuntimeError as e:
-        reason = str(e).split("\n")[0]
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).split("\n")[0] or "JAX has no plugin for it"  # which it only asserts
         raise UserError(f"config.platform={platform} is not available: {reason}") from None
     if platform and found != platform:
         raise UserError(f"config.platform={platform} was asked for, JAX found {found}")
@@ -51,17 +54,17 @@ def start(config: Hosts, platform: str):
         )
     if config.processes is not None and config.processes != jax.process_count():
         raise UserError(
-            f"config.hosts.processes is {config.processes}, JAX found {jax.process_count()}"
+            f"config.hosts.processes is {config.processes}, JAX found {jax.process_count()}: start "
+            f"as many by srun, mpirun or a JobSet, or give hosts.coordinator and hosts.process"
         )
 
 
 def _join(config: Hosts, *address):
-    """jax.distributed.initialize; JAX finds the others on TPU, Slurm, Open MPI without address.
+    """jax.distributed.initialize; without `address`, JAX asks the launcher for it.
 
     Its own time-out aborts the process with a stack of C++ calls, so ours comes first.
     """
-    patience = config.timeout + (0 if config.process == 0 else 5)  # process 0 counts who is there
-    watch = threading.Timer(patience, _did_not_meet, (config.timeout, *address))
+    watch = threading.Timer(config.timeout, _did_not_meet, (config.timeout,))
     watch.daemon = True
     watch.start()
     try:
@@ -71,34 +74,78 @@ def _join(config: Hosts, *address):
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError) as e:
-        reason = str(e).split("\n")[0][:200]
-        raise UserError(f"could not join the other processes: {reason}") from None
+    except Exception as e:  # whatever metadata servers and Kubernetes' API make of it
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(
+            f"could not join the other processes: {reason} (config.hosts.coordinator, processes "
+            f"and process say where they are; processes=1, that there are none)"
+        ) from None
     finally:
         watch.cancel()
+    if _owns_all_gpus():
+        jax.config.update("jax_cuda_visible_devices", "all")
 
 
-def _did_not_meet(timeout: int, address: str = "", processes: int = 0, process: int = 0):
+def _did_not_meet(timeout: int):
     """Ends this process with a line that says how many came, which only process 0 can know."""
-    if address and process == 0:
-        port = int(address.rpartition(":")[2])
+    address = global_state.coordinator_address
+    port = address.rpartition(":")[2] if address else ""
+    if port and global_state.process_id == 0:
         came = sum(
-            c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED
+            c.laddr.port == int(port) and c.status == psutil.CONN_ESTABLISHED
             for c in psutil.Process().net_connections(kind="tcp")
         )
-        found = f"saw {came} of {processes} processes at {address}"
+        found = f"saw {came} of {global_state.num_processes} processes at {address}"
     else:
+        time.sleep(LAST_WORDS_SECONDS)  # process 0 counts those that wait
         found = f"the processes did not meet{f' at {address}' if address else ''}"
-    print(f"error: {found} within {timeout} s (config.hosts.timeout)", file=sys.stderr)
-    end(1)
+    print(
+        f"error: {found} within {timeout} s (config.hosts.timeout): start the command on every "
+        f"host, and let the firewall pass {f'port {port}' if port else 'JAX'} between them "
+        f"(JAX_COORDINATOR_PORT sets another port; Google Cloud opens 8476 between TPUs)",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def _launched_together(platform: str) -> bool:
-    """Whether a launcher that JAX knows has started several processes, or this is a TPU machine."""
+    """Whether a launcher that JAX knows started several processes, as far as the environment tells.
+
+    Only a Cloud TPU VM does not tell: there JAX asks the machine's metadata, which answer at once.
+    """
+    told = os.environ
     several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(int(os.environ.get(name, 1)) > 1 for name in several):
+    if any(int(told.get(name, 1)) > 1 for name in several):
         return True
-    return platform in ("", "tpu") and "cpu" not in _platforms() and "TPU" in _accelerators()
+    if platform in ("", "tpu") and _accelerators() == "a TPU":
+        workers = told.get("TPU_PROCESS_ADDRESSES", told.get("TPU_WORKER_HOSTNAMES"))
+        if workers is not None:  # Google Kubernetes Engine, or a machine that is alone
+            return "," in workers or int(told.get("MEGASCALE_NUM_SLICES", 1)) > 1
+        return "TPU_SKIP_MDS_QUERY" not in told
+    indexed = "KUBERNETES_SERVICE_HOST" in told and "JOB_COMPLETION_INDEX" in told
+    if indexed and not importlib.util.find_spec("kubernetes"):
+        raise UserError(
+            "this is a pod of a Kubernetes Job, and JAX needs the package kubernetes to find the "
+            "others: pip install 'jax[k8s]', or set config.hosts.coordinator, processes and "
+            "process (processes=1 if there are none)"
+        )
+    return indexed
+
+
+def _owns_all_gpus() -> bool:
+    """Whether a task of Slurm or Open MPI is alone on its host, or was given the one GPU it sees.
+
+    JAX takes only the GPU of the task's number on its host, be there seven more or no such GPU.
+    """
+    told = os.environ
+    tasks = told.get("SLURM_STEP_NUM_TASKS", "")
+    alone = (
+        tasks == told.get("SLURM_STEP_NUM_NODES") or told.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    )
+    visible = told.get("CUDA_VISIBLE_DEVICES", "")
+    given_one = visible != "" and "," not in visible
+    return (alone or given_one) and "JAX_LOCAL_DEVICE_IDS" not in told
 
 
 def _platforms() -> str:
@@ -116,8 +163,9 @@ def _accelerators() -> str:
 
 
 def together() -> bool:
-    """Whether this process is one of several."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether this process is one of several. Starts no backend, so that it can be asked after one
+    has failed."""
+    return jax.distributed.is_initialized() and global_state.num_processes > 1
 
 
 def preflight(workdir, mesh) -> list[str]:
@@ -167,9 +215,11 @@ def _sees_probe(workdir: epath.Path) -> np.ndarray:
 
 def end(code: int):
     """Ends this process and with it, within a minute, all others: without the barrier at exit, in
-    which it would wait for hosts that wait for it."""
+    which it would wait for hosts that wait for it. Process 0, the coordinator, goes last."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if global_state.process_id == 0:
+        time.sleep(LAST_WORDS_SECONDS)
     os._exit(code)
 
 

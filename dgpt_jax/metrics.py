@@ -1,8 +1,10 @@
-"""Metrics: CLU collections on the device; JSONL, TensorBoard and a progress line on the host."""
+"""Metrics: CLU collections on the device; JSONL, TensorBoard and a progress line; traces."""
 
 import json
 import math
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import jax
 import tensorboardX
 from clu import metrics as clu_metrics
+from clu import profiler
 
 Metrics = clu_metrics.Collection
 
@@ -136,3 +139,44 @@ class Progress:
     def close(self):
         if self._live:
             self._stream.write("\n")
+
+
+class Profile:
+    """A trace of the steps that `config.profile` names, in TensorBoard's layout; a context.
+
+    Every process traces the same steps, into a file of its own (number and host) under
+    WORKDIR/profile/plugins/profile/step_N. A process that traced alone would hold up the others.
+    """
+
+    def __init__(self, workdir: Path, steps: tuple[int, int] | None, first: int):
+        self._start, self._stop = (first + n for n in steps) if steps else (None, None)
+        self._to = workdir / f"profile/plugins/profile/step_{self._start}"
+        self._local = None  # where JAX writes: processes of one host would take the same name
+
+    def reached(self, step: int, state) -> bool:
+        """Starts or stops before `step`, once the steps until then are done; whether it did."""
+        if step not in (self._start, self._stop):
+            return False
+        jax.block_until_ready(state)
+        if step == self._start:
+            self._local = tempfile.TemporaryDirectory()
+            profiler.start(self._local.name)
+        else:
+            self._finish()
+        return True
+
+    def _finish(self):
+        if self._local is None:
+            return
+        profiler.stop()
+        self._to.mkdir(parents=True, exist_ok=True)
+        for file in Path(self._local.name).glob("plugins/profile/*/*"):
+            shutil.copyfile(file, self._to / f"{jax.process_index():04}.{file.name}")
+        self._local.cleanup()
+        self._local = None
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_):
+        self._finish()

@@ -1,8 +1,8 @@
 """The training loop: `python -m dgpt_jax.train --config=configs/… --workdir=DIR`.
 
 Running the same command again continues from the newest checkpoint in DIR. DIR holds config.json
-(resolved), metrics.jsonl, tensorboard/ and checkpoints/. Exit codes: 0 done, 1 a user's error, 75
-stopped by SIGTERM after saving, 130 by Ctrl-C after saving.
+(resolved), metrics.jsonl, tensorboard/, checkpoints/ and, where asked for, profile/. Exit codes: 0
+done, 1 a user's error, 75 stopped by SIGTERM after saving, 130 by Ctrl-C after saving.
 """
 
 import contextlib
@@ -61,10 +61,12 @@ def train(config: Train, workdir: Path) -> int:
     describe(config, task, schedule, mesh, peak, progress)
     resolved = schema.to_dict(config)
 
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
-    writer = metrics.Writer(workdir)
     stop = hosts.StopOnSignal()
-    try:
+    with (
+        checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+        contextlib.closing(metrics.Writer(workdir)) as writer,
+        contextlib.closing(progress),
+    ):
         train_state, first = begin(config, task, tx, mesh, checkpoints, progress)
         writer.config(resolved)
         progress.say(
@@ -81,6 +83,7 @@ def train(config: Train, workdir: Path) -> int:
         )
         batches = pipeline.ahead(batches, partial(sharding.global_batch, mesh, config.batch_size))
         clock = metrics.Clock(first, schedule.total, config.batch_size)
+        profile = metrics.Profile(workdir, config.profile, first)
         running = collection.empty()
         pending = None  # what is logged is fetched one interval late: the host never waits
 
@@ -94,8 +97,10 @@ def train(config: Train, workdir: Path) -> int:
             progress.show(at, schedule.total, values)
             pending = None
 
-        with stop, contextlib.closing(batches):
+        with stop, profile, contextlib.closing(batches):
             while step < schedule.total and not stop.asked(step):
+                if profile.reached(step, train_state):
+                    clock.restart(step)
                 asked = time.monotonic()
                 batch = next(batches)
                 clock.waited(time.monotonic() - asked)
@@ -125,10 +130,6 @@ def train(config: Train, workdir: Path) -> int:
             flush()
             if stop.exit_code is not None and checkpoints.latest() != step:
                 checkpoints.save(train_state, {"config": resolved})
-    finally:
-        checkpoints.close()
-        writer.close()
-        progress.close()
     if stop.exit_code is not None:
         progress.say(f"stopped by a signal, saved at step {step}: the same command continues")
         return stop.exit_code

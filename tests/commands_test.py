@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpt_jax import cli, evaluate, train
+from dgpt_jax import cli, evaluate, hosts, train
 from tests.data import image_dataset, random_teacher, token_store
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +105,23 @@ def test_a_real_process_ends_with_1_and_no_traceback(tmp_path):
     assert ended.returncode == 1
     lines = ended.stderr.strip().splitlines()
     assert lines == ["error: unknown config key config.data.pth: did you mean config.data.path?"]
+
+
+@pytest.mark.skipif(hosts._accelerators() == "a TPU", reason="there is a TPU")
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_platform_that_is_not_there(tmp_path, platform):
+    """Never a silent CPU."""
+    if platform == "gpu" and hosts._accelerators():
+        pytest.skip("there is a GPU")
+    words = ["-m", "dgpt_jax.train", QUICK, f"--workdir={tmp_path / 'run'}", "--config.data.path=x"]
+    ended = subprocess.run(
+        [sys.executable, *words, f"--config.platform={platform}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    # libtpu may say something too
+    assert f"error: config.platform={platform} is not available: " in ended.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 IMPORT_ALL = """

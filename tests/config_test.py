@@ -59,6 +59,7 @@ def test_overrides_are_read_by_the_fields_type():
     assert override("config.data.flip=false").data.flip is False
     assert override("config.data.path=1").data.path == "1"
     assert override("config.model.segments=(2, 7)").model.segments == (2, 7)
+    assert override("config.profile=0,5").profile == (0, 5)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,9 @@ def test_overrides_are_read_by_the_fields_type():
         ("config.accum_steps=3", "not divisible by config.accum_steps"),
         ("config.dtype=float16", "must be one of bfloat16, float32"),
         ("config.loss.next=-1", "needs a positive weight"),
+        ("config.profile=3", "config.profile takes 2 values"),
+        ("config.profile=5,5", "config.profile (5, 5) must be START, STOP"),
+        ("config.profile=-1,5", "config.profile (-1, 5) must be START, STOP"),
     ],
 )
 def test_mistakes_are_one_clear_line(text, message):

@@ -1,5 +1,7 @@
 """Several processes as one program: they meet or say who is missing, and they end together."""
 
+import importlib.util
+import json
 import os
 import signal
 import socket
@@ -10,79 +12,255 @@ from pathlib import Path
 
 import pytest
 
+from dgpt_jax import hosts
+from dgpt_jax.schema import UserError
 from tests.data import image_dataset, random_teacher, token_store
 
 ROOT = Path(__file__).parent.parent
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 MEET = """
-import sys
+import json, os, sys, time
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 from dgpt_jax import cli, config, hosts, sharding
 
 def main():
-    address, processes, process, timeout, workdir = sys.argv[1:]
-    numbers = {"processes": int(processes), "process": int(process), "timeout": int(timeout)}
-    hosts.start(config.Hosts(coordinator=address, **numbers), "cpu")
-    print(*hosts.preflight(workdir, sharding.make_mesh(config.Mesh())), sep="\\n")
+    workdir, platform, flags = sys.argv[1:]
+    if "TPU_WORKER_HOSTNAMES" in os.environ:  # these CPUs pass for TPUs until they have met
+        hosts._accelerators = iter(["a TPU"] + 9 * [""]).__next__
+    hosts.start(config.Hosts(**json.loads(flags)), platform)
+    try:
+        print(*hosts.preflight(workdir, sharding.make_mesh(config.Mesh())), sep="\\n")
+    finally:
+        time.sleep(float(os.environ.get("SLOWER_BY", 0)))
+    print("GPUs", CUDA_VISIBLE_DEVICES.value)
 
 cli.run(main)
 """
 
 
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+def free_address(first: int = 0, last: int = 0) -> str:
+    """An address of this machine with a free port, any or within a range."""
+    for port in range(first, last + 1):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return f"127.0.0.1:{free.getsockname()[1]}"
+    raise OSError(f"no free port in {first}..{last}")
 
 
-def start(words, *, devices: int = 1) -> subprocess.Popen:
+def start(words, *, devices: int = 1, **environment) -> subprocess.Popen:
     settings = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | settings,
+        [sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | settings | environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
+def meet(workdir, *, platform: str = "cpu", devices: int = 1, environment=None, **flags):
+    """A process that joins the others by these flags of config.hosts, and prints the preflight."""
+    words = ["-c", MEET, workdir, platform, json.dumps(flags)]
+    return start(words, devices=devices, **(environment or {}))
+
+
+def outputs_of(processes, timeout: float = 90) -> list[str]:
+    try:
+        return [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_missing_processes_are_counted(tmp_path):
     address = free_address()
-    came = [start(["-c", MEET, address, 3, process, 15, tmp_path]) for process in (0, 2)]
-    outputs = [process.communicate()[0] for process in came]
+    flags = {"coordinator": address, "processes": 3, "timeout": 15}
+    came = [meet(tmp_path, process=process, **flags) for process in (0, 2)]
+    outputs = outputs_of(came)
     assert [process.returncode for process in came] == [1, 1]
-    assert (
-        outputs[0]
-        == f"error: saw 2 of 3 processes at {address} within 15 s (config.hosts.timeout)\n"
-    )
-    assert f"error: the processes did not meet at {address}" in outputs[1]
+    within = "within 15 s (config.hosts.timeout): start the command on every host, and let the "
+    within += f"firewall pass port {address.partition(':')[2]} between them (JAX_COORDINATOR_PORT"
+    assert outputs[0].startswith(f"error: saw 2 of 3 processes at {address} {within}")
+    assert f"error: the processes did not meet at {address} {within}" in outputs[1]
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_work_directory_must_be_shared(tmp_path, shared):
-    address = free_address()
+    flags = {"coordinator": free_address(), "processes": 2}
     directories = [tmp_path / "0", tmp_path / ("0" if shared else "1")]
     both = [
-        start(["-c", MEET, address, 2, process, 60, directory], devices=2)
-        for process, directory in enumerate(directories)
+        # Process 1 is slower, and has its say all the same.
+        meet(directory, devices=2, environment={"SLOWER_BY": str(2 * i)}, process=i, **flags)
+        for i, directory in enumerate(directories)
     ]
-    outputs = [process.communicate()[0] for process in both]
+    outputs = outputs_of(both)
     if shared:
         assert [process.returncode for process in both] == [0, 0], outputs
         assert "process  host" in outputs[0] and "mesh {'data': 4" in outputs[1]
         assert not list(directories[0].iterdir())
     else:
         assert all(process.returncode for process in both)
-        assert any("must be one directory that all hosts share" in output for output in outputs)
+        for output, directory in zip(outputs, directories, strict=True):
+            assert f"writes to {directory}: --workdir must be one directory that all" in output
+            assert "Traceback" not in output
 
 
-def train(store, workdir, address, process, *words) -> subprocess.Popen:
+def slurm(process: int, port: int) -> dict[str, str]:
+    """What srun tells two tasks on one node; JAX makes the port from the number of the job."""
+    return {
+        "SLURM_JOB_ID": str(4096 * 7 + port - 61440), "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process),
+    }  # fmt: skip
+
+
+def open_mpi(process: int, port: int) -> dict[str, str]:
+    """What mpirun tells two ranks on one host."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{4096 * (port - 61440)}.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(process), "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
+    }  # fmt: skip
+
+
+def gke(process: int, port: int) -> dict[str, str]:
+    """What two pods of a JobSet are told. MEGASCALE is for several slices; without it, JAX would
+    ask a machine's metadata how many there are."""
+    return {
+        "JAX_FORCE_TPU_INIT": "1", "JAX_COORDINATOR_PORT": str(port),
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": str(process),
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1",
+        "MEGASCALE_SLICE_ID": "0", **KUBERNETES, "JOB_COMPLETION_INDEX": str(process),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [slurm, open_mpi, gke])
+def test_a_launcher_needs_no_flags(tmp_path, launcher):
+    port = int(free_address(61440, 65535).partition(":")[2])
+    settings = {"devices": 2, "platform": "" if launcher is gke else "cpu"}
+    both = [meet(tmp_path, **settings, environment=launcher(i, port)) for i in range(2)]
+    outputs = outputs_of(both)
+    assert [process.returncode for process in both] == [0, 0], outputs
+    tables = [output[output.index("process  host") : output.index("GPUs")] for output in outputs]
+    assert tables[0] == tables[1] and "mesh {'data': 4" in tables[0]
+    rows = [line.split() for line in tables[0].splitlines()[1:3]]
+    assert [(row[0], *row[2:]) for row in rows] == [("0", "2", "4"), ("1", "2", "4")]
+    gpus = [output.partition("GPUs ")[2].strip() for output in outputs]
+    assert gpus == (["all", "all"] if launcher is gke else ["0", "1"])
+
+
+def test_another_number_of_processes_than_expected(tmp_path):
+    port = int(free_address(61440, 65535).partition(":")[2])
+    both = [meet(tmp_path, processes=3, environment=slurm(i, port)) for i in range(2)]
+    for output in outputs_of(both):
+        assert "error: config.hosts.processes is 3, JAX found 2: start as many by srun" in output
+    assert all(process.returncode for process in both)
+
+
+@pytest.mark.skipif(hosts._accelerators() == "a TPU", reason="there is a TPU")
+def test_a_platform_that_no_host_has(tmp_path):
+    flags = {"coordinator": free_address(), "processes": 2}
+    both = [meet(tmp_path, platform="tpu", process=process, **flags) for process in range(2)]
+    for output in outputs_of(both):
+        assert "error: config.platform=tpu is not available" in output
+        assert "Traceback" not in output
+    assert all(process.returncode for process in both)
+
+
+@pytest.mark.parametrize(
+    "told,accelerators,together",
+    [
+        ({}, "", False),
+        ({}, "a GPU", False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, "", False),
+        ({"SLURM_NTASKS": "8"}, "a GPU", False),  # in an sbatch script, without srun
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "a GPU", True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, "", False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "", True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "a TPU", False),
+        (KUBERNETES | {"TPU_WORKER_HOSTNAMES": "job-0.set,job-1.set"}, "a TPU", True),
+        ({"TPU_WORKER_HOSTNAMES": "job-0.set", "MEGASCALE_NUM_SLICES": "2"}, "a TPU", True),
+        ({"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "a,b"}, "a TPU", False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "", False),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, "a TPU", False),
+        ({}, "a TPU", True),  # a Cloud TPU VM: JAX asks the metadata
+        (KUBERNETES, "a GPU", False),
+        (KUBERNETES | {"JOB_COMPLETION_INDEX": "1"}, "a GPU", True),
+    ],
+)
+def test_what_the_environment_tells(monkeypatch, told, accelerators, together):
+    monkeypatch.setattr(os, "environ", dict(told))
+    monkeypatch.setattr(hosts, "_accelerators", lambda: accelerators)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert hosts._launched_together("") == together
+    if accelerators == "a TPU":
+        assert not hosts._launched_together("cpu")
+
+
+def test_a_pod_of_kubernetes_is_not_silently_alone(monkeypatch):
+    monkeypatch.setattr(os, "environ", KUBERNETES | {"JOB_COMPLETION_INDEX": "0"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'jax\[k8s\]', or set config.hosts"):
+        hosts._launched_together("gpu")
+
+
+@pytest.mark.parametrize(
+    "told,all_gpus",
+    [
+        (slurm(0, 61440), False),
+        (slurm(0, 61440) | {"SLURM_STEP_NUM_NODES": "2"}, True),
+        (slurm(1, 61440) | {"CUDA_VISIBLE_DEVICES": "0"}, True),
+        (slurm(1, 61440) | {"CUDA_VISIBLE_DEVICES": "0,1"}, False),
+        (open_mpi(0, 61440), False),
+        (open_mpi(0, 61440) | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        (slurm(0, 61440) | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_gpus_of_a_task(monkeypatch, told, all_gpus):
+    monkeypatch.setattr(os, "environ", told)
+    assert hosts._owns_all_gpus() == all_gpus
+
+
+# A run that fails at its fourth save; one is in flight at every step.
+FAILING = """
+import time
+from dgpt_jax import checkpoint, cli, train
+
+save, saved = checkpoint.Checkpoints.save, []
+
+def save_and_fail(self, *args):
+    if len(saved) == 3 and FAULT == "before":
+        raise RuntimeError("planted")
+    if len(saved) == 3:  # writes for ten minutes from here on, in the background
+        checkpoint.ocp.CheckpointManager._finalize = lambda *args: time.sleep(600)
+    saved.append(save(self, *args))
+    if len(saved) == 4:
+        raise RuntimeError("planted")
+
+checkpoint.Checkpoints.save = save_and_fail
+cli.run(train.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hosts")
+    dataset = image_dataset(root, per_class=10)
+    return token_store(root, dataset, random_teacher(root / "teacher"), views=2)
+
+
+def train(store, workdir, address, process, *words, code=("-m", "dgpt_jax.train")):
     return start(
         [
-            "-m", "dgpt_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}",
+            *code, "--config=configs/quickstart.py", f"--workdir={workdir}",
             f"--config.data.path={store}", "--config.model.image_size=16",
             "--config.model.width=24", "--config.model.depth=2", "--config.model.heads=2",
-            "--config.batch_size=8",
-            "--config.total=4000 steps", "--config.checkpoint.every=100 steps",
+            "--config.batch_size=8", "--config.total=100000 steps",
             f"--config.hosts.coordinator={address}", "--config.hosts.processes=2",
             f"--config.hosts.process={process}", *words,
         ],
@@ -91,22 +269,50 @@ def train(store, workdir, address, process, *words) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_all_hosts_end_together(tmp_path, number):
+@pytest.mark.parametrize(
+    "number,victim",
+    [(signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGINT, 1)],
+)
+def test_all_hosts_end_together(store, tmp_path, number, victim):
     """A preempted host: all save the same step. A dead or interrupted one: the other ends too."""
-    dataset = image_dataset(tmp_path, per_class=10)
-    store = token_store(tmp_path, dataset, random_teacher(tmp_path / "teacher"), views=2)
-    address, metrics = free_address(), tmp_path / "run/metrics.jsonl"
-    both = [train(store, tmp_path / "run", address, process) for process in range(2)]
+    address, metrics = free_address(), tmp_path / "metrics.jsonl"
+    words = ("--config.checkpoint.every=2 steps", "--config.log_every=1", "--config.profile=1,3")
+    both = [train(store, tmp_path, address, process, *words) for process in range(2)]
     while not (metrics.exists() and metrics.read_text()):
         time.sleep(0.5)
-        assert all(process.poll() is None for process in both), both[0].communicate()[0][-2000:]
+        assert all(process.poll() is None for process in both), outputs_of(both)
     began = time.monotonic()
-    both[1].send_signal(number)
-    outputs = [process.communicate(timeout=90)[0] for process in both]
+    both[victim].send_signal(number)
+    outputs = outputs_of(both)
+    print(f"{number.name} of process {victim}: all ended in {time.monotonic() - began:.1f} s")
     assert time.monotonic() - began < 60
     codes = [process.returncode for process in both]
     if number == signal.SIGTERM:
         assert codes == [75, 75] and "stopped by a signal, saved at step" in outputs[0]
+        traces = [file.name[:5] for file in tmp_path.glob("profile/*/*/step_1/*.xplane.pb")]
+        assert sorted(traces) == ["0000.", "0001."]
     else:
         assert all(codes), codes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit,fault", [(0, "before"), (1, "before"), (1, "while")])
+def test_an_exception_ends_all_hosts(store, tmp_path, culprit, fault):
+    """Before a save that the other has begun, or while its own, slow one is in flight."""
+    address = free_address()
+    codes = [("-m", "dgpt_jax.train")] * 2
+    codes[culprit] = ("-c", f"FAULT = {fault!r}\n{FAILING}")
+    words = ("--config.checkpoint.every=1 steps", "--config.log_every=1")
+    both = [
+        train(store, tmp_path, address, process, *words, code=code)
+        for process, code in enumerate(codes)
+    ]
+    third = tmp_path / "checkpoints/3"
+    while not third.exists() and all(process.poll() is None for process in both):
+        time.sleep(0.1)
+    began = time.monotonic()
+    outputs = outputs_of(both)
+    print(f"exception of process {culprit}: all ended in {time.monotonic() - began:.1f} s")
+    assert time.monotonic() - began < 60 and all(process.returncode for process in both)
+    told = outputs[culprit].partition("Traceback (most recent call last)")[2]
+    assert "in save_and_fail\nRuntimeError: planted\n" in told

@@ -97,7 +97,7 @@ def whole(made, tmp_path_factory):
 
 @pytest.mark.smoke
 def test_20_steps_are_10_and_10_more(made, whole, tmp_path, monkeypatch):
-    run = settings(made[2])
+    run = settings(made[2], profile=(2, 4))
     with monkeypatch.context() as patch:
         stop_after(patch, 10, signal.SIGTERM)
         assert train.train(run, tmp_path) == hosts.EXIT_PREEMPTED
@@ -109,6 +109,13 @@ def test_20_steps_are_10_and_10_more(made, whole, tmp_path, monkeypatch):
         assert [line[name] for line in parts] == [line[name] for line in expected]
     a, b = (state_of(run, workdir, step=20) for workdir in (whole, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert traces(tmp_path) == ["step_12", "step_2"]  # counted from where each command begins
+
+
+def traces(workdir) -> list[str]:
+    """The directories that TensorBoard shows as profiles, of one file each."""
+    files = workdir.glob("profile/plugins/profile/*/*.xplane.pb")
+    return sorted(file.parent.name for file in files if file.stat().st_size)
 
 
 def state_of(run, workdir, step: int) -> state.TrainState:
@@ -139,10 +146,17 @@ def test_another_model_does_not_continue_a_run(made, whole, tmp_path, capsys):
     assert "config.log_every is 2, in the checkpoint of step 20 1" in capsys.readouterr().err
 
 
+def test_preflight_comes_before_the_data(tmp_path, capsys):
+    with pytest.raises(UserError, match="no such directory"):
+        train.train(settings(tmp_path / "absent"), tmp_path / "run")
+    assert "process  host" in capsys.readouterr().err
+
+
 def test_ctrl_c_saves(made, tmp_path, monkeypatch):
     stop_after(monkeypatch, 3, signal.SIGINT)
-    assert train.train(settings(made[2]), tmp_path) == 130
+    assert train.train(settings(made[2], profile=(1, 9)), tmp_path) == 130
     assert checkpoint.find(tmp_path)[1] == 3
+    assert traces(tmp_path) == ["step_1"]  # of the two steps that were done
 
 
 def test_the_loss_falls_on_digits(tmp_path):
