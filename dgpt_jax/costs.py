@@ -13,8 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from dgpt_jax.hlo import Computation, Instruction, Program
 
 # Instructions that move nothing: names for what is there already, and the ends of asynchronous
@@ -27,33 +25,31 @@ FREE_CALLS = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound")
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 )  # fmt: skip
+MEGASCALE = "_xla_megascale"  # marks what libtpu sends between slices
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective over groups of one size: `bytes` that each device gives to it.
+    """One kind of collective over groups of one size: `bytes` that each device gives to it in all.
 
-    `reach`: how far apart the members of a group are in the order of the mesh, at most.
+    `dcn`: between slices, through the network; the compiler splits what spans slices into parts
+    within each and a part between them.
     """
 
     kind: str
     group: int
-    reach: int
+    dcn: bool
     count: int
     bytes: float
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends, around a ring."""
-        return self.sent_around(self.group)
-
-    def sent_around(self, members: int) -> float:
-        """The same for a ring of so many: twice for an all-reduce, and a permute sends all."""
+        """Bytes that a device sends, around a ring: twice for an all-reduce."""
         if self.kind == "collective-permute":
             return self.bytes
         passes = 2 if self.kind == "all-reduce" else 1
-        return passes * self.bytes * (members - 1) / members
+        return passes * self.bytes * (self.group - 1) / self.group
 
 
 def bytes_moved(program: Program) -> float:
@@ -75,23 +71,23 @@ def _moved(program: Program, inside: Computation, instruction: Instruction) -> f
         return 0
     if opcode == "custom-call" and any(f'"{call}"' in instruction.text for call in FREE_CALLS):
         return 0
-    operands = [inside.instructions[name].results for name in instruction.operands]
+    operands = inside.operands(instruction)
     if opcode == "copy-start":  # results: the copy, what is copied, a semaphore
         return sum(a.bytes for a in results[:2] if a.in_hbm)
     if opcode == "slice-start":  # results: what is cut from, the cut, a semaphore
         ends = (results[0], results[-2])
         return sum(results[-2].bytes for a in ends if a.in_hbm)
     if opcode in SLICES:
-        return sum(results[0].bytes for a in (results[0], operands[0][0]) if a.in_hbm)
+        return sum(results[0].bytes for a in (results[0], operands[0]) if a.in_hbm)
     if opcode == "dynamic-update-slice":
-        return 2 * operands[1][0].bytes if results[0].in_hbm else 0
+        return 2 * operands[1].bytes if results[0].in_hbm else 0
     if opcode != "fusion":
-        return sum(a.bytes for a in (*results, *sum(operands, ())) if a.in_hbm)
+        return sum(a.bytes for a in (*results, *operands) if a.in_hbm)
     fused = program.computations[instruction.attribute("calls")]
     reads = (
-        _read(program, fused, fused.parameter(i), operand[0].bytes)
+        _read(program, fused, fused.parameter(i), operand.bytes)
         for i, operand in enumerate(operands)
-        if operand[0].in_hbm
+        if operand.in_hbm
     )
     return sum(reads) + _written(program, fused, fused.root, results)
 
@@ -146,66 +142,67 @@ def flops(program: Program) -> float:
 def collectives(program: Program) -> list[Collective]:
     """The collectives of a call of the program, by kind and group size, largest first.
 
-    One that the compiler spread over several fusions, to overlap it with them, keeps its
-    channel and counts once.
+    One that the compiler spread over several fusions, to overlap it with them, keeps its channel
+    and shape and counts once.
     """
-    found: dict[tuple[str, int, int], list[float]] = defaultdict(lambda: [0, 0.0])
+    found: dict[tuple[str, int, bool], list[float]] = defaultdict(lambda: [0, 0.0])
     for name, count in program.times().items():
-        by_channel = {
-            _attribute_number(i.text, "channel_id") or i.name: (inside, i)
-            for inside, i in _collectives_within(program, name)
-        }
-        for inside, instruction in by_channel.values():
-            kind = instruction.opcode.removesuffix("-start")
-            operands = (inside.instructions[n] for n in instruction.operands)
-            members = _group(instruction.text)
-            given = sum(a.bytes for operand in operands for a in operand.results)
-            entry = found[kind, len(members), max(members) - min(members) + 1]
-            entry[0] += count
-            entry[1] += count * given * (len(members) if kind == "all-gather" else 1)
+        once = {_identity(i): (inside, i) for inside, i in _collectives_within(program, name)}
+        for inside, instruction in once.values():
+            operands = program.computations[inside].operands(instruction)
+            kind, group, dcn = _described(inside, instruction)
+            given = sum(a.bytes for a in operands)
+            found[kind, group, dcn][0] += count
+            found[kind, group, dcn][1] += count * given * (group if kind == "all-gather" else 1)
     made = [Collective(*key, int(n), b) for key, (n, b) in found.items() if key[1] > 1]
     return sorted(made, key=lambda c: -c.bytes)
 
 
-def _collectives_within(program: Program, name: str) -> Iterator[tuple[Computation, Instruction]]:
-    inside = program.computations[name]
-    for instruction in inside:
-        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
-            yield inside, instruction
-        elif instruction.opcode in ("fusion", "async-start"):
+def _collectives_within(program: Program, name: str) -> Iterator[tuple[str, Instruction]]:
+    """(name of its computation, collective) of a computation and of its fusions."""
+    for instruction in program.computations[name]:
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode in COLLECTIVES or (opcode == "send" and MEGASCALE in instruction.text):
+            yield name, instruction
+        elif opcode in ("fusion", "async"):
             yield from _collectives_within(program, instruction.attribute("calls"))
 
 
-def _attribute_number(text: str, name: str) -> int | None:
-    found = re.search(rf"\b{name}=(\d+)", text)
-    return int(found[1]) if found else None
+def _identity(instruction: Instruction) -> tuple:
+    shapes = tuple((a.dtype, a.dims) for a in instruction.results)
+    channel = re.search(r"\bchannel_id=(\d+)", instruction.text)
+    return instruction.opcode, shapes, channel[1] if channel else instruction.name
 
 
-def _group(text: str) -> list[int]:
-    """The first of the groups of replica_groups, as places in the order of devices. Written as
-    {{0,1},{2,3}}; as [2,2]<=[4], rows of an array of all; or as mesh['x'=2,'y'=4] {'x','y':(1)2},
-    axes of a mesh or parts of them, here the first two of four. A permute's pairs are groups."""
+def _described(inside: str, instruction: Instruction) -> tuple[str, int, bool]:
+    """(kind, devices a group, whether it goes between slices). The TPU compiler writes a
+    reduce-scatter as a fusion of this name, of an all-reduce and a slice."""
+    if inside.startswith("all-reduce-scatter"):
+        return "reduce-scatter", _group_size(instruction.text), False
+    if instruction.opcode == "send":
+        slices = re.search(rf'{MEGASCALE}_target="\{{([\d,]+)\}}', instruction.text)
+        kind = "all-reduce" if f"{MEGASCALE}_reduce_operation" in instruction.text else "all-gather"
+        return kind, slices[1].count(",") + 1, True
+    return instruction.opcode.removesuffix("-start"), _group_size(instruction.text), False
+
+
+def _group_size(text: str) -> int:
+    """Devices a group, of replica_groups={{0,1},{2,3}}, [2,2]<=[4] or mesh['x'=2,'y'=2] {'y'} (a
+    part of an axis is 'y':(1)2); 2 for the pairs of a permute."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        take = dict.fromkeys(sizes, slice(1))
-        for axis, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2]):
-            step = sizes[axis] // (int(before) * int(part)) if part else 1
-            take[axis] = slice(0, step * int(part) if part else sizes[axis], step)
-        return [int(place) for place in places[tuple(take.values())].flat]
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape = [int(n) for n in found[2].split(",")]
-        order = [int(n) for n in found[3].split(",")] if found[3] else range(len(shape))
-        places = np.arange(math.prod(shape)).reshape(shape).transpose(tuple(order))
-        return [int(place) for place in places.flat[: int(found[1])]]
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", text):
-        return [int(n) for n in found[1].split(",")]
-    return [0]
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return found[1].count(",") + 1
+    return 2 if "source_target_pairs" in text else 1
 
 
 def _product_flops(inside: Computation, product: Instruction) -> float:
     out = product.results[0].dims
-    left, right = (inside.instructions[name].results[0].dims for name in product.operands)
+    left, right = (a.dims for a in inside.operands(product))
     if product.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.text)[1]
         return 2 * math.prod(out) * math.prod(left[int(i)] for i in contracted.split(",") if i)

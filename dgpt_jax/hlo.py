@@ -64,6 +64,10 @@ class Computation:
     def root(self) -> Instruction:
         return next(i for i in self if i.is_root)
 
+    def operands(self, instruction: Instruction) -> list[Array]:
+        """What an instruction of this computation reads; of tuples, all their arrays."""
+        return [a for name in instruction.operands for a in self.instructions[name].results]
+
     def parameter(self, number: int) -> str:
         """The name of a parameter."""
         return next(i.name for i in self if f" parameter({number})" in i.text)

@@ -83,26 +83,12 @@ class Plan:
     @property
     def bounds(self) -> Bounds:
         chip = self.topology.chip
-        ici, dcn = self.sent()
         return Bounds(
             compute=self.images * self.model_flops / chip.flops,
             memory=self.moved_bytes / chip.hbm_rate,
-            ici=ici / chip.ici,
-            dcn=dcn / chip.dcn,
+            ici=sum(c.wire_bytes for c in self.collectives if not c.dcn) / chip.ici,
+            dcn=sum(c.wire_bytes for c in self.collectives if c.dcn) / chip.dcn,
         )
-
-    def sent(self) -> tuple[float, float]:
-        """Bytes that a chip sends within its slice, and through the network to other slices, where
-        each of the chips of a slice has only its share to send."""
-        ici = dcn = 0.0
-        slices = self.topology.slices
-        for collective in self.collectives:
-            within = collective.group
-            if collective.reach > self.topology.chips // slices:
-                within //= slices
-                dcn += collective.sent_around(slices) / within
-            ici += collective.sent_around(within)
-        return ici, dcn
 
     @property
     def mfu(self) -> float:

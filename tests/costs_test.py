@@ -38,19 +38,54 @@ def test_bytes_are_slices_and_what_is_in_hbm(program):
 def test_collectives(program):
     (found,) = costs.collectives(program)
     assert (found.kind, found.group, found.count) == ("all-reduce", 4, 1)
-    assert found.reach == 7  # 0, 2, 4 and 6
+    assert not found.dcn
     assert found.bytes == 16 * 128 * 4 and found.wire_bytes == 2 * found.bytes * 3 / 4
 
 
 @pytest.mark.parametrize(
-    "groups,size,reach",
-    [("{{0,1},{2,3}}", 2, 2), ("[2,4]<=[8]", 4, 4), ("[2,4]<=[4,2]T(1,0)", 4, 7),
-     ("mesh['a'=2,'b'=8] {'b'}", 8, 8), ("mesh['a'=2,'b'=8] {'a'}", 2, 9)],
+    "groups,size",
+    [("{{0,1},{2,3}}", 2), ("[2,4]<=[8]", 4), ("[4,2]<=[2,4]T(1,0)", 2),
+     ("mesh['a'=2,'b'=8] {'b'}", 8)],
 )  # fmt: skip
-def test_groups(groups, size, reach):
+def test_group_sizes(groups, size):
     text = PROGRAM.replace("mesh['x'=2,'y'=4] {'x','y':(1)2}", groups)
-    (found,) = costs.collectives(Program(text))
-    assert (found.group, found.reach) == (size, reach)
+    assert costs.collectives(Program(text))[0].group == size
+
+
+@pytest.mark.parametrize("channels,count", [((7, 7), 1), ((7, 8), 2)])
+def test_a_reduce_scatter_is_a_fusion_by_name_and_counts_once(channels, count):
+    """Clones of one collective, spread over two fusions, share a channel."""
+    fused, calls = "", ""
+    for i, channel in enumerate(channels):
+        fused += f"""%all-reduce-scatter.{i} (p: f32[16,128]) -> f32[4,128] {{
+  %p = f32[16,128]{{1,0:T(8,128)}} parameter(0)
+  %sum = f32[16,128]{{1,0:T(8,128)}} all-reduce(%p), channel_id={channel}, replica_groups=[2,4]<=[8]
+  ROOT %part = f32[4,128]{{1,0:T(4,128)}} slice(%sum), slice={{[0:4], [0:128]}}
+}}
+"""
+        calls += f"""  %part.{i} = f32[4,128]{{1,0:T(4,128)}} fusion(%whole), kind=kCustom, \
+calls=%all-reduce-scatter.{i}
+"""
+    text = PROGRAM.replace("ENTRY", f"{fused}ENTRY").replace("  ROOT %all", f"{calls}  ROOT %all")
+    text = text.replace(
+        "  %fetch =", "  %whole = f32[16,128]{1,0:T(8,128)} broadcast(%g)\n  %fetch ="
+    )
+    found = {c.kind: c for c in costs.collectives(Program(text.replace("\\\n", "")))}
+    assert found["reduce-scatter"].count == count
+    assert found["reduce-scatter"].wire_bytes == count * 16 * 128 * 4 * 3 / 4
+
+
+def test_what_goes_between_slices():
+    """libtpu's runtime adds up what each of four slices sends to the host."""
+    sent = """  %token = token[] after-all()
+  %send = (bf16[28,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%shard, %token), \
+channel_id=3, frontend_attributes={_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{1,2,3,4}x{0:255}"}
+  %shard = bf16[28,8,128]{2,1,0:T(8,128)(2,1)} broadcast(%g)
+""".replace("\\\n", "")
+    (found, _) = costs.collectives(Program(PROGRAM.replace("  ROOT %all", f"{sent}  ROOT %all")))
+    assert (found.kind, found.group, found.dcn) == ("all-reduce", 4, True)
+    assert found.bytes == 28 * 8 * 128 * 2
 
 
 def test_a_batched_product_is_not_counted_for_its_padding():

@@ -39,7 +39,7 @@ def report(made: plan.Plan, run: Train) -> dict:
         "compiled_flops_an_image": made.compiled_flops / made.images,
         "moved_bytes": made.moved_bytes,
         "collectives": [
-            {"kind": c.kind, "group": c.group, "count": c.count, "bytes": c.bytes,
+            {"kind": c.kind, "group": c.group, "dcn": c.dcn, "count": c.count, "bytes": c.bytes,
              "wire_bytes": c.wire_bytes}
             for c in made.collectives
         ],
@@ -71,8 +71,9 @@ def text(found: dict) -> str:
         f"  HBM traffic: {found['moved_bytes'] / 1e9:.1f} GB a step",
     ]
     for c in found["collectives"]:
+        over = f"{c['group']} slices" if c["dcn"] else f"{c['group']}"
         lines.append(
-            f"  {c['kind']} over {c['group']}: {c['count']} a step, {c['bytes'] / 1e6:.2f} MB, "
+            f"  {c['kind']} over {over}: {c['count']} a step, {c['bytes'] / 1e6:.2f} MB, "
             f"{c['wire_bytes'] / 1e6:.2f} MB sent"
         )
     each = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in found["bound_seconds"].items())
