@@ -39,6 +39,10 @@ def abstract(init_params, tx: optax.GradientTransformation, mesh) -> TrainState:
 
 def create(init_params, tx: optax.GradientTransformation, mesh, seed: int) -> TrainState:
     """The initial state. Every array is made sharded: no unsharded copy ever exists."""
+    return maker(init_params, tx, mesh)(jax.random.key(seed))
+
+
+def maker(init_params, tx: optax.GradientTransformation, mesh):
+    """The jitted function that makes the initial state from a key, in place."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract(init_params, tx, mesh))
-    make = jax.jit(partial(_initial, init_params, tx), out_shardings=places)
-    return make(jax.random.key(seed))
+    return jax.jit(partial(_initial, init_params, tx), out_shardings=places)
