@@ -1,10 +1,6 @@
 """The attention kernels against XLA's attention, forward and backward."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dgpt_jax import attention, segments, sharding
 from dgpt_jax.config import Mesh
+from tests.processes import on_devices
 
 
 def inputs(parts, batch, queries, keys, width):
@@ -64,9 +61,4 @@ def on_a_mesh():
 
 
 def test_kernels_on_a_mesh():
-    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    ended = subprocess.run(
-        [sys.executable, "-c", "from tests import attention_test as t; t.on_a_mesh()"],
-        cwd=Path(__file__).parent.parent, env=os.environ | settings, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    on_devices(8, on_a_mesh)

@@ -5,18 +5,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from dgpt_jax import hosts
 from dgpt_jax.schema import UserError
 from tests.data import image_dataset, random_teacher, token_store
+from tests.processes import outputs_of, start
 
-ROOT = Path(__file__).parent.parent
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 MEET = """
 import json, os, sys, time
@@ -50,37 +47,17 @@ def free_address(first: int = 0, last: int = 0) -> str:
     raise OSError(f"no free port in {first}..{last}")
 
 
-def start(words, *, devices: int = 1, **environment) -> subprocess.Popen:
-    settings = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | settings | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
 def meet(workdir, *, platform: str = "cpu", devices: int = 1, environment=None, **flags):
     """A process that joins the others by these flags of config.hosts, and prints the preflight."""
     words = ["-c", MEET, workdir, platform, json.dumps(flags)]
     return start(words, devices=devices, **(environment or {}))
 
 
-def outputs_of(processes, timeout: float = 90) -> list[str]:
-    try:
-        return [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def test_missing_processes_are_counted(tmp_path):
     address = free_address()
     flags = {"coordinator": address, "processes": 3, "timeout": 15}
     came = [meet(tmp_path, process=process, **flags) for process in (0, 2)]
-    outputs = outputs_of(came)
+    outputs = outputs_of(came, 90)
     assert [process.returncode for process in came] == [1, 1]
     within = "within 15 s (config.hosts.timeout): start the command on every host, and let the "
     within += f"firewall pass port {address.partition(':')[2]} between them (JAX_COORDINATOR_PORT"
@@ -97,7 +74,7 @@ def test_the_work_directory_must_be_shared(tmp_path, shared):
         meet(directory, devices=2, environment={"SLOWER_BY": str(2 * i)}, process=i, **flags)
         for i, directory in enumerate(directories)
     ]
-    outputs = outputs_of(both)
+    outputs = outputs_of(both, 90)
     if shared:
         assert [process.returncode for process in both] == [0, 0], outputs
         assert "process  host" in outputs[0] and "mesh {'data': 4" in outputs[1]
@@ -143,7 +120,7 @@ def test_a_launcher_needs_no_flags(tmp_path, launcher):
     port = int(free_address(61440, 65535).partition(":")[2])
     settings = {"devices": 2, "platform": "" if launcher is gke else "cpu"}
     both = [meet(tmp_path, **settings, environment=launcher(i, port)) for i in range(2)]
-    outputs = outputs_of(both)
+    outputs = outputs_of(both, 90)
     assert [process.returncode for process in both] == [0, 0], outputs
     tables = [output[output.index("process  host") : output.index("GPUs")] for output in outputs]
     assert tables[0] == tables[1] and "mesh {'data': 4" in tables[0]
@@ -156,7 +133,7 @@ def test_a_launcher_needs_no_flags(tmp_path, launcher):
 def test_another_number_of_processes_than_expected(tmp_path):
     port = int(free_address(61440, 65535).partition(":")[2])
     both = [meet(tmp_path, processes=3, environment=slurm(i, port)) for i in range(2)]
-    for output in outputs_of(both):
+    for output in outputs_of(both, 90):
         assert "error: config.hosts.processes is 3, JAX found 2: start as many by srun" in output
     assert all(process.returncode for process in both)
 
@@ -165,7 +142,7 @@ def test_another_number_of_processes_than_expected(tmp_path):
 def test_a_platform_that_no_host_has(tmp_path):
     flags = {"coordinator": free_address(), "processes": 2}
     both = [meet(tmp_path, platform="tpu", process=process, **flags) for process in range(2)]
-    for output in outputs_of(both):
+    for output in outputs_of(both, 90):
         assert "error: config.platform=tpu is not available" in output
         assert "Traceback" not in output
     assert all(process.returncode for process in both)
@@ -280,10 +257,10 @@ def test_all_hosts_end_together(store, tmp_path, number, victim):
     both = [train(store, tmp_path, address, process, *words) for process in range(2)]
     while not (metrics.exists() and metrics.read_text()):
         time.sleep(0.5)
-        assert all(process.poll() is None for process in both), outputs_of(both)
+        assert all(process.poll() is None for process in both), outputs_of(both, 90)
     began = time.monotonic()
     both[victim].send_signal(number)
-    outputs = outputs_of(both)
+    outputs = outputs_of(both, 90)
     print(f"{number.name} of process {victim}: all ended in {time.monotonic() - began:.1f} s")
     assert time.monotonic() - began < 60
     codes = [process.returncode for process in both]
@@ -311,7 +288,7 @@ def test_an_exception_ends_all_hosts(store, tmp_path, culprit, fault):
     while not third.exists() and all(process.poll() is None for process in both):
         time.sleep(0.1)
     began = time.monotonic()
-    outputs = outputs_of(both)
+    outputs = outputs_of(both, 90)
     print(f"exception of process {culprit}: all ended in {time.monotonic() - began:.1f} s")
     assert time.monotonic() - began < 60 and all(process.returncode for process in both)
     told = outputs[culprit].partition("Traceback (most recent call last)")[2]

@@ -1,18 +1,14 @@
 """The same numbers on every layout of devices and processes."""
 
-import os
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import numbers
 from tests.data import image_dataset, random_teacher, token_store
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import outputs_of, start
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +18,15 @@ def store(tmp_path_factory):
     return token_store(root, dataset, random_teacher(root / "teacher"), views=2)
 
 
-def start(out, store, *words, devices: int) -> subprocess.Popen:
+def record(out, store, *words, devices: int) -> subprocess.Popen:
     """tests.numbers in a process with so many virtual devices."""
-    settings = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
     out.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.numbers", str(out), str(store), *words],
-        cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
+    return start(["-m", "tests.numbers", out, store, *words], devices=devices)
 
 
 def results(out, *processes) -> dict[str, dict]:
     """{layout: what tests.numbers wrote} when the processes have ended."""
-    outputs = [process.communicate()[0] for process in processes]
+    outputs = outputs_of(processes)
     assert all(p.returncode == 0 for p in processes), "\n".join(o[-2000:] for o in outputs)
     return {path.stem: dict(np.load(path)) for path in out.glob("*.npz")}
 
@@ -48,14 +35,14 @@ def results(out, *processes) -> dict[str, dict]:
 def one(store, tmp_path_factory):
     """One device."""
     out = tmp_path_factory.mktemp("one")
-    found = results(out, start(out, store, "1x1x1", devices=1))["1x1x1"]
+    found = results(out, record(out, store, "1x1x1", devices=1))["1x1x1"]
     assert found["losses"][-3:].mean() < 0.7 * found["losses"][:3].mean()
     return found
 
 
 def test_every_layout_gives_the_same_numbers(one, store, tmp_path):
     layouts = ("8x1x1", "1x8x1", "2x4x1", "2x2x2", "2x1x1:2")
-    found = results(tmp_path, start(tmp_path, store, *layouts, devices=8))
+    found = results(tmp_path, record(tmp_path, store, *layouts, devices=8))
     assert len(found) == len(layouts)
     for layout in found:
         numbers.assert_same(one, found[layout])
@@ -66,14 +53,14 @@ def test_two_processes_give_the_same_numbers(one, store, tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     processes = [
-        start(tmp_path, store, "2x4x1", f"--hosts={address},2,{i}", devices=4) for i in range(2)
+        record(tmp_path, store, "2x4x1", f"--hosts={address},2,{i}", devices=4) for i in range(2)
     ]
     numbers.assert_same(one, results(tmp_path, *processes)["2x4x1"])
 
 
 @pytest.mark.parametrize("fault", ["gradient", "half"])
 def test_planted_mistakes_are_found(one, store, tmp_path, fault):
-    out = start(tmp_path, store, "2x1x1", f"--fault={fault}", devices=2)
+    out = record(tmp_path, store, "2x1x1", f"--fault={fault}", devices=2)
     (found,) = results(tmp_path, out).values()
     with pytest.raises(AssertionError):
         numbers.assert_same(one, found)

@@ -1,15 +1,11 @@
 """The state is made where it will lie."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 
 from dgpt_jax import config, digpt, optim, sharding, state
 from dgpt_jax.config import Mesh
 from tests.data import tiny_model
+from tests.processes import on_devices
 
 
 def on_eight_devices():
@@ -33,9 +29,4 @@ def on_eight_devices():
 
 
 def test_no_device_ever_holds_an_unsharded_copy():
-    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    ended = subprocess.run(
-        [sys.executable, "-c", "from tests import state_test as t; t.on_eight_devices()"],
-        cwd=Path(__file__).parent.parent, env=os.environ | settings, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    on_devices(8, on_eight_devices)

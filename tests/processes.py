@@ -1,0 +1,38 @@
+"""Python processes with virtual CPU devices, which must be chosen before JAX starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(words, *, devices: int = 1, **environment) -> subprocess.Popen:
+    """`python WORDS…` in the repository, its stdout and stderr together in a pipe."""
+    settings = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | settings | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def outputs_of(processes, timeout: float | None = None) -> list[str]:
+    """What processes print until they end; those that do not end in time are killed."""
+    try:
+        return [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def on_devices(count: int, function):
+    """Calls a function of a test module in a process with `count` devices."""
+    call = f"import {function.__module__} as tests; tests.{function.__name__}()"
+    process = start(["-c", call], devices=count)
+    (output,) = outputs_of([process])
+    assert process.returncode == 0, output[-2000:]
