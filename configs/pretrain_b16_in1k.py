@@ -10,9 +10,23 @@ By `tools/plan.py` with POD and its topology (libtpu 0.0.42.1; times are lower b
 sheets, beside which nothing has been measured yet):
 
     pod      topology   images a chip   GiB a chip    ms a step, at least   days, at least
-    v5e-64   v5e:8x8         64           6.5 of 15.8          54 (memory)       0.06
-    v5e-16   v5e:4x4     2 x 128         11.4 of 15.8         217 (memory)       0.24
-    v4-32    v4:2x2x4       256          19.4 of 30.8         168 (memory)       0.18
+    v5e-64   v5e:8x8         64           6.2 of 15.8          50 (compute)      0.05
+    v5e-16   v5e:4x4     2 x 128         10.8 of 15.8         208 (memory)       0.23
+    v4-32    v4:2x2x4       256          18.1 of 30.8         165 (memory)       0.18
+
+What made the step lean: bytes that it moves through HBM, by costs.py, at equal model FLOPs; without
+remat, one chip. The plain step does not fit a v5e at 64 images (20 GiB).
+
+    change, cumulative                             predicted    v5e, 32 images    v6e, 64 images
+    XLA's attention, what autodiff keeps              100 %      58.3 GB 100 %    131.7 GB 100 %
+    scores stay on the chip (attention.py)             60 %      28.7 GB  49 %
+    norms, GELU, scores recomputed, not kept;
+    taps read from the blocks' inputs                  35 %      21.3 GB  37 %     49.0 GB  37 %
+    attention's result kept in bfloat16, not the
+    stream after it in float32                     33 %      18.7 GB  32 %     44.9 GB  34 %
+
+At 64 images on v5e the last row moves 35.2 GB (36.8 with remat dots, 37.9 with full). 224 images a
+chip fit without remat (15.5 GiB), where none recomputes no projection and no MLP product.
 """
 
 from dgpt_jax.config import Train

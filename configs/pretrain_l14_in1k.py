@@ -10,7 +10,7 @@ By `tools/plan.py` with POD and its topology (libtpu 0.0.42.1; times are lower b
 sheets, beside which nothing has been measured yet):
 
     pod      topology   images a chip   GiB a chip    ms a step, at least   days, at least
-    v5e-64   v5e:8x8      2 x 32         12.3 of 15.8         151 (compute)      0.16
+    v5e-64   v5e:8x8      2 x 32         12.0 of 15.8         151 (compute)      0.16
 """
 
 from dgpt_jax.config import Train

@@ -93,7 +93,7 @@ def params_of(name: str) -> int:
 
 # A config's pod: what its plan must stay below, and micro-batches, each of which reduces gradients.
 PODS = {
-    "pretrain_b16_in1k.py:v5e-16": ("v5e:4x4", "B/16", 12.0, 190, 2),
+    "pretrain_b16_in1k.py:v5e-16": ("v5e:4x4", "B/16", 11.5, 180, 2),
     "pretrain_l14_in1k.py:v5e-64": ("v5e:8x8", "L/14", 13.0, 120, 2),
 }
 
