@@ -25,7 +25,7 @@ def get_config(losses: str = "both"):
     config.model.heads = 3
     config.model.decoder_width = 64
     config.model.decoder_heads = 2
-    config.model.remat = "full"  # a third less time on a CPU core: less to write and read again
+    config.model.remat = "full"  # as fast as none on CPU cores (580 and 545 images/s)
     config.optim.blr = 6e-3  # × 64 / 256 = 1.5e-3
     config.optim.warmup = "10%"
     config.checkpoint.every = "50%"
