@@ -227,15 +227,17 @@ class StopOnSignal:
     """Within it, SIGTERM and SIGINT set `exit_code` instead of ending the process.
 
     The loop asks between steps, saves, and leaves; a second SIGINT leaves at once. One of several
-    processes leaves SIGTERM to JAX, which makes all of them stop after the same step.
+    processes leaves SIGTERM to JAX, which makes all of them stop after the same step, and turns
+    SIGINT into it: an exception in one would leave the others waiting, or be lost in a callback.
     """
 
     def __init__(self):
         self.exit_code = None
+        self._interrupted = False
         self._before = {}
 
     def __enter__(self):
-        for number in () if together() else (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT,) if together() else (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -246,10 +248,14 @@ class StopOnSignal:
     def asked(self, step: int) -> bool:
         """Whether to stop before `step`; every process asks for every step and hears the same."""
         if together() and multihost_utils.reached_preemption_sync_point(step):
-            self.exit_code = EXIT_PREEMPTED
+            self.exit_code = 130 if self._interrupted else EXIT_PREEMPTED
         return self.exit_code is not None
 
     def _receive(self, number, _):
-        if number == signal.SIGINT and self.exit_code is not None:
+        if number == signal.SIGINT and (self._interrupted or self.exit_code is not None):
             os._exit(130)
-        self.exit_code = EXIT_PREEMPTED if number == signal.SIGTERM else 130
+        self._interrupted = number == signal.SIGINT
+        if together():
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.exit_code = 130 if self._interrupted else EXIT_PREEMPTED
