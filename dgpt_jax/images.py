@@ -18,7 +18,7 @@ from pathlib import Path
 from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dgpt_jax import records
+from dgpt_jax import records, shards
 from dgpt_jax.schema import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -49,7 +49,7 @@ def import_folder(
     report = Report(classes=classes)
     features = records.image_features(classes)
     out.mkdir(parents=True, exist_ok=True)
-    lengths: dict[str, list[int]] = {}
+    written: dict[str, list[shards.Receipt]] = {}
     with ThreadPoolExecutor(threads) as pool:
         for name, root in roots.items():
             files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
@@ -58,19 +58,20 @@ def import_folder(
                     f"{root} holds no images ({', '.join(sorted(EXTENSIONS))}), also not in its "
                     f"subdirectories"
                 )
-            shards = -(-len(files) // shard_size)
-            lengths[name] = []
-            for shard in range(shards):
+            count = -(-len(files) // shard_size)
+            written[name] = []
+            for shard in range(count):
                 part = files[shard * shard_size : (shard + 1) * shard_size]
                 examples = _examples(part, root, src, classes, pool.map, report)
-                path = records.shard_path(out, name, shard, shards)
-                lengths[name].append(records.write_shard(path, features, examples))
+                path = records.shard_path(out, name, shard, count)
+                serialized = map(features.serialize_example, examples)
+                written[name].append(shards.write(path, serialized))
                 done = min((shard + 1) * shard_size, len(files))
                 say(f"{name}: {done}/{len(files)} files, {len(report.broken)} unreadable so far")
-            report.examples[name] = sum(lengths[name])
+            report.examples[name] = sum(receipt.records for receipt in written[name])
             if not report.examples[name]:
                 raise UserError(f"none of the {len(files)} images below {root} could be read")
-    records.write_metadata(out, features, lengths)
+    records.write_metadata(out, features, written)
     return report
 
 

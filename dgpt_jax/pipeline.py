@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from dgpt_jax import records, segments, views
+from dgpt_jax import records, segments, token_store, views
 from dgpt_jax.config import Data, Model
 from dgpt_jax.schema import UserError
 
@@ -72,7 +72,7 @@ class Examples:
 
 def open_examples(data: Data, model: Model, seed: int) -> Examples:
     """The examples that a training config asks for. Raises UserError where they do not fit it."""
-    stored = records.is_token_store(data.path)
+    stored = token_store.exists(data.path)
     if data.targets == "stored" and not stored:
         records.open_builder(data.path)  # says so where there is no directory at all
         raise UserError(
@@ -88,7 +88,7 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         have = len(records.open_builder(data.path).info.splits)
         if data.views is not None and not 1 <= data.views <= have:
             raise UserError(f"config.data.views {data.views}: {data.path} holds {have} views")
-        names = [records.view_split(v) for v in range(data.views or have)]
+        names = [token_store.view_split(v) for v in range(data.views or have)]
     sources = tuple(records.Split(data.path, name) for name in names)
     if data.examples not in (None, len(sources[0])):
         raise UserError(

@@ -1,86 +1,21 @@
-"""What a stored example is, and TFDS directories of ArrayRecord shards, without TensorFlow.
+"""TFDS directories of ArrayRecord shards, without TensorFlow: image datasets and token stores.
 
-Two kinds of directory, both opened by `tfds.builder_from_directory` as well:
-- an image dataset: {id, image (encoded bytes), label if there are classes}, splits as imported;
-- a token store: one split a view (`view000`, …), {id, image (the rendered crop), tokens, box, flip,
-  label if there is one}, and `token_store.json` (StoreInfo) beside TFDS's own metadata.
+Both are opened by `tfds.builder_from_directory` as well. An image dataset has {id, image (encoded
+bytes), label if there are classes}, splits as imported; for the other see token_store.py.
 """
 
-import dataclasses
-import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core import naming, splits
 
-from dgpt_jax import token_codec
+from dgpt_jax import shards
 from dgpt_jax.schema import UserError
-
-STORE_FILE = "token_store.json"
-STORE_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """What a token store says of itself; compared with the training config at start.
-
-    `grid` is the teacher's (rows, columns), `cls` whether its CLS token comes first, `width` its C.
-    `channel_scale`: C values for int8 (see token_codec.encode), none for float16. `cosine` is the
-    measured (minimum, mean) of decoded to exact tokens.
-    """
-
-    codec: str
-    grid: tuple[int, int]
-    cls: bool
-    width: int
-    channel_scale: tuple[float, ...]
-    cosine: tuple[float, float]
-    picture_size: int
-    picture: str
-    teacher: dict
-    source: dict
-    views: dict
-    code_version: str
-    format: int = STORE_FORMAT
-
-    @property
-    def tokens(self) -> int:
-        """Stored tokens an example."""
-        return self.grid[0] * self.grid[1] + self.cls
-
-    def save(self, directory):
-        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-        (epath.Path(directory) / STORE_FILE).write_text(text)
-
-    @classmethod
-    def load(cls, directory) -> "StoreInfo":
-        path = epath.Path(directory) / STORE_FILE
-        if not path.exists():
-            raise UserError(f"{directory} is not a token store: it has no {STORE_FILE}")
-        values = json.loads(path.read_text())
-        if values["format"] != STORE_FORMAT:
-            raise UserError(
-                f"{path} has format {values['format']}, this code reads format {STORE_FORMAT}"
-            )
-        for name in ("grid", "cosine", "channel_scale"):
-            values[name] = tuple(values[name])
-        return cls(**values)
-
-
-def is_token_store(directory) -> bool:
-    return (epath.Path(directory) / STORE_FILE).exists()
-
-
-def view_split(view: int) -> str:
-    return f"view{view:03d}"
 
 
 def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesDict:
@@ -94,74 +29,23 @@ def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesD
     return tfds.features.FeaturesDict(features)
 
 
-def token_features(info: StoreInfo, label) -> tfds.features.FeaturesDict:
-    """Schema of a token store; `label` is the source's ClassLabel feature or None."""
-    size = info.picture_size
-    features = {
-        "id": tfds.features.Text(),
-        "image": tfds.features.Image(shape=(size, size, 3)),
-        # Bytes, not a list of integers: a sixth of the size and forty times as fast to parse.
-        "tokens": tfds.features.Tensor(
-            shape=(info.tokens, info.width),
-            dtype=token_codec.CODECS[info.codec],
-            encoding=tfds.features.Encoding.BYTES,
-        ),
-        "box": tfds.features.Tensor(shape=(4,), dtype=np.int32),
-        "flip": tfds.features.Scalar(dtype=np.int32),
-    }
-    if label is not None:
-        features["label"] = label
-    return tfds.features.FeaturesDict(features)
-
-
 def dataset_name(directory) -> str:
     """A valid TFDS name from the last part of a path."""
     name = re.sub(r"\W+", "_", epath.Path(directory).name.lower()).strip("_")
     return name if name[:1].isalpha() else f"d_{name}"
 
 
-def shard_path(directory, split: str, shard: int, shards: int) -> epath.Path:
-    name = f"{dataset_name(directory)}-{split}.array_record-{shard:05d}-of-{shards:05d}"
+def shard_path(directory, split: str, shard: int, of: int) -> epath.Path:
+    name = f"{dataset_name(directory)}-{split}.array_record-{shard:05d}-of-{of:05d}"
     return epath.Path(directory) / name
 
 
-def write_shard(path: epath.Path, features, examples: Iterable[Mapping]) -> int:
-    """Writes one shard under a temporary name and renames it when complete; returns its length."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
-    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
-    written = 0
-    try:
-        for example in examples:
-            writer.write(features.serialize_example(example))
-            written += 1
-        writer.close()
-        temporary.replace(path)
-    except BaseException:
-        if writer.is_open():
-            writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
-    return written
-
-
-def shard_length(path: epath.Path) -> int:
-    """Records in a shard; raises UserError where the file is damaged."""
-    try:
-        reader = ArrayRecordReader(os.fspath(path))
-        length = reader.num_records()
-        reader.close()
-        return length
-    except Exception as e:  # array_record raises various, and once more when it is closed
-        reason = str(e).split("\n")[0][:200]
-        raise UserError(f"{path} is damaged or truncated: {reason}") from None
-
-
-def write_metadata(directory, features, shard_lengths: Mapping[str, Sequence[int]]):
-    """TFDS's metadata (dataset_info.json, features.json) for shards that are all there."""
+def write_metadata(directory, features, written: Mapping[str, Sequence[shards.Receipt]]):
+    """TFDS's metadata (dataset_info.json, features.json) for shards that are all there: those of
+    every split, in order."""
     directory = epath.Path(directory)
     infos = []
-    for split, lengths in shard_lengths.items():
-        paths = [shard_path(directory, split, i, len(lengths)) for i in range(len(lengths))]
+    for split, receipts in written.items():
         template = naming.ShardedFileTemplate(
             data_dir=directory,
             dataset_name=dataset_name(directory),
@@ -171,8 +55,8 @@ def write_metadata(directory, features, shard_lengths: Mapping[str, Sequence[int
         infos.append(
             splits.SplitInfo(
                 name=split,
-                shard_lengths=list(lengths),
-                num_bytes=sum(p.stat().length for p in paths),
+                shard_lengths=[receipt.records for receipt in receipts],
+                num_bytes=sum(receipt.bytes for receipt in receipts),
                 filename_template=template,
             )
         )
@@ -215,7 +99,7 @@ class Split:
         for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
             if not path.exists():
                 raise UserError(f"{path} is missing")
-            if (found := shard_length(path)) != length:
+            if (found := shards.count(path)) != length:
                 raise UserError(f"{path} holds {found} records, the metadata say {length}")
         features = builder.info.features
         self.label = features["label"] if "label" in features else None

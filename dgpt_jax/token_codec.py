@@ -1,46 +1,97 @@
-"""Teacher tokens as they are stored: float16, or int8 with a static scale per channel."""
+"""Teacher tokens as they are stored: float16, int8 or int4, of all channels or of PCA's.
 
+The integers have two scales. One a channel is static, measured on a sample: a few channels of CLIP
+are 20 to 50 times the rest and would drown them. One a token is not stored, because losses
+normalise every token. Encoding and decoding run on the device, so that only what is stored travels.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax.schema import UserError
 
-CODECS = {"float16": np.float16, "int8": np.int8}
+# What is stored of each codec; int4 packs two channels a byte.
+CODECS = {"float16": np.float16, "int8": np.int8, "int4": np.uint8}
+LEVELS = {"int8": 127, "int4": 7}
+# int4 clips at so many root mean squares of a token: steps are finer than up to its largest value.
+CLIP_INT4 = 2.6
 
 
-def channel_scale(tokens: np.ndarray) -> np.ndarray:
-    """Root mean square of each channel of (..., C), never zero: the static scale of int8.
+def stored_width(codec: str, width: int) -> int:
+    """Length of a stored token of `width` channels. Raises UserError where they cannot be packed."""
+    if codec == "int4" and width % 2:
+        raise UserError(f"codec int4 packs pairs of channels, and there are {width}")
+    return width // 2 if codec == "int4" else width
 
-    A few channels of CLIP are 20 to 50 times the rest and would drown them in a per-token range.
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """name: of CODECS. scale: (C′,) of the integers, else empty. basis: (C, C′) of PCA, or None."""
+
+    name: str
+    scale: np.ndarray
+    basis: np.ndarray | None = None
+
+    def project(self, tokens):
+        """Tokens (..., C) as the store has them before packing: (..., C′) float32."""
+        tokens = jnp.asarray(tokens, jnp.float32)
+        if self.basis is None:
+            return tokens
+        return jnp.matmul(tokens, self.basis, precision="highest")
+
+    def encode(self, tokens):
+        """Finite tokens (..., C) as stored: (..., stored_width)."""
+        tokens = self.project(tokens)
+        if self.name == "float16":
+            limit = float(np.finfo(np.float16).max)
+            return jnp.clip(tokens, -limit, limit).astype(jnp.float16)
+        levels = LEVELS[self.name]
+        scaled = tokens / jnp.asarray(self.scale, jnp.float32)
+        full = jnp.abs(scaled).max(axis=-1, keepdims=True)
+        if self.name == "int4":
+            rms = jnp.sqrt(jnp.square(scaled).mean(axis=-1, keepdims=True))
+            full = jnp.minimum(full, CLIP_INT4 * rms)
+        steps = jnp.rint(scaled * (levels / jnp.where(full > 0, full, 1)))
+        steps = jnp.clip(steps, -levels, levels)
+        if self.name == "int8":
+            return steps.astype(jnp.int8)
+        low, high = jnp.split((steps + 8).astype(jnp.uint8), 2, axis=-1)
+        return low | (high << 4)
+
+    def decode(self, stored):
+        """Stored tokens as float32 (..., C′), up to a positive factor a token."""
+        stored = jnp.asarray(stored)
+        if self.name == "int4":
+            stored = jnp.concatenate([stored & 15, stored >> 4], axis=-1).astype(jnp.int8) - 8
+        tokens = stored.astype(jnp.float32)
+        return tokens * jnp.asarray(self.scale, jnp.float32) if len(self.scale) else tokens
+
+
+def fit(tokens: np.ndarray, codec: str, pca: int | None = None) -> tuple[Codec, float]:
+    """A codec for tokens like the sample (..., C), and the share of their variance that it keeps.
+
+    `pca` keeps so many principal axes. They are not centred, as a cosine is not: the loss then is
+    the cosine in their space. Raises UserError.
     """
-    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+    flat = np.asarray(tokens, np.float64).reshape(-1, tokens.shape[-1])
+    basis, kept = None, 1.0
+    if pca is not None:
+        if not 1 <= pca <= flat.shape[1]:
+            raise UserError(f"config.pca is {pca}, and tokens have {flat.shape[1]} channels")
+        values, axes = np.linalg.eigh(flat.T @ flat)
+        basis = np.ascontiguousarray(axes[:, ::-1][:, :pca]).astype(np.float32)
+        kept = float(values[::-1][:pca].sum() / values.sum())
+        flat = flat @ basis
+    stored_width(codec, flat.shape[1])
     rms = np.sqrt(np.square(flat).mean(axis=0))
-    return np.where(rms > 0, rms, 1.0).astype(np.float32)
+    scale = np.where(rms > 0, rms, 1.0) if codec in LEVELS else np.zeros(0)
+    return Codec(codec, scale.astype(np.float32), basis), kept
 
 
-def encode(tokens: np.ndarray, codec: str, scale: np.ndarray | None) -> np.ndarray:
-    """Float tokens (..., C) as stored: float16, or int8 after the channel scale.
-
-    int8 spans each token's own largest scaled value. That factor is not stored: losses normalise
-    every token. Raises UserError on tokens that are not finite.
-    """
-    if not np.isfinite(tokens).all():
-        raise UserError("the teacher gave tokens that are not finite: check its weights and dtype")
-    if codec == "float16":
-        limit = np.finfo(np.float16).max
-        return np.clip(tokens, -limit, limit).astype(np.float16)
-    scaled = tokens / scale
-    largest = np.abs(scaled).max(axis=-1, keepdims=True)
-    return np.rint(scaled * (127 / np.where(largest > 0, largest, 1))).astype(np.int8)
-
-
-def decode(stored, scale):
-    """Stored tokens (..., C) as float32, up to a positive factor a token; NumPy or JAX arrays."""
-    tokens = stored.astype(np.float32)
-    return tokens * np.asarray(scale, np.float32) if len(scale) else tokens
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def cosines(a, b) -> np.ndarray:
     """Cosine along the last axis, float64."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return (a * b).sum(axis=-1) / np.maximum(norms, 1e-30)

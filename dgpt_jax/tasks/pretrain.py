@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from dgpt_jax import clip, digpt, pipeline, records, segments, token_codec, vit
+from dgpt_jax import clip, digpt, pipeline, segments, token_codec, token_store, vit
 from dgpt_jax.config import Train
 from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.schema import UserError
+from dgpt_jax.token_codec import Codec
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,7 @@ class Target:
     width: int
     grid: tuple[int, int]
     cls: bool
-    codec: str = "int8"
-    channel_scale: tuple[float, ...] = ()
+    codec: Codec | None = None
 
     @property
     def tokens(self) -> int:
@@ -56,8 +56,9 @@ class Pretrain:
             "order": jax.ShapeDtypeStruct((segments.count(self.config.model.segments),), np.int32),
         }
         if self.config.data.targets == "stored":
-            dtype = token_codec.CODECS[target.codec]
-            example["tokens"] = jax.ShapeDtypeStruct((target.tokens, target.width), dtype)
+            dtype = token_codec.CODECS[target.codec.name]
+            width = token_codec.stored_width(target.codec.name, target.width)
+            example["tokens"] = jax.ShapeDtypeStruct((target.tokens, width), dtype)
         return example
 
     def init(self, key):
@@ -78,7 +79,7 @@ class Pretrain:
                 dtype = self.config.teacher.dtype
                 tokens = clip.teacher_tokens(self.teacher.tower, frozen, pictures, dtype=dtype)
             else:
-                tokens = token_codec.decode(batch["tokens"], self.target.channel_scale)
+                tokens = self.target.codec.decode(batch["tokens"])
             parts = digpt.token_losses(
                 predictions,
                 jax.lax.stop_gradient(tokens),
@@ -111,7 +112,7 @@ def open_pretrain(config: Train) -> Pretrain:
     if config.data.targets == "stored":
         target = stored_target(config)
         stored, size = (
-            records.StoreInfo.load(config.data.path).picture_size,
+            token_store.StoreInfo.load(config.data.path).picture_size,
             config.model.image_size,
         )
         if stored != size:
@@ -127,7 +128,7 @@ def planned(config: Train) -> Pretrain:
     teacher = load_teacher(config)
     if config.data.targets != "stored":
         return Pretrain(config, live_target(config, teacher), teacher=teacher)
-    if records.is_token_store(config.data.path):
+    if token_store.exists(config.data.path):
         return Pretrain(config, stored_target(config))
     width, grid = config.teacher.width, config.teacher.grid
     if width is None or grid is None:
@@ -135,7 +136,7 @@ def planned(config: Train) -> Pretrain:
             f"{config.data.path} is not there: set config.teacher.width and config.teacher.grid, "
             f"what a store of it will hold"
         )
-    return Pretrain(config, Target(width, (grid, grid), cls=True))
+    return Pretrain(config, Target(width, (grid, grid), True, Codec("int8", np.zeros(0))))
 
 
 def load_teacher(config: Train):
@@ -160,7 +161,7 @@ def live_target(config: Train, teacher) -> Target:
 
 def stored_target(config: Train, expected: Target | None = None) -> Target:
     """The Target of the token store of a config, checked against what the config expects."""
-    info = records.StoreInfo.load(config.data.path)
+    info = token_store.StoreInfo.load(config.data.path)
     wanted = {
         "width": expected.width if expected else config.teacher.width,
         "grid": expected.grid[0] if expected else config.teacher.grid,
@@ -172,4 +173,4 @@ def stored_target(config: Train, expected: Target | None = None) -> Target:
                 f"{config.data.path} holds teacher tokens of {name} {found[name]}, the config "
                 f"expects {value} (config.teacher.{name})"
             )
-    return Target(info.width, info.grid, info.cls, info.codec, info.channel_scale)
+    return Target(info.width, info.grid, info.cls, info.load_codec(config.data.path))
