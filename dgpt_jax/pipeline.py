@@ -72,6 +72,7 @@ class Examples:
 
 def open_examples(data: Data, model: Model, seed: int) -> Examples:
     """The examples that a training config asks for. Raises UserError where they do not fit it."""
+    token_store.refuse_unfinished(data.path)
     stored = token_store.exists(data.path)
     if data.targets == "stored" and not stored:
         records.open_builder(data.path)  # says so where there is no directory at all
