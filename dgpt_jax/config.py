@@ -91,6 +91,7 @@ class Data:
     examples: int | None = entry(
         None, "examples that it must have, and that a plan without it goes by; default: any number"
     )
+    source: str = entry("", "image dataset that a store must be of: NAME or NAME:VERSION")
     split: str = entry("train", "split of an image dataset (a token store's splits are its views)")
     targets: str = entry("stored", "stored (token store), online (live views), pixels (iGPT)")
     views: int | None = entry(None, "use the first so many views of the store; default: all")
@@ -236,6 +237,7 @@ class Tokens:
     flip: bool = entry(True, "mirror half of the views")
     codec: str = entry("int8", "float16, int8 or int4")
     pca: int | None = entry(None, "keep so many principal axes of tokens; default: all channels")
+    like: str = entry("", "token store whose codec to take, for a store held out from it")
     batch_size: int = entry(64, "pictures a device and teacher step")
     tensor: int = entry(1, "devices of a process that the teacher's weights are split over")
     shard_size: int = entry(8192, "examples a shard")

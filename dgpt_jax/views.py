@@ -87,7 +87,16 @@ def centre_crop(image: np.ndarray, resize_to: int, size: int, *, squash: bool) -
 
 
 _ENCODINGS = {
-    "jpeg95": (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95]),
+    # Colours at full resolution: 20.9 → 25.9 kB a 224² photograph, 40.2 → 43.0 dB.
+    "jpeg95": (
+        ".jpg",
+        [
+            cv2.IMWRITE_JPEG_QUALITY,
+            95,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+        ],
+    ),
     "webp-lossless": (".webp", [cv2.IMWRITE_WEBP_QUALITY, 101]),
     "png": (".png", []),
 }

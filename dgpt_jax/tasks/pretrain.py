@@ -100,7 +100,12 @@ class Pretrain:
         )  # fmt: skip
         examples = pipeline.open_examples(data, config.model, config.seed)
         if data.targets == "stored":
-            stored_target(replace(config, data=data), expected=self.target)
+            found = stored_target(replace(config, data=replace(data, source="")), self.target)
+            if not found.codec.equals(self.target.codec):
+                raise UserError(
+                    f"{data.path} (config.evals.heldout) has another codec, scale or basis than "
+                    f"{config.data.path}: build it with --config.like={config.data.path}"
+                )
         return lambda index: examples(int(index), int(index)), len(examples)
 
 
@@ -166,6 +171,14 @@ def stored_target(config: Train, expected: Target | None = None) -> Target:
         "width": expected.width if expected else config.teacher.width,
         "grid": expected.grid[0] if expected else config.teacher.grid,
     }
+    if config.data.source:
+        name, _, version = config.data.source.partition(":")
+        of = info.source
+        if name != of["name"] or version not in ("", of["version"]):
+            raise UserError(
+                f"{config.data.path} is a store of {of['name']}:{of['version']}, the config "
+                f"expects {config.data.source} (config.data.source)"
+            )
     found = {"width": info.width, "grid": info.grid[0]}
     for name, value in wanted.items():
         if value is not None and value != found[name]:
