@@ -127,7 +127,9 @@ def _describe(config: Tokens, out, source, teacher: Teacher, pool):
         channel_scale=tuple(float(s) for s in codec.scale),
         cosine=(float(cosine.min()), float(cosine.mean())),
         variance=variance,
-        example_bytes=stored[0].nbytes + float(np.mean([len(r.data) for r in rendered])) + 200,
+        example_bytes=stored[0].nbytes
+        + float(np.mean([len(r.data) for r in rendered]))
+        + token_writer.OVERHEAD,
         picture_size=config.picture_size,
         picture=config.picture,
         teacher=_json(teacher.describe()),

@@ -23,6 +23,7 @@ from dgpt_jax.token_store import StoreInfo
 
 AHEAD = 2  # batches that are rendered before the teacher asks, and that it is ahead of the disk
 SAY_SECONDS = 10
+OVERHEAD = 250  # bytes of an example beside picture and tokens: names, box, ArrayRecord's chunk
 
 
 @dataclass(frozen=True)
