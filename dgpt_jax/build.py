@@ -1,12 +1,14 @@
 """Token stores: views of an image dataset, and what the teacher makes of them.
 
 The teacher runs on exactly the picture that is stored, decoded again from its stored bytes, so that
-picture and tokens cannot drift apart.
+picture and tokens cannot drift apart. Each process builds its part of the unfinished shards with
+its own devices and waits for the others only before the first and after the last.
 """
 
-import dataclasses
-from collections import deque
-from collections.abc import Iterator
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -14,254 +16,197 @@ import numpy as np
 from etils import epath
 
 import dgpt_jax
-from dgpt_jax import clip, metrics, pipeline, records, token_codec, views
+from dgpt_jax import hosts, metrics, records, shards, token_codec, token_store, token_writer
 from dgpt_jax.config import Tokens
-from dgpt_jax.convert import clip as clip_weights
-from dgpt_jax.records import StoreInfo
 from dgpt_jax.schema import UserError
+from dgpt_jax.teacher import Teacher
+from dgpt_jax.token_store import StoreInfo
+from dgpt_jax.token_writer import Shard
 
-SAMPLE = 256  # pictures that the channel scale and the stored cosine are measured on
-
-
-class Teacher:
-    """A CLIP tower with its weights on the device: pictures in, tokens out."""
-
-    def __init__(self, config):
-        loaded = clip_weights.load(
-            config.weights,
-            image_size=config.image_size,
-            heads=config.heads,
-            activation=config.activation,
-        )
-        self.tower, self.name, self.hash, self.notes = (
-            loaded.tower,
-            loaded.name,
-            loaded.hash,
-            loaded.notes,
-        )
-        self.dtype = config.dtype
-        self._params = jax.device_put(loaded.params)
-        self._tokens = jax.jit(
-            lambda params, pictures: clip.teacher_tokens(
-                self.tower, params, pictures, dtype=config.dtype
-            )
-        )
-
-    def __call__(self, pictures: np.ndarray, batch_size: int) -> np.ndarray:
-        """uint8 (b ≤ batch_size, height, width, 3) to float32 (b, 1+N, C); the tail is padded."""
-        missing = batch_size - len(pictures)
-        padded = np.concatenate([pictures, np.repeat(pictures[-1:], missing, axis=0)])
-        return np.asarray(self._tokens(self._params, padded))[: len(pictures)]
-
-    def describe(self) -> dict:
-        tower = dataclasses.asdict(self.tower)
-        return {"name": self.name, "hash": self.hash, "dtype": self.dtype, "tower": tower}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """One example on its way into the store."""
-
-    id: str
-    label: int | None
-    view: views.View
-    data: bytes
-    picture: np.ndarray
-
-
-def render(config: Tokens, source: records.Split, view: int, index: int) -> Rendered:
-    """View number `view` of example `index`: a function of (config.seed, index, view)."""
-    record = source[index]
-    image = views.decode_picture(record["image"])
-    drawn = views.draw(
-        pipeline.generator(config.seed, pipeline.VIEW, index, view),
-        *image.shape[:2],
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        flip=config.flip,
-    )
-    data = views.encode_picture(views.render(image, drawn, config.picture_size), config.picture)
-    return Rendered(record["id"], record.get("label"), drawn, data, views.decode_picture(data))
+SAMPLE = 256  # pictures that the codec and the stored cosine are measured on
 
 
 def build(config: Tokens, out) -> StoreInfo:
     """Writes the missing shards of a token store, then its metadata. Raises UserError.
 
-    Finished shards are kept, so a rerun continues, and more views can be added later.
+    Complete shards are kept, so a rerun continues, and more views can be added later. The store is
+    the same for any number of processes and devices.
     """
     out = epath.Path(out)
-    source = records.Split(config.source, config.split)
-    teacher = Teacher(config.teacher)
     say = metrics.Progress().say
-    for note in teacher.notes:
-        say(note)
+    source = records.Split(config.source, config.split)
+    teacher = Teacher(config.teacher, config.batch_size, config.tensor)
+    for line in (*teacher.notes, *hosts.preflight(out, teacher.mesh)):
+        say(line)
     with ThreadPoolExecutor(config.threads) as pool:
-        info = _describe(config, source, teacher, pool)
-        if records.is_token_store(out):
-            info = _same_store(StoreInfo.load(out), info, out)
-        features = records.token_features(info, source.label)
-        out.mkdir(parents=True, exist_ok=True)
-        info.save(out)  # before the shards: a rerun with another config must not mix with them
-        shards = -(-len(source) // config.shard_size)
-        ranges = [
-            range(i * config.shard_size, min((i + 1) * config.shard_size, len(source)))
-            for i in range(shards)
-        ]
-        clock = metrics.Clock(0, config.views * len(source), batch_size=1)
-        done = 0
-        for view in range(config.views):
-            for shard, indices in enumerate(ranges):
-                path = records.shard_path(out, records.view_split(view), shard, shards)
-                if path.exists() and records.shard_length(path) == len(indices):
-                    say(f"{path.name}: complete, kept")
-                    clock.restart(done := done + len(indices))
-                    continue
-                examples = _examples(config, source, teacher, info, pool, view, indices)
-                done += records.write_shard(path, features, examples)
-                rate = clock.read(done)
-                say(
-                    f"{path.name}: {len(indices)} examples, "
-                    f"{path.stat().length / len(indices) / 1e3:.1f} kB each, "
-                    f"{rate['images_per_second']:.0f} img/s, "
-                    f"eta {metrics.duration(rate['eta_seconds'])}"
-                )
-    kept = _existing_views(out, config.views)
-    lengths = {records.view_split(v): [len(r) for r in ranges] for v in range(kept)}
-    records.write_metadata(out, features, lengths)
+        if jax.process_index() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            shards.sweep(out)
+            _open_or_begin(config, out, source, teacher, pool)
+        hosts.barrier("begun")
+        info = StoreInfo.load(out)
+        planned = [s for v in range(config.views) for s in _shards_of(config, out, info, v)]
+        todo = _unfinished(out, planned, pool, say)
+        kept = sum(len(s.indices) for s in planned) - sum(len(s.indices) for s in todo)
+        say(f"{kept} of {len(source) * config.views} examples are there and whole")
+        _check_space(out, info, todo, say)
+        mine = todo[jax.process_index() :: jax.process_count()]
+        codec = info.load_codec(out)
+        token_writer.write(config, source, teacher, info, codec, mine, pool, say)
+    hosts.barrier("written")
+    if jax.process_index() == 0:
+        _finish(config, out, info, source)
+    hosts.barrier("finished")
     return info
 
 
-def _existing_views(out, views_built: int) -> int:
-    """Views of the store, those that were there before included."""
-    if not (out / "dataset_info.json").exists():
-        return views_built
-    return max(views_built, len(records.open_builder(out).info.splits))
+def _shards_of(config: Tokens, out, info: StoreInfo, view: int) -> list[Shard]:
+    examples = info.source["examples"]
+    starts = range(0, examples, config.shard_size)
+    return [
+        Shard(
+            records.shard_path(out, token_store.view_split(view), i, len(starts), info.name),
+            view,
+            range(start, min(start + config.shard_size, examples)),
+        )
+        for i, start in enumerate(starts)
+    ]
 
 
-def _examples(config, source, teacher, info, pool, view, indices) -> Iterator[dict]:
-    """Stored examples of one shard; rendering runs ahead of the teacher by two batches."""
-    starts = range(indices.start, indices.stop, config.batch_size)
-    queue: deque = deque()
+def _open_or_begin(config: Tokens, out, source, teacher: Teacher, pool):
+    """Sees that what is there is of the same kind, or writes what the store will be."""
+    if not token_store.exists(out):
+        info, basis = _describe(config, out, source, teacher, pool)
+        if basis is not None:
+            with (out / token_store.BASIS_FILE).open("wb") as file:
+                np.save(file, basis)
+        info.save(out)  # before the shards: a rerun with another config must not mix with them
+        return
+    old = StoreInfo.load(out)
+    kept = {
+        "codec": config.codec,
+        "picture_size": config.picture_size,
+        "picture": config.picture,
+        "source": _source(config, source),
+        "views": _views(config),
+    }
+    for name, value in kept.items():
+        if getattr(old, name) != value:
+            raise UserError(
+                f"{out} was built with {name} {getattr(old, name)}, the config has {value}: choose "
+                f"another --out"
+            )
+    if config.pca != (old.width if old.is_reduced else None):
+        raise UserError(
+            f"{out} has tokens of width {old.width}, and config.pca is {config.pca}: choose "
+            f"another --out"
+        )
+    for name in ("hash", "dtype", "tower"):
+        if old.teacher[name] != (new := _json(teacher.describe()))[name]:
+            raise UserError(
+                f"{out} was built with the teacher {old.teacher['name']} ({name} "
+                f"{old.teacher[name]}), the config names {new['name']} ({name} {new[name]})"
+            )
 
-    def submit(start):
-        batch = range(start, min(start + config.batch_size, indices.stop))
-        queue.append([pool.submit(render, config, source, view, i) for i in batch])
 
-    for start in starts[:2]:
-        submit(start)
-    for start in [*starts[2:], *[None] * min(2, len(starts))]:
-        batch = [future.result() for future in queue.popleft()]
-        if start is not None:
-            submit(start)
-        tokens = teacher(np.stack([r.picture for r in batch]), config.batch_size)
-        stored = token_codec.encode(tokens, info.codec, np.asarray(info.channel_scale))
-        for rendered, example_tokens in zip(batch, stored, strict=True):
-            example = {
-                "id": rendered.id,
-                "image": rendered.data,
-                "tokens": example_tokens,
-                "box": np.asarray(rendered.view.box, np.int32),
-                "flip": np.int32(rendered.view.flip),
-            }
-            yield example if rendered.label is None else example | {"label": rendered.label}
-
-
-def _describe(config: Tokens, source, teacher: Teacher, pool) -> StoreInfo:
-    """The store's metadata; its channel scale and cosine are measured on a sample of view 0."""
+def _describe(config: Tokens, out, source, teacher: Teacher, pool):
+    """(StoreInfo, PCA's basis or None), measured on a sample of view 0."""
     sample = range(0, len(source), max(1, len(source) // SAMPLE))[:SAMPLE]
-    pictures = [r.picture for r in pool.map(lambda i: render(config, source, 0, i), sample)]
-    size = config.batch_size
-    tokens = np.concatenate(
-        [teacher(np.stack(pictures[i : i + size]), size) for i in range(0, len(pictures), size)]
-    )
-    scale = token_codec.channel_scale(tokens) if config.codec == "int8" else np.zeros(0, np.float32)
-    decoded = token_codec.decode(token_codec.encode(tokens, config.codec, scale), scale)
-    cosine = token_codec.cosines(decoded, tokens)
-    info = records.open_builder(config.source).info
-    return StoreInfo(
+    rendered = list(pool.map(lambda i: token_writer.render(config, source, 0, i), sample))
+    tokens = teacher(np.stack([r.picture for r in rendered]))
+    token_writer.refuse_unless(np.isfinite(tokens).all())
+    codec, variance = token_codec.fit(tokens, config.codec, config.pca)
+    stored = codec.encode(tokens)
+    cosine = token_codec.cosines(codec.decode(stored), codec.project(tokens))
+    info = StoreInfo(
+        name=records.dataset_name(out),
         codec=config.codec,
         grid=teacher.tower.grid,
         cls=True,
-        width=teacher.tower.out_width,
-        channel_scale=tuple(float(s) for s in scale),
+        width=config.pca or teacher.tower.out_width,
+        channel_scale=tuple(float(s) for s in codec.scale),
         cosine=(float(cosine.min()), float(cosine.mean())),
+        variance=variance,
+        example_bytes=stored[0].nbytes + float(np.mean([len(r.data) for r in rendered])) + 200,
         picture_size=config.picture_size,
         picture=config.picture,
-        teacher=teacher.describe(),
-        source={
-            "name": info.name,
-            "version": str(info.version),
-            "split": config.split,
-            "examples": len(source),
-        },
-        views={
-            "seed": config.seed,
-            "crop_scale": list(config.crop_scale),
-            "crop_ratio": list(config.crop_ratio),
-            "flip": config.flip,
-            "shard_size": config.shard_size,
-        },
+        teacher=_json(teacher.describe()),
+        source=_source(config, source),
+        views=_views(config),
+        command=shlex.join(["python", *sys.argv]),
         code_version=dgpt_jax.__version__,
     )
+    return info, codec.basis
 
 
-def _same_store(old: StoreInfo, new: StoreInfo, out) -> StoreInfo:
-    """The old metadata, if what is to be added is of the same kind."""
-    for name in ("codec", "picture_size", "picture", "source", "views"):
-        if getattr(old, name) != getattr(new, name):
-            raise UserError(
-                f"{out} was built with {name} {getattr(old, name)}, the config has "
-                f"{getattr(new, name)}: choose another --out"
-            )
-    if old.teacher["hash"] != new.teacher["hash"]:
+def _json(value):
+    """As JSON will give it back."""
+    if isinstance(value, dict):
+        return {key: _json(inner) for key, inner in value.items()}
+    return [_json(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+
+def _source(config: Tokens, source: records.Split) -> dict:
+    info = records.open_builder(config.source).info
+    named = {"name": info.name, "version": str(info.version), "split": config.split}
+    return named | {"examples": len(source)}
+
+
+def _views(config: Tokens) -> dict:
+    names = ("seed", "crop_scale", "crop_ratio", "flip", "shard_size")
+    return {name: _json(getattr(config, name)) for name in names}
+
+
+def _unfinished(out, planned: Sequence[Shard], pool, say) -> list[Shard]:
+    """Shards without a receipt, or whose bytes are not those of their receipt; on every process
+    the same list. Each reads its part of what is there."""
+    known = shards.receipts(out)
+    there = [shard for shard in planned if shard.path.name in known]
+    mine = there[jax.process_index() :: jax.process_count()]
+
+    def is_whole(shard):
+        receipt = known[shard.path.name]
+        return receipt.records == len(shard.indices) and shards.is_sound(shard.path, receipt)
+
+    if mine:
+        say(f"checking {len(there)} shards that are there …")
+    for shard, whole in zip(mine, pool.map(is_whole, mine), strict=True):
+        if not whole:
+            say(f"{shard.path.name} is damaged: it is built again")
+            shards.forget(shard.path)
+    hosts.barrier("checked")
+    known = shards.receipts(out)
+    hosts.barrier("listed")
+    return [shard for shard in planned if shard.path.name not in known]
+
+
+def _check_space(out, info: StoreInfo, todo: Sequence[Shard], say):
+    """Says what the missing shards will take; UserError where the disk has less."""
+    needed = info.example_bytes * sum(len(shard.indices) for shard in todo)
+    if shards.is_remote(out):
+        say(f"{needed / 1e9:.2f} GB to write")
+        return
+    free = shutil.disk_usage(out).free
+    say(f"{needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
+    if needed > free:
         raise UserError(
-            f"{out} was built with the teacher {old.teacher['name']} ({old.teacher['hash']}), the "
-            f"config names {new.teacher['name']} ({new.teacher['hash']})"
+            f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free: take another "
+            f"--out, fewer config.views, or a smaller config.codec"
         )
-    return old
 
 
-def verify(store, config, samples: int = 64, batch_size: int = 16) -> list[dict]:
-    """Re-runs the teacher on stored pictures: one row a view with minimum and median cosine.
-
-    `config` is the config.Teacher. Raises UserError where its weights are others than the store's.
-    """
-    info = StoreInfo.load(store)
-    teacher = Teacher(config)
-    if teacher.hash != info.teacher["hash"]:
-        raise UserError(
-            f"{store} was built with the teacher {info.teacher['hash']}, these weights are "
-            f"{teacher.hash}"
-        )
-    rows = []
-    for name in records.open_builder(store).info.splits:
-        split = records.Split(store, name)
-        chosen = range(0, len(split), max(1, len(split) // samples))[:samples]
-        found = []
-        for start in range(0, len(chosen), batch_size):
-            batch = [split[i] for i in chosen[start : start + batch_size]]
-            pictures = np.stack([views.decode_picture(r["image"]) for r in batch])
-            stored = np.stack([r["tokens"] for r in batch])
-            live = teacher(pictures, batch_size)
-            cosine = token_codec.cosines(token_codec.decode(stored, info.channel_scale), live)
-            found += [
-                (float(row.min()), r["id"], tuple(int(x) for x in r["box"]), int(r["flip"]))
-                for row, r in zip(cosine, batch, strict=True)
-            ]
-        worst = min(found)
-        rows.append(
-            {
-                "split": name,
-                "examples": len(found),
-                "min": worst[0],
-                "median": float(np.median([f[0] for f in found])),
-                "worst": f"{worst[1]} box {worst[2]} flip {worst[3]}",
-            }
-        )
-    return rows
-
-
-def threshold(info: StoreInfo) -> float:
-    """The least cosine of a sound store: what its codec and its teacher's dtype allow."""
-    exact = {"float16": 0.9999, "int8": 0.999}[info.codec]
-    return exact if info.teacher["dtype"] == "float32" else min(exact, 0.99)
+def _finish(config: Tokens, out, info: StoreInfo, source):
+    """TFDS's metadata and the manifest, now that all shards are there; earlier views are kept."""
+    before = 0
+    if (out / "dataset_info.json").exists():
+        before = len(records.open_builder(out).info.splits)
+    known = shards.receipts(out)
+    written = {
+        token_store.view_split(view): [
+            known[shard.path.name] for shard in _shards_of(config, out, info, view)
+        ]
+        for view in range(max(before, config.views))
+    }
+    shards.seal(out, known)
+    features = token_store.features(info, source.label)
+    records.write_metadata(out, features, written, info.name)

@@ -28,6 +28,8 @@ def run(main: Callable[[], None]):
         return
     except UserError as e:
         ending = f"error: {e}"
+    except hosts.Terminated:
+        ending = hosts.EXIT_PREEMPTED
     except KeyboardInterrupt:
         ending = 130
     except BrokenPipeError:

@@ -234,8 +234,10 @@ class Tokens:
     crop_scale: tuple[float, float] = entry((0.2, 1.0), "area of the crop")
     crop_ratio: tuple[float, float] = entry((3 / 4, 4 / 3), "its width over height")
     flip: bool = entry(True, "mirror half of the views")
-    codec: str = entry("int8", "float16 or int8")
-    batch_size: int = entry(64, "pictures a teacher step")
+    codec: str = entry("int8", "float16, int8 or int4")
+    pca: int | None = entry(None, "keep so many principal axes of tokens; default: all channels")
+    batch_size: int = entry(64, "pictures a device and teacher step")
+    tensor: int = entry(1, "devices of a process that the teacher's weights are split over")
     shard_size: int = entry(8192, "examples a shard")
     threads: int = entry(8, "threads that decode, crop and encode pictures")
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
@@ -244,7 +246,7 @@ class Tokens:
 
     def resolved(self) -> "Tokens":
         """Itself. Raises UserError on values that mean nothing."""
-        one_of("config.codec", self.codec, ("float16", "int8"))
+        one_of("config.codec", self.codec, ("float16", "int8", "int4"))
         one_of("config.picture", self.picture, ("jpeg95", "webp-lossless", "png"))
         if not self.source:
             raise UserError("config.source is empty: give the directory of a TFDS image dataset")

@@ -213,6 +213,28 @@ def _sees_probe(workdir: epath.Path) -> np.ndarray:
     return sees
 
 
+def barrier(name: str):
+    """Waits, for as long as it takes, until all processes are here. It uses no device: what they do
+    in between may differ, and take hours. A process that dies ends the others."""
+    if together():
+        days = 30 * 24 * 3600 * 1000
+        global_state.client.wait_at_barrier(name, timeout_in_ms=days)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, in a command that keeps what it has done and is run again."""
+
+
+def raise_on_sigterm():
+    """SIGTERM raises Terminated; without it, JAX swallows the signal in one of several processes,
+    and nothing is cleaned up in a single one."""
+
+    def terminate(*_):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
 def end(code: int):
     """Ends this process and with it, within a minute, all others: without the barrier at exit, in
     which it would wait for hosts that wait for it. Process 0, the coordinator, goes last."""

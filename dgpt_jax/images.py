@@ -64,7 +64,7 @@ def import_folder(
                 part = files[shard * shard_size : (shard + 1) * shard_size]
                 examples = _examples(part, root, src, classes, pool.map, report)
                 path = records.shard_path(out, name, shard, count)
-                serialized = map(features.serialize_example, examples)
+                serialized = map(records.serializer(features), examples)
                 written[name].append(shards.write(path, serialized))
                 done = min((shard + 1) * shard_size, len(files))
                 say(f"{name}: {done}/{len(files)} files, {len(report.broken)} unreadable so far")

@@ -11,14 +11,14 @@ import re
 import resource
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
-from tensorflow_datasets.core import naming, splits
+from tensorflow_datasets.core import example_serializer, naming, splits
 
 from dgpt_jax import shards
 from dgpt_jax.schema import UserError
@@ -41,18 +41,33 @@ def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesD
     return tfds.features.FeaturesDict(features)
 
 
+def serializer(features: tfds.features.FeaturesDict) -> Callable[[Mapping], bytes]:
+    """The function from examples to the bytes stored of them, the same bytes in every process: by
+    itself protobuf writes the fields in an order that each process draws anew."""
+    protos = example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def serialize(example: Mapping) -> bytes:
+        proto = protos.get_tf_example(features.encode_example(example))
+        return proto.SerializeToString(deterministic=True)
+
+    return serialize
+
+
 def dataset_name(directory) -> str:
     """A valid TFDS name from the last part of a path."""
     name = re.sub(r"\W+", "_", epath.Path(directory).name.lower()).strip("_")
     return name if name[:1].isalpha() else f"d_{name}"
 
 
-def shard_path(directory, split: str, shard: int, of: int) -> epath.Path:
-    name = f"{dataset_name(directory)}-{split}.array_record-{shard:05d}-of-{of:05d}"
-    return epath.Path(directory) / name
+def shard_path(directory, split: str, shard: int, of: int, name: str = "") -> epath.Path:
+    """A shard's path; `name`: the dataset's, where the directory may have been renamed since."""
+    name = name or dataset_name(directory)
+    return epath.Path(directory) / f"{name}-{split}.array_record-{shard:05d}-of-{of:05d}"
 
 
-def write_metadata(directory, features, written: Mapping[str, Sequence[shards.Receipt]]):
+def write_metadata(
+    directory, features, written: Mapping[str, Sequence[shards.Receipt]], name: str = ""
+):
     """TFDS's metadata (dataset_info.json, features.json) for shards that are all there: those of
     every split, in order."""
     directory = epath.Path(directory)
@@ -60,7 +75,7 @@ def write_metadata(directory, features, written: Mapping[str, Sequence[shards.Re
     for split, receipts in written.items():
         template = naming.ShardedFileTemplate(
             data_dir=directory,
-            dataset_name=dataset_name(directory),
+            dataset_name=name or dataset_name(directory),
             split=split,
             filetype_suffix="array_record",
         )

@@ -30,7 +30,7 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a complete shard holds: records, bytes of the file, their CRC32, remarks of its maker."""
+    """What a complete shard holds: records, bytes of the file, their CRC32, its maker's remarks."""
 
     records: int
     bytes: int
@@ -115,12 +115,17 @@ def receipts(directory) -> dict[str, Receipt]:
     directory = epath.Path(directory)
     if not directory.exists():
         return {}
-    found = {}
+    found, retaken = {}, set()
     names = [p for p in directory.iterdir() if p.name.endswith(".receipt")]
     with ThreadPoolExecutor(16) as pool:
         for path, text in zip(names, pool.map(lambda p: p.read_text(), names), strict=True):
-            found[path.name[1:].removesuffix(".receipt")] = json.loads(text)
-    return manifest(directory) | _parsed(found)
+            name = path.name[1:].removesuffix(".receipt")
+            if text:
+                found[name] = json.loads(text)
+            else:
+                retaken.add(name)
+    known = {name: r for name, r in manifest(directory).items() if name not in retaken}
+    return known | _parsed(found)
 
 
 def _parsed(found: Mapping[str, dict]) -> dict[str, Receipt]:
@@ -134,8 +139,9 @@ def is_sound(path, receipt: Receipt) -> bool:
 
 
 def forget(path):
-    """Takes back the receipt of a shard that is to be written again."""
-    _sidecar(path).unlink(missing_ok=True)
+    """Takes back the receipt of a shard that is to be written again, by an empty one: the manifest
+    may hold another."""
+    _sidecar(path).write_text("")
 
 
 def sweep(directory):

@@ -20,7 +20,7 @@ CLIP_INT4 = 2.6
 
 
 def stored_width(codec: str, width: int) -> int:
-    """Length of a stored token of `width` channels. Raises UserError where they cannot be packed."""
+    """Length of a stored token of `width` channels; UserError where they cannot be packed."""
     if codec == "int4" and width % 2:
         raise UserError(f"codec int4 packs pairs of channels, and there are {width}")
     return width // 2 if codec == "int4" else width

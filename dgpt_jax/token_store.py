@@ -26,13 +26,15 @@ FORMAT = 2
 class StoreInfo:
     """What a token store says of itself; compared with the training config at start.
 
-    `codec` is one of token_codec.CODECS. `grid` is the teacher's (rows, columns), `cls` whether its
-    CLS token comes first, `width` the channels stored: the teacher's C, or C′ after PCA.
-    `channel_scale`: a value for each, none for float16. `cosine`: the measured (minimum, mean) of
-    decoded to exact tokens. `variance`: the share that PCA keeps; 1 without it. `command`: what
-    began the store, and finishes it.
+    `name` begins the names of its files. `codec` is one of token_codec.CODECS. `grid` is the
+    teacher's (rows, columns), `cls` whether its CLS token comes first, `width` the channels stored:
+    the teacher's C, or C′ after PCA. `channel_scale`: a value for each, none for float16. `cosine`:
+    the measured (minimum, mean) of decoded to exact tokens. `variance`: the share that PCA keeps; 1
+    without it. `example_bytes`: a stored example's mean size, measured on the sample. `command`
+    began the store and finishes it.
     """
 
+    name: str
     codec: str
     grid: tuple[int, int]
     cls: bool
@@ -40,6 +42,7 @@ class StoreInfo:
     channel_scale: tuple[float, ...]
     cosine: tuple[float, float]
     variance: float
+    example_bytes: float
     picture_size: int
     picture: str
     teacher: dict
@@ -114,7 +117,7 @@ def features(info: StoreInfo, label) -> tfds.features.FeaturesDict:
 
 
 def refuse_unfinished(directory):
-    """Raises UserError, with the command that finishes it, for a store whose build has not ended."""
+    """Raises UserError with the command that finishes it, if the store's build has not ended."""
     path = epath.Path(directory)
     if exists(path) and not (path / "dataset_info.json").exists():
         info = StoreInfo.load(path)

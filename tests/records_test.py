@@ -1,5 +1,7 @@
 """Token codecs, pictures, and TFDS directories."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -16,31 +18,53 @@ def heavy_tailed(rng, shape=(64, 17, 48)):
     return tokens
 
 
-@pytest.mark.parametrize("codec,least", [("float16", 0.999999), ("int8", 0.999)])
-def test_codec_cosines(codec, least):
+@pytest.mark.parametrize("name,least", [("float16", 0.999999), ("int8", 0.999), ("int4", 0.85)])
+def test_codec_cosines(name, least):
     tokens = heavy_tailed(np.random.default_rng(0))
-    scale = token_codec.channel_scale(tokens) if codec == "int8" else np.zeros(0)
-    stored = token_codec.encode(tokens, codec, scale)
-    assert stored.dtype == token_codec.CODECS[codec]
-    assert token_codec.cosines(token_codec.decode(stored, scale), tokens).min() >= least
+    codec, variance = token_codec.fit(tokens[:32], name)
+    stored = codec.encode(tokens)
+    assert stored.dtype == token_codec.CODECS[name] and variance == 1
+    assert stored.shape[-1] == token_codec.stored_width(name, 48) == (24 if name == "int4" else 48)
+    cosine = token_codec.cosines(codec.decode(stored), tokens)
+    assert cosine.min() >= least and (name != "int4" or np.median(cosine) > 0.992)
 
 
-def test_the_channel_scale_keeps_ordinary_channels():
+@pytest.mark.parametrize("name,least,without", [("int8", 0.999, 0.98), ("int4", 0.96, 0.3)])
+def test_the_channel_scale_keeps_ordinary_channels(name, least, without):
     tokens = heavy_tailed(np.random.default_rng(0))
-    ordinary = []
-    for scale in (token_codec.channel_scale(tokens), np.ones(tokens.shape[-1], np.float32)):
-        decoded = token_codec.decode(token_codec.encode(tokens, "int8", scale), scale)
-        ordinary.append(token_codec.cosines(decoded[..., 3:], tokens[..., 3:]).min())
-    with_scale, without = ordinary
-    assert with_scale > 0.999 and without < 0.98
+    fitted, _ = token_codec.fit(tokens, name)
+    for codec, holds in (
+        (fitted, lambda cosine: cosine > least),
+        (replace(fitted, scale=np.ones(48, np.float32)), lambda cosine: cosine < without),
+    ):
+        decoded = np.asarray(codec.decode(codec.encode(tokens)))
+        assert holds(token_codec.cosines(decoded[..., 3:], tokens[..., 3:]).min())
 
 
-def test_codec_of_zeros_and_of_nan():
+def test_zeros_stay_zeros():
     zeros = np.zeros((2, 3, 4), np.float32)
-    scale = token_codec.channel_scale(zeros)
-    assert not token_codec.encode(zeros, "int8", scale).any()
-    with pytest.raises(UserError, match="not finite"):
-        token_codec.encode(zeros + np.nan, "int8", scale)
+    for name in token_codec.CODECS:
+        codec, _ = token_codec.fit(zeros, name)
+        assert not np.asarray(codec.decode(codec.encode(zeros))).any()
+
+
+def test_pca_keeps_the_variance_it_says():
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((64, 17, 6)) @ rng.standard_normal((6, 48))
+    tokens = (tokens + 0.01 * rng.standard_normal(tokens.shape)).astype(np.float32)
+    codec, variance = token_codec.fit(tokens, "int8", pca=6)
+    assert codec.basis.shape == (48, 6) and 0.999 < variance < 1
+    np.testing.assert_allclose(codec.basis.T @ codec.basis, np.eye(6), atol=1e-5)
+    decoded = np.asarray(codec.decode(codec.encode(tokens)))
+    back = decoded @ codec.basis.T  # in all channels again
+    assert token_codec.cosines(back, tokens).min() > 0.999
+    few, less = token_codec.fit(tokens, "float16", pca=3)
+    assert less < variance and few.encode(tokens).shape == (64, 17, 3)
+    for pca in (0, 49):
+        with pytest.raises(UserError, match=f"config.pca is {pca}, and tokens have 48"):
+            token_codec.fit(tokens, "int8", pca=pca)
+    with pytest.raises(UserError, match="int4 packs pairs of channels, and there are 3"):
+        token_codec.fit(tokens, "int4", pca=3)
 
 
 @pytest.mark.parametrize("kind", ["jpeg95", "webp-lossless", "png"])

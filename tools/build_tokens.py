@@ -1,6 +1,8 @@
 """Builds a token store from a TFDS image dataset and CLIP weights; a rerun continues.
 
 python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=DIR
+
+On several hosts or GPUs, start it on all of them; each builds its part.
 """
 
 from dgpt_jax import build, cli, hosts
@@ -12,11 +14,14 @@ def main():
     made.add_argument("--out", required=True, help="directory of the store; made if absent")
     args, config = cli.parse(made, Tokens)
     hosts.start(config.hosts, config.platform)
+    hosts.raise_on_sigterm()
     info = build.build(config, args.out)
     least, mean = info.cosine
+    kept = f", {info.variance:.2%} of their variance" if info.is_reduced else ""
     print(
         f"{args.out}: {config.views} view(s) of {info.source['examples']} images, {info.codec} "
-        f"tokens {info.tokens}×{info.width}, cosine to exact tokens {mean:.5f} (least {least:.5f})"
+        f"tokens {info.tokens}×{info.width}{kept}, cosine to exact tokens {mean:.5f} (least "
+        f"{least:.5f})"
     )
     print(f"next: python tools/verify_tokens.py {args.out} --weights={config.teacher.weights}")
 

@@ -1,9 +1,12 @@
 """Re-runs the teacher on stored pictures and compares its tokens with the stored ones.
 
-Exits 1 if a cosine lies below what the store's codec and teacher dtype allow.
+A sample of every shard is looked at. With --source, ids, crop boxes, flips and pictures are also
+compared with the views of the source, drawn and rendered again. Exits 1 if anything is wrong.
 """
 
-from dgpt_jax import build, cli, config, records
+import itertools
+
+from dgpt_jax import cli, config, token_store, verify
 from dgpt_jax.schema import UserError
 
 
@@ -14,10 +17,10 @@ def main():
     made.add_argument("--heads", type=int, help="where no JSON beside the weights tells")
     made.add_argument("--activation", help="likewise: gelu or quick_gelu")
     made.add_argument("--image_size", type=int, help="the teacher's input, if not the JSON's")
-    made.add_argument("--samples", type=int, default=64, help="examples a view")
-    made.add_argument("--threshold", type=float, help="least cosine; default: by codec and dtype")
+    made.add_argument("--source", default="", help="image dataset that the store was built from")
+    made.add_argument("--samples", type=int, default=4, help="examples a shard")
     args = made.parse_args()
-    info = records.StoreInfo.load(args.store)
+    info = token_store.StoreInfo.load(args.store)
     teacher = config.Teacher(
         weights=args.weights,
         heads=args.heads,
@@ -25,22 +28,35 @@ def main():
         image_size=args.image_size,
         dtype=info.teacher["dtype"],
     )
-    least = args.threshold if args.threshold is not None else build.threshold(info)
-    rows = build.verify(args.store, teacher, args.samples)
-    print(f"{'split':10} {'examples':>8} {'least':>9} {'median':>9}  worst example")
-    for row in rows:
-        print(
-            f"{row['split']:10} {row['examples']:8} {row['min']:9.6f} {row['median']:9.6f}  "
-            f"{row['worst']}"
-        )
-    bad = [row["split"] for row in rows if row["min"] < least]
+    least, median = verify.thresholds(info)
+    bad = []
+    rows = verify.verify(args.store, teacher, samples=args.samples, source=args.source)
+    print(f"{'split':8} {'shards':>6} {'examples':>8} {'least':>9} {'median':>9}  worst example")
+    for split, of_split in itertools.groupby(rows, key=lambda row: row.split):
+        found = list(of_split)
+        bad += [row for row in found if not row.is_sound(least, median)]
+        _print(split, str(len(found)), found)
+    for row in bad[:20]:
+        _print(row.split, f"#{row.shard}", [row])
     if bad:
         raise UserError(
-            f"{args.store}: stored tokens are not the teacher's in {', '.join(bad)} (least cosine "
-            f"below {least}): build the store again"
+            f"{args.store}: {len(bad)} shards do not hold what the teacher makes of their pictures "
+            f"(sound are cosines of {least:.4f} and more, a median of {median:.4f}): build again"
         )
     print(
-        f"all cosines ≥ {least}; next: python -m dgpt_jax.train with config.data.path={args.store}"
+        f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}; "
+        f"next: python -m dgpt_jax.train with config.data.path={args.store}"
+    )
+
+
+def _print(split: str, shards: str, rows):
+    examples = [found for row in rows for found in row.found]
+    worst = min(rows, key=lambda row: (not row.worst.differs, row.worst.median)).worst
+    least, median = (min(getattr(e, name) for e in examples) for name in ("least", "median"))
+    print(
+        f"{split:8} {shards:>6} {len(examples):8} {least:9.6f} {median:9.6f}  {worst.id} "
+        f"box {worst.view.box} flip {int(worst.view.flip)} {worst.differs}",
+        flush=True,
     )
 
 

@@ -1,0 +1,175 @@
+"""Shards of a token store: pictures are rendered in threads, the teacher runs ahead of the disk.
+
+Three things happen at once: threads decode, crop and encode the next batches; the devices work on
+two batches and send their tokens to the host; the calling thread serialises and writes.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from etils import epath
+
+from dgpt_jax import metrics, pipeline, records, shards, token_store, views
+from dgpt_jax.config import Tokens
+from dgpt_jax.schema import UserError
+from dgpt_jax.teacher import Teacher
+from dgpt_jax.token_codec import Codec
+from dgpt_jax.token_store import StoreInfo
+
+AHEAD = 2  # batches that are rendered before the teacher asks, and that it is ahead of the disk
+SAY_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the store: a view of some examples."""
+
+    path: epath.Path
+    view: int
+    indices: range
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One example on its way into the store."""
+
+    id: str
+    label: int | None
+    view: views.View
+    data: bytes
+    picture: np.ndarray
+
+    def example(self, tokens: np.ndarray) -> dict:
+        """As token_store.features has it."""
+        stored = {
+            "id": self.id,
+            "image": self.data,
+            "tokens": tokens,
+            "box": np.asarray(self.view.box, np.int32),
+            "flip": np.int32(self.view.flip),
+        }
+        return stored if self.label is None else stored | {"label": self.label}
+
+
+def draw(config, index: int, view: int, height: int, width: int) -> views.View:
+    """View number `view` of the example `index`, an image of height×width: a function of these and
+    of the config's seed, crop_scale, crop_ratio and flip."""
+    return views.draw(
+        pipeline.generator(config.seed, pipeline.VIEW, index, view),
+        height,
+        width,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        flip=config.flip,
+    )
+
+
+def render(config: Tokens, source: records.Split, view: int, index: int) -> Rendered:
+    """A view of an example as it is stored. Raises UserError where it cannot be decoded."""
+    record = source[index]
+    try:
+        image = views.decode_picture(record["image"])
+    except ValueError as e:
+        raise UserError(f"{source}: example {index} ({record['id']}): {e}") from None
+    drawn = draw(config, index, view, *image.shape[:2])
+    data = views.encode_picture(views.render(image, drawn, config.picture_size), config.picture)
+    return Rendered(record["id"], record.get("label"), drawn, data, views.decode_picture(data))
+
+
+def write(
+    config: Tokens,
+    source: records.Split,
+    teacher: Teacher,
+    info: StoreInfo,
+    codec: Codec,
+    todo: Sequence[Shard],
+    pool: ThreadPoolExecutor,
+    say,
+):
+    """Writes the shards `todo`, one after the other. Raises UserError."""
+    serialize = records.serializer(token_store.features(info, source.label))
+    watch = _Watch(sum(len(shard.indices) for shard in todo), info.example_bytes, say)
+    rendered = _rendered(config, source, teacher.batch_size, todo, pool)
+    examples = _examples(rendered, teacher.encoder(codec), watch)
+    for shard in todo:
+        its_examples = islice(examples, len(shard.indices))
+        shards.write(shard.path, map(serialize, its_examples))
+
+
+def _rendered(config, source, batch_size: int, todo, pool) -> Iterator[list[Rendered]]:
+    """Batches within each shard, rendered by the pool while the caller is busy with others."""
+    queue: deque = deque()
+    for shard in todo:
+        for start in range(0, len(shard.indices), batch_size):
+            batch = shard.indices[start : start + batch_size]
+            queue.append([pool.submit(render, config, source, shard.view, i) for i in batch])
+            if len(queue) > AHEAD:
+                yield [future.result() for future in queue.popleft()]
+    while queue:
+        yield [future.result() for future in queue.popleft()]
+
+
+def _examples(rendered: Iterator[list[Rendered]], start, watch: "_Watch") -> Iterator[dict]:
+    """Stored examples in order; the teacher is ahead of the caller by AHEAD batches."""
+    flying: deque = deque()
+    while batch := watch.waits("pictures", next, rendered, None):
+        flying.append((batch, start(np.stack([r.picture for r in batch]))))
+        if len(flying) > AHEAD:
+            yield from _landed(*flying.popleft(), watch)
+    while flying:
+        yield from _landed(*flying.popleft(), watch)
+
+
+def _landed(batch: list[Rendered], results, watch: "_Watch") -> Iterator[dict]:
+    tokens, finite = watch.waits("teacher", lambda: [np.asarray(result) for result in results])
+    refuse_unless(finite)
+    watch.done(len(batch))
+    for rendered, stored in zip(batch, tokens[: len(batch)], strict=True):
+        yield rendered.example(stored)
+
+
+def refuse_unless(finite):
+    """Raises UserError about tokens that are not finite."""
+    if not finite:
+        raise UserError("the teacher gave tokens that are not finite: check its weights and dtype")
+
+
+class _Watch:
+    """Says every few seconds how far this process is and what it waits for."""
+
+    def __init__(self, total: int, example_bytes: float, say):
+        self._total, self._bytes, self._say = total, example_bytes, say
+        self._done = 0
+        self._began = self._said = time.monotonic()
+        self._clock = metrics.Clock(0, total, batch_size=1)
+        self._waited = {"pictures": 0.0, "teacher": 0.0}
+
+    def waits(self, what: str, function, *args):
+        began = time.monotonic()
+        result = function(*args)
+        self._waited[what] += time.monotonic() - began
+        return result
+
+    def done(self, examples: int):
+        self._done += examples
+        now = time.monotonic()
+        if self._done == examples < self._total:  # what came before was the compile
+            self._began = self._said = now
+            self._waited = dict.fromkeys(self._waited, 0.0)
+            self._clock.restart(self._done)
+        elif self._done == self._total or now - self._said > SAY_SECONDS:
+            self._said = now
+            read, elapsed = self._clock.read(self._done), max(now - self._began, 1e-9)
+            shares = {what: seconds / elapsed for what, seconds in self._waited.items()}
+            shares["disk"] = max(0.0, 1 - sum(shares.values()))
+            self._say(
+                f"{self._done}/{self._total} examples ({self._done / self._total:.1%}), "
+                f"{self._done * self._bytes / 1e9:.2f} GB, {read['images_per_second']:.0f} img/s; "
+                f"time for {', '.join(f'{what} {share:.0%}' for what, share in shares.items())}; "
+                f"eta {metrics.duration(read['eta_seconds'])}"
+            )

@@ -1,0 +1,184 @@
+"""Building a token store: on many processes, interrupted, damaged, renamed, without space."""
+
+import dataclasses
+import shutil
+import signal
+import time
+
+import numpy as np
+import portpicker
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dgpt_jax import build, pipeline, records, shards, token_store
+from dgpt_jax.config import Data
+from dgpt_jax.schema import UserError, parse
+from tests import data, processes
+
+SETTINGS = dict(views=2, shard_size=8, batch_size=3)
+SHARDS = 6  # of two views of 20 examples
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(root, words of the command that builds `root/tokens` without --out, that store)."""
+    root = tmp_path_factory.mktemp("build")
+    dataset = data.image_dataset(root, per_class=10)
+    teacher = data.random_teacher(root / "teacher")
+    settings = SETTINGS | dict(source=dataset, picture_size=16, picture="png", threads=2)
+    words = ["tools/build_tokens.py", "--config=configs/quickstart_tokens.py"]
+    words += [f"--config.{name}={value}" for name, value in settings.items()]
+    words += ["--config.crop_scale=(0.2, 1.0)", "--config.flip=True"]
+    words.append(f"--config.teacher.weights={teacher}")
+    return root, words, data.token_store(root, dataset, teacher, **SETTINGS)
+
+
+def contents(store) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.glob("[!.]*array_record*")}
+
+
+def run(words, out, **kwargs) -> str:
+    process = processes.start([*words, f"--out={out}"], **kwargs)
+    (output,) = processes.outputs_of([process], timeout=120)
+    assert process.returncode == 0, output[-2000:]
+    return output
+
+
+def test_two_processes_of_four_devices_build_the_same_store(made, tmp_path):
+    _, words, store = made
+    port = portpicker.pick_unused_port()
+    words = [*words, f"--out={tmp_path / 'tokens'}", f"--config.hosts.coordinator=localhost:{port}"]
+    words.append("--config.hosts.processes=2")
+    started = [
+        processes.start([*words, f"--config.hosts.process={i}"], devices=4) for i in range(2)
+    ]
+    outputs = processes.outputs_of(started, timeout=180)
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert contents(tmp_path / "tokens") == contents(store)
+    assert len(contents(store)) == SHARDS
+    assert "20/20 examples" in outputs[0]  # half of 40: the other process built the rest
+    ours, theirs = (records.open_builder(s).info for s in (store, tmp_path / "tokens"))
+    assert ours.splits["view001"].shard_lengths == theirs.splits["view001"].shard_lengths
+
+
+def test_killed_in_the_middle_and_run_again(made, tmp_path):
+    _, words, store = made
+    out = tmp_path / "tokens"
+    process = processes.start([*words, f"--out={out}"])
+    while len(contents(out)) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # so that it is really killed in the middle
+    before = contents(out)
+    process.kill()
+    process.wait()
+    if len(before) == SHARDS:
+        pytest.skip("it was done before it could be killed")
+    assert not (out / "dataset_info.json").exists()
+    settings = parse(Data, {"path": str(out)})
+    with pytest.raises(UserError, match=r"unfinished.*Finish it with: python tools/build_tokens"):
+        pipeline.open_examples(settings, data.tiny_model(), seed=0)
+    stamps = {name: (out / name).stat().st_mtime_ns for name in before}
+    output = run(words, out)
+    assert contents(out) == contents(store)
+    finished = [name for name, at in stamps.items() if (out / name).stat().st_mtime_ns == at]
+    assert len(finished) >= len(stamps) - 1  # one may have come without its receipt
+    kept = sum(shards.receipts(out)[name].records for name in finished)
+    assert f"{kept} of 40 examples are there" in output
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
+    again = run(words, out)
+    assert "40 of 40 examples are there and whole" in again
+
+
+def test_sigterm_keeps_what_is_complete(made, tmp_path):
+    _, words, _ = made
+    out = tmp_path / "tokens"
+    process = processes.start([*words, "--config.views=4000", f"--out={out}"])
+    while not contents(out) and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and contents(out)
+    assert not list(out.glob(".*.partial"))
+
+
+def test_damaged_shards_are_built_again(made, tmp_path, capfd):
+    root, _, store = made
+    out = shutil.copytree(store, tmp_path / "tokens")
+    first, second = sorted(out.glob("*array_record*"))[1:3]
+    flipped = bytearray(first.read_bytes())
+    flipped[len(flipped) // 2] ^= 1  # of the same length: only a checksum tells
+    first.write_bytes(flipped)
+    second.unlink()
+    data.token_store(tmp_path, root / "images", root / "teacher", **SETTINGS)
+    assert contents(out) == contents(store)
+    said = capfd.readouterr().err
+    assert f"{first.name} is damaged" in said and f"{second.name} is damaged" in said
+    assert "28 of 40 examples are there" in said
+    assert shards.receipts(out) == shards.receipts(store)
+
+
+def test_views_are_added_to_a_renamed_store(made, tmp_path):
+    _, words, store = made
+    out = shutil.copytree(store, tmp_path / "moved")
+    before = {name: (out / name).stat().st_mtime_ns for name in contents(out)}
+    run([*words, "--config.views=3"], out)
+    assert list(records.open_builder(out).info.splits) == ["view000", "view001", "view002"]
+    assert len(before) == SHARDS
+    assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())
+    assert len(list(records.Split(out, "view002"))) == 20
+
+
+def test_fewer_views_than_there_are_keep_them(made):
+    root, _, store = made
+    data.token_store(root, root / "images", root / "teacher", **SETTINGS | {"views": 1})
+    assert list(records.open_builder(store).info.splits) == ["view000", "view001"]
+
+
+def test_a_full_disk_is_seen_before_the_work(made, tmp_path, monkeypatch):
+    root, _, _ = made
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage._replace(free=5000))
+    with pytest.raises(UserError, match=r"GB are needed, 0.00 GB are free"):
+        data.token_store(tmp_path, root / "images", root / "teacher")
+    assert not contents(tmp_path / "tokens")
+
+
+def test_tokens_that_are_not_finite(made, tmp_path):
+    root, _, _ = made
+    teacher = shutil.copytree(root / "teacher", tmp_path / "teacher")
+    state = load_file(teacher / "open_clip_model.safetensors")
+    state["visual.proj"] = np.full_like(state["visual.proj"], np.inf)
+    save_file(state, teacher / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match="tokens that are not finite"):
+        data.token_store(tmp_path, root / "images", teacher)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others(made, tmp_path):
+    _, words, store = made
+    out = tmp_path / "tokens"
+    port = portpicker.pick_unused_port()
+    words = [*words, "--config.views=4000", f"--out={out}"]
+    words += [f"--config.hosts.coordinator=localhost:{port}", "--config.hosts.processes=2"]
+    started = [processes.start([*words, f"--config.hosts.process={i}"]) for i in range(2)]
+    while len(contents(out)) < 4 and started[0].poll() is None:
+        time.sleep(0.05)
+    started[1].kill()
+    began = time.monotonic()
+    started[0].communicate(timeout=120)
+    assert started[0].returncode != 0 and time.monotonic() - began < 60
+    built = contents(out)
+    expected = contents(store)
+    common = built.keys() & expected.keys()
+    assert common and all(built[name] == expected[name] for name in common)
+
+
+def test_a_rerun_takes_the_codec_of_the_store(made, tmp_path):
+    root, _, store = made
+    out = shutil.copytree(store, tmp_path / "tokens")
+    info = token_store.StoreInfo.load(out)
+    changed = dataclasses.replace(info, channel_scale=(1.0,) * info.width)
+    changed.save(out)
+    data.token_store(tmp_path, root / "images", root / "teacher", **SETTINGS | {"views": 3})
+    assert token_store.StoreInfo.load(out) == changed
+    assert contents(out).items() > contents(store).items()
