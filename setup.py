@@ -28,7 +28,7 @@ setup(
         "ml_collections>=1.1.0,<2",
         "clu>=0.0.12,<0.1",
         "numpy>=2.1,<3",
-        "opencv-python-headless>=4.10,<6",
+        "opencv-python-headless>=4.11,<6",
         "pillow>=11,<14",
         "psutil>=6,<8",
         "safetensors>=0.5,<1",

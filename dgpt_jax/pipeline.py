@@ -31,7 +31,7 @@ class Examples:
     """Examples by position of the stream: dict of image uint8 (size, size, 3), order int32 (S,),
     and tokens as stored (1+N, C) where a token store is read. Picklable, for worker processes."""
 
-    sources: tuple[records.Split, ...]
+    sources: records.Views
     with_tokens: bool
     data: Data
     image_size: int
@@ -39,11 +39,11 @@ class Examples:
     seed: int
 
     def __len__(self) -> int:
-        return len(self.sources[0])
+        return len(self.sources.splits[0])
 
     def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
         """The example `index` at `position`; epoch e uses view e mod K."""
-        source = self.sources[position // len(self) % len(self.sources)]
+        source = self.sources.begin(position // len(self) % len(self.sources.splits))
         record = source[index]
         try:
             image = views.decode_picture(record["image"])
@@ -73,9 +73,9 @@ class Examples:
 def open_examples(data: Data, model: Model, seed: int) -> Examples:
     """The examples that a training config asks for. Raises UserError where they do not fit it."""
     token_store.refuse_unfinished(data.path)
+    opened = records.Opened(data.path)
     stored = token_store.exists(data.path)
     if data.targets == "stored" and not stored:
-        records.open_builder(data.path)  # says so where there is no directory at all
         raise UserError(
             f"config.data.targets=stored needs a token store, and {data.path} is none: build one "
             f"with tools/build_tokens.py, or set config.data.targets=online"
@@ -86,18 +86,18 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         )
     names = [data.split]
     if stored:
-        have = len(records.open_builder(data.path).info.splits)
+        have = len(opened.builder.info.splits)
         if data.views is not None and not 1 <= data.views <= have:
             raise UserError(f"config.data.views {data.views}: {data.path} holds {have} views")
         names = [token_store.view_split(v) for v in range(data.views or have)]
-    sources = tuple(records.Split(data.path, name) for name in names)
-    if data.examples not in (None, len(sources[0])):
+    splits = [records.Split(data.path, name, opened) for name in names]
+    if data.examples not in (None, len(splits[0])):
         raise UserError(
-            f"{sources[0]} has {len(sources[0])} examples, the config expects {data.examples} "
+            f"{splits[0]} has {len(splits[0])} examples, the config expects {data.examples} "
             f"(config.data.examples)"
         )
     return Examples(
-        sources=sources,
+        sources=records.Views(splits),
         with_tokens=stored,
         data=data,
         image_size=model.image_size,

@@ -4,18 +4,30 @@ Both are opened by `tfds.builder_from_directory` as well. An image dataset has {
 bytes), label if there are classes}, splits as imported; for the other see token_store.py.
 """
 
+import ctypes
+import functools
 import os
 import re
+import resource
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from tensorflow_datasets.core import example_serializer, naming, splits
 
 from dgpt_jax import shards
 from dgpt_jax.schema import UserError
+
+# For what else a process opens: checkpoints, libraries, sockets.
+SPARE_FILES = 200
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+UNDECODED = {"image": tfds.decode.SkipDecoding()}
 
 
 def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesDict:
@@ -97,31 +109,66 @@ def open_builder(directory):
     return builder
 
 
+class Opened:
+    """A TFDS directory as it is found: its builder, one listing, and what its manifest says."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = os.fspath(directory)
+        self.builder = open_builder(directory)
+        self._sizes = shards.sizes(directory)
+        self._manifest = shards.manifest(directory)
+
+    def check(self, split: str):
+        """Raises UserError unless every shard of a split is there and whole.
+
+        Its size tells, where a manifest has it; only other files are opened.
+        """
+        info = self.builder.info.splits[split]
+        names = [os.path.basename(file.filename) for file in info.file_instructions]
+        for name in names:
+            if name not in self._sizes:
+                raise UserError(f"{self.directory}/{name} is missing")
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(self._check_shard, names, info.shard_lengths))
+
+    def _check_shard(self, name: str, length: int):
+        path, size = f"{self.directory}/{name}", self._sizes[name]
+        written = self._manifest.get(name)
+        same = written is not None and written.bytes == size
+        found = written.records if same else shards.count(path)
+        if found != length:
+            raise UserError(f"{path} holds {found} records, the metadata say {length}")
+        if written is not None and not same:
+            raise UserError(
+                f"{path} has {size} bytes, and {written.bytes} were written "
+                f"({shards.MANIFEST}): it is another file"
+            )
+
+
 class Split:
     """Random access to the examples of one split, image bytes undecoded. Picklable.
 
-    Opening checks that every shard is whole. Raises UserError.
+    Opening checks that every shard is whole; `opened` spares looking at the directory again. Files
+    are opened when they are first read from. Raises UserError.
     """
 
-    def __init__(self, directory: str | Path, split: str):
+    def __init__(self, directory: str | Path, split: str, opened: Opened | None = None):
         self.directory, self.split = os.fspath(directory), split
-        builder = open_builder(directory)
+        opened = opened or Opened(directory)
+        info = opened.builder.info
         base = split.partition("[")[0]
-        if base not in builder.info.splits:
-            have = ", ".join(builder.info.splits)
+        if base not in info.splits:
+            have = ", ".join(info.splits)
             raise UserError(f"{directory} has no split {base!r}; it has {have}")
-        info = builder.info.splits[base]
-        for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
-            if not path.exists():
-                raise UserError(f"{path} is missing")
-            if (found := shards.count(path)) != length:
-                raise UserError(f"{path} holds {found} records, the metadata say {length}")
-        features = builder.info.features
-        self.label = features["label"] if "label" in features else None
-        self._source = None
-        self._length = builder.info.splits[split].num_examples
+        opened.check(base)
+        self._files = tuple(info.splits[split].file_instructions)
+        self._length = sum(file.take for file in self._files)
         if not self._length:
             raise UserError(f"{directory} has no examples in split {split}")
+        self._features = info.features
+        self.label = self._features["label"] if "label" in self._features else None
+        self._source = None
+        self._allow_files()
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
@@ -130,19 +177,81 @@ class Split:
         return self._length
 
     def __getitem__(self, index) -> dict:
-        if self._source is None:
-            skip = {"image": tfds.decode.SkipDecoding()}
-            builder = tfds.builder_from_directory(self.directory)
-            self._source = builder.as_data_source(self.split, decoders=skip)
-        example = self._source[int(index)]
+        return self.parse(self.raw(int(index)))
+
+    def raw(self, index: int) -> bytes:
+        """An example as it is stored."""
+        source = self._source
+        if source is None:
+            self._allow_files()
+            _keep_memory()
+            source = self._source = ArrayRecordDataSource(self._files)
+        return source[index]
+
+    def parse(self, record: bytes) -> dict:
+        example = self._features.deserialize_example_np(record, decoders=UNDECODED)
         example["id"] = example_id(example)
         return example
+
+    def close(self):
+        """Closes the files as soon as nobody reads from them; the next reading opens them again."""
+        self._source = None
+
+    def _allow_files(self):
+        """Raises the limit of open files to what this split and another one like it need."""
+        needed = len(os.listdir("/dev/fd")) + 2 * len(self._files) + SPARE_FILES
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"{self} needs {needed} open files, and a process may have {hard} here: raise "
+                f"that limit (ulimit -Hn)"
+            )
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
     def __getstate__(self):
         return self.__dict__ | {"_source": None}
 
     def __repr__(self) -> str:
         return f"Split({self.directory!r}, {self.split!r})"
+
+
+class Views:
+    """Splits, the views of a store, of which the two that were begun last have open files.
+
+    Two, because threads that read ahead are in the next view while others are in this one.
+    """
+
+    def __init__(self, splits: Iterable[Split]):
+        self.splits = tuple(splits)
+        self._begun: tuple[int, ...] = ()
+        self._lock = threading.Lock()
+
+    def begin(self, view: int) -> Split:
+        """The split of a view, to read from now; closes what was begun before the last one."""
+        if view not in self._begun:
+            with self._lock:
+                if view not in self._begun:
+                    for passed in self._begun[:-1]:
+                        self.splits[passed].close()
+                    self._begun = (*self._begun[-1:], view)
+        return self.splits[view]
+
+    def __reduce__(self):
+        return Views, (self.splits,)
+
+
+@functools.cache
+def _keep_memory():
+    """Tells glibc's malloc to keep what is freed, up to a GiB, instead of handing it back.
+
+    Records of some 100 kB come and go by the thousand; getting their pages anew from the kernel
+    each time is a third of what reading costs.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def example_id(example: Mapping) -> str:

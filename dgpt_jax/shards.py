@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
@@ -95,13 +96,26 @@ def _sidecar(path) -> epath.Path:
     return path.parent / f".{path.name}.receipt"
 
 
+def sizes(directory) -> dict[str, int]:
+    """{file name: bytes} of what lies in a directory, by one listing."""
+    system, root = fsspec.core.url_to_fs(os.fspath(directory))
+    if is_remote(directory):
+        system.invalidate_cache(root)
+    return {os.path.basename(f["name"]): f["size"] for f in system.ls(root, detail=True)}
+
+
+def manifest(directory) -> dict[str, Receipt]:
+    """{file name: receipt} of the shards of a finished directory; {} where it has no manifest."""
+    path = epath.Path(directory) / MANIFEST
+    return _parsed(json.loads(path.read_text())) if path.exists() else {}
+
+
 def receipts(directory) -> dict[str, Receipt]:
     """{file name: receipt} of the shards that were completed in a directory, finished or not."""
     directory = epath.Path(directory)
     if not directory.exists():
         return {}
-    manifest = directory / MANIFEST
-    found = json.loads(manifest.read_text()) if manifest.exists() else {}
+    found, retaken = {}, set()
     names = [p for p in directory.iterdir() if p.name.endswith(".receipt")]
     with ThreadPoolExecutor(16) as pool:
         for path, text in zip(names, pool.map(lambda p: p.read_text(), names), strict=True):
@@ -109,7 +123,12 @@ def receipts(directory) -> dict[str, Receipt]:
             if text:
                 found[name] = json.loads(text)
             else:
-                found.pop(name, None)
+                retaken.add(name)
+    known = {name: r for name, r in manifest(directory).items() if name not in retaken}
+    return known | _parsed(found)
+
+
+def _parsed(found: Mapping[str, dict]) -> dict[str, Receipt]:
     return {name: Receipt(**{**r, "notes": tuple(r["notes"])}) for name, r in found.items()}
 
 

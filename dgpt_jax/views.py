@@ -116,8 +116,8 @@ def decode_picture(data: bytes) -> np.ndarray:
 
     Raises ValueError on bytes that are no image.
     """
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if image is None:
         raise ValueError(f"{len(data)} bytes that are no readable image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
