@@ -4,6 +4,7 @@ Three things happen at once: threads decode, crop and encode the next batches; t
 two batches and send their tokens to the host; the calling thread serialises and writes.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -91,8 +92,12 @@ def write(
     todo: Sequence[Shard],
     pool: ThreadPoolExecutor,
     say,
-):
-    """Writes the shards `todo`, one after the other. Raises UserError."""
+) -> dict[str, float]:
+    """Writes the shards `todo`, one after the other; images_per_second and the shares of time spent
+    waiting for pictures, teacher and disk, without the first batch, which compiles.
+
+    Raises UserError.
+    """
     serialize = records.serializer(token_store.features(info, source.label))
     watch = _Watch(sum(len(shard.indices) for shard in todo), info.example_bytes, say)
     rendered = _rendered(config, source, teacher.batch_size, todo, pool)
@@ -100,6 +105,7 @@ def write(
     for shard in todo:
         its_examples = islice(examples, len(shard.indices))
         shards.write(shard.path, map(serialize, its_examples))
+    return watch.summary()
 
 
 def _rendered(config, source, batch_size: int, todo, pool) -> Iterator[list[Rendered]]:
@@ -141,13 +147,12 @@ def refuse_unless(finite):
 
 
 class _Watch:
-    """Says every few seconds how far this process is and what it waits for."""
+    """How far this process is and what it waits for, from the end of the first batch on."""
 
     def __init__(self, total: int, example_bytes: float, say):
         self._total, self._bytes, self._say = total, example_bytes, say
-        self._done = 0
+        self._done = self._first = 0
         self._began = self._said = time.monotonic()
-        self._clock = metrics.Clock(0, total, batch_size=1)
         self._waited = {"pictures": 0.0, "teacher": 0.0}
 
     def waits(self, what: str, function, *args):
@@ -159,18 +164,23 @@ class _Watch:
     def done(self, examples: int):
         self._done += examples
         now = time.monotonic()
-        if self._done == examples < self._total:  # what came before was the compile
-            self._began = self._said = now
+        if not self._first:  # what came before was the compile
+            self._first, self._began, self._said = examples, now, now
             self._waited = dict.fromkeys(self._waited, 0.0)
-            self._clock.restart(self._done)
-        elif self._done == self._total or now - self._said > SAY_SECONDS:
+        if self._done == self._total or now - self._said > SAY_SECONDS:
             self._said = now
-            read, elapsed = self._clock.read(self._done), max(now - self._began, 1e-9)
-            shares = {what: seconds / elapsed for what, seconds in self._waited.items()}
-            shares["disk"] = max(0.0, 1 - sum(shares.values()))
+            found = self.summary()
+            rate = found.pop("images_per_second")
+            left = (self._total - self._done) / rate if rate else math.inf
             self._say(
                 f"{self._done}/{self._total} examples ({self._done / self._total:.1%}), "
-                f"{self._done * self._bytes / 1e9:.2f} GB, {read['images_per_second']:.0f} img/s; "
-                f"time for {', '.join(f'{what} {share:.0%}' for what, share in shares.items())}; "
-                f"eta {metrics.duration(read['eta_seconds'])}"
+                f"{self._done * self._bytes / 1e9:.2f} GB, {rate:.0f} img/s, time for "
+                f"{', '.join(f'{what} {share:.0%}' for what, share in found.items())}, "
+                f"eta {metrics.duration(left)}"
             )
+
+    def summary(self) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        shares = {what: seconds / elapsed for what, seconds in self._waited.items()}
+        shares["disk"] = max(0.0, 1 - sum(shares.values()))
+        return {"images_per_second": (self._done - self._first) / elapsed} | shares

@@ -39,7 +39,10 @@ def compare_tokens(tokens: np.ndarray, pca: int | None, picture_bytes: float):
     """Prints a line a codec: fitted on one half, measured on the other."""
     fitted, held_out = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
     ordinary = ordinary_channels(tokens)
-    print(f"tokens {tokens.shape[1]}×{tokens.shape[2]}, {int((~ordinary).sum())} large channels;", end=" ")
+    print(
+        f"tokens {tokens.shape[1]}×{tokens.shape[2]}, {int((~ordinary).sum())} large channels;",
+        end=" ",
+    )
     print(
         f"pictures of {picture_bytes / 1e3:.1f} kB\n\n"
         f"| codec | kB a view | cosine: least, median | without large channels | "
