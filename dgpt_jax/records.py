@@ -7,12 +7,12 @@ bytes), label if there are classes}, splits as imported; for the other see token
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import naming, splits
+from tensorflow_datasets.core import example_serializer, naming, splits
 
 from dgpt_jax import shards
 from dgpt_jax.schema import UserError
@@ -27,6 +27,17 @@ def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesD
     if class_names:
         features["label"] = tfds.features.ClassLabel(names=list(class_names))
     return tfds.features.FeaturesDict(features)
+
+
+def serializer(features: tfds.features.FeaturesDict) -> Callable[[dict], bytes]:
+    """What turns an example into bytes, the same ones in every process.
+
+    `features.serialize_example` leaves the order of an example's fields to protobuf, which takes
+    another one from process to process: a shard that is written again would not be the same.
+    """
+    to_proto = example_serializer.ExampleSerializer(features.get_serialized_info()).get_tf_example
+    encode = features.encode_example
+    return lambda example: to_proto(encode(example)).SerializeToString(deterministic=True)
 
 
 def dataset_name(directory) -> str:
