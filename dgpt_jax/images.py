@@ -51,7 +51,7 @@ def import_images(
     out = epath.Path(out)
     if shard_size < 1 or threads < 1:
         raise UserError(f"shard_size {shard_size} and threads {threads} must be at least 1")
-    found = image_files.find(src, split=split, labels=labels)
+    found = image_files.find(src, split=split, labels=labels, say=say)
     settings = {
         "source": str(Path(src).resolve()),
         "shard_size": shard_size,
@@ -212,7 +212,12 @@ def _write(path, members: Members, features, pool, window: int, progress) -> sha
                 example["label"] = member.label
             yield serialize(example)
 
-    receipt = shards.write(path, examples(), broken)
+    try:
+        receipt = shards.write(path, examples(), broken)
+    except RuntimeError as e:  # array_record's own
+        if "No space left" not in str(e):
+            raise
+        raise UserError(f"the disk is full at {path}: the same command continues") from e
     progress.show()
     return receipt
 

@@ -12,6 +12,7 @@ from dgpt_jax.schema import UserError
 
 OWN_FILE = -1  # the offset of an image that is a file by itself
 PIECE = 1 << 16
+SAY_PIECES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,10 @@ def text(path: bytes) -> str:
 
 
 class Columns:
-    """Gathers members; about 60 bytes for each with a path of 30."""
+    """Gathers members, in some 150 bytes for each at the most."""
 
-    def __init__(self):
+    def __init__(self, say):
+        self._say = say
         self._places: dict[bytes, int] = {}
         self._paths, self._pieces = [], []
         self._place, self._label = array("i"), array("i")
@@ -116,6 +118,8 @@ class Columns:
         if len(self._paths) == PIECE:
             self._pieces.append(np.array(self._paths, dtype=bytes))
             self._paths = []
+            if len(self._pieces) % SAY_PIECES == 0:
+                self._say(f"listing: {len(self._place)} images so far")
 
     def members(self) -> Members:
         paths = np.concatenate([*self._pieces, np.array(self._paths, dtype="S")])

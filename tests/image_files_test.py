@@ -36,7 +36,8 @@ def tar_of(path: Path, files: dict[str, bytes], kind=tarfile.GNU_FORMAT) -> Path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """Files by path, the last ones first: tars are in no order."""
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), reverse=True)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

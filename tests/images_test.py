@@ -113,6 +113,13 @@ def test_a_shard_of_unreadable_files(tmp_path):
     assert list(pictures(tmp_path / "out")) == ["a/000.png", "c/000.png"]
 
 
+def test_bytes_of_an_example_are_those_of_any_process():
+    """Fields by name; protobuf left to itself has another order in another process."""
+    serialize = records.serializer(records.image_features(["a"]))
+    data = serialize({"label": 0, "image": b"JPEG", "id": "a/b"})
+    assert data.index(b"\x02id") < data.index(b"\x05image") < data.index(b"\x05label")
+
+
 def test_none_can_be_read(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "x.jpg").write_text("no image")
