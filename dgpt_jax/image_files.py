@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax import class_labels, tars
+from dgpt_jax import class_labels, shards, tars
 from dgpt_jax.members import OWN_FILE, Columns, Members, text
 from dgpt_jax.schema import UserError
 
@@ -63,6 +63,8 @@ def find(src, *, split: str | None = None, labels=None, say=lambda _: None) -> F
     `split` names the one split of a source without split folders. `say` hears of every million
     images; for 14 million in a tar it takes minutes and 2 GB. Raises UserError.
     """
+    if shards.is_remote(src):
+        raise UserError(f"{src} is not on this machine's disks: copy or mount it")
     src = Path(src)
     if not src.exists():
         raise UserError(f"no such file or directory: {src}")

@@ -51,6 +51,10 @@ def import_images(
     out = epath.Path(out)
     if shard_size < 1 or threads < 1:
         raise UserError(f"shard_size {shard_size} and threads {threads} must be at least 1")
+    try:
+        out.exists()
+    except ImportError as e:
+        raise UserError(f"{out} cannot be opened: {e}") from e
     found = image_files.find(src, split=split, labels=labels, say=say)
     settings = {
         "source": str(Path(src).resolve()),

@@ -228,6 +228,8 @@ def test_what_is_refused(tmp_path):
         image_files.find(tar_of(tmp_path / "g.tar", {"x.tgz": b"x"}))
     with pytest.raises(UserError, match="no such file or directory"):
         image_files.find(tmp_path / "absent")
+    with pytest.raises(UserError, match="gs://bucket/x is not on this machine's disks"):
+        image_files.find("gs://bucket/x")
     (tmp_path / "empty/sub").mkdir(parents=True)
     with pytest.raises(UserError, match="empty holds no images"):
         image_files.find(tmp_path / "empty")
