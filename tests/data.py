@@ -52,7 +52,7 @@ def write_folder(root, per_class: int, *, classes=("a", "b"), size=(24, 32), spl
 def image_dataset(root, per_class: int = 12, *, shard_size: int = 8, **kwargs):
     """A labelled image dataset with a train split in several shards; returns its directory."""
     write_folder(root / "folder", per_class, **kwargs)
-    images.import_folder(root / "folder", root / "images", shard_size=shard_size, say=lambda _: 0)
+    images.import_images(root / "folder", root / "images", shard_size=shard_size, say=lambda _: 0)
     return root / "images"
 
 

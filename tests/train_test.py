@@ -164,7 +164,7 @@ def test_the_loss_falls_on_digits(tmp_path):
     for i, picture in enumerate(load_digits().images[:200]):
         image = Image.fromarray((picture * 255 / 16).astype(np.uint8)).resize((24, 24))
         image.save(tmp_path / f"folder/{i:03d}.png")
-    images.import_folder(tmp_path / "folder", tmp_path / "images", say=lambda _: None)
+    images.import_images(tmp_path / "folder", tmp_path / "images", say=lambda _: None)
     store = token_store(tmp_path, tmp_path / "images", random_teacher(tmp_path / "teacher"))
     run = settings(
         store, total="60 steps", batch_size=32, optim={"blr": 0.016},

@@ -156,7 +156,7 @@ def photographs(path: Path, examples: int):
         coarse = rng.integers(0, 256, (38, 50, 3), np.uint8)
         picture = views.encode_picture(views.resize(coarse, 375, 500), "jpeg95")
         (folder / f"{i:06d}.jpg").write_bytes(picture)
-    images.import_folder(folder, path / "images", say=lambda _: None)
+    images.import_images(folder, path / "images", say=lambda _: None)
     return path / "images"
 
 
