@@ -84,7 +84,6 @@ def import_images(
         for part in parts.values():
             for path, members in part.items():
                 if path.name not in receipts:
-                    shards.forget(path)
                     receipts[path.name] = _write(
                         path, members, features, pool, 4 * threads, progress
                     )
@@ -139,6 +138,8 @@ def _sound(out, receipts, pool, say) -> dict[str, shards.Receipt]:
     say(f"{out} was begun before: reading its {len(receipts)} complete shards")
     sound = pool.map(lambda name: shards.is_sound(out / name, receipts[name]), receipts)
     kept = {name: receipts[name] for name, good in zip(receipts, sound, strict=True) if good}
+    for name in receipts.keys() - kept.keys():
+        shards.forget(out / name)
     damaged = len(receipts) - len(kept)
     say(
         f"{len(kept)} shards are kept"

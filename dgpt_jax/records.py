@@ -124,7 +124,7 @@ class Opened:
         Its size tells, where a manifest has it; only other files are opened.
         """
         info = self.builder.info.splits[split]
-        names = [os.path.basename(file.filename) for file in info.file_instructions]
+        names = [path.name for path in info.filepaths]
         for name in names:
             if name not in self._sizes:
                 raise UserError(f"{self.directory}/{name} is missing")

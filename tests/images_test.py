@@ -86,7 +86,7 @@ def test_class_folders_and_split_folders(tmp_path):
 def test_shards_hold_the_files_in_order(tmp_path):
     write_folder(tmp_path / "src", 5)
     import_all(tmp_path / "src", tmp_path / "out", shard_size=3, threads=4)
-    assert len(list((tmp_path / "out").glob("*array_record*"))) == 4
+    assert len(list((tmp_path / "out").glob("[!.]*array_record*"))) == 4
     source = records.Split(tmp_path / "out", "train")
     assert [source[i]["id"] for i in (0, 4, 5, 9)] == [
         "a/000.png", "a/004.png", "b/000.png", "b/004.png",
@@ -159,7 +159,7 @@ def test_damaged_and_missing_shards_are_written_again(tmp_path):
     import_all(src, out, shard_size=2)
     whole, said = files_of(out), []
     (out / "dataset_info.json").unlink()
-    first, second, *_ = sorted(out.glob("*array_record*"))
+    first, second, *_ = sorted(out.glob("[!.]*array_record*"))
     first.unlink()
     second.write_bytes(whole[second.name][:-1] + b"?")
     images.import_images(src, out, shard_size=2, say=said.append)
@@ -190,7 +190,7 @@ def test_a_source_that_changes_ends_the_import(tmp_path, monkeypatch):
     spoil = (tmp_path / "src/b/001.png").unlink
     with pytest.raises(UserError, match=r"b/001.png: No such file"):
         import_all(tmp_path / "src", tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*array_record*"))
+    assert not list((tmp_path / "out").glob("[!.]*array_record*"))
     spoil = functools.partial((tmp_path / "src/b/000.png").write_text, "short")
     with pytest.raises(UserError, match=r"b/000.png .* bytes when listed, now 5"):
         import_all(tmp_path / "src", tmp_path / "out2")
