@@ -31,7 +31,7 @@ class Teacher:
         self.batch_size = batch_size * self.mesh.shape["data"]
         # Kernels in the dtype of the matmuls, which would cast them anyway: half the memory.
         params = jax.tree_util.tree_map_with_path(self._cast, loaded.params)
-        self._params = jax.device_put(params, sharding.shard_state(self.mesh, params))
+        self.params = jax.device_put(params, sharding.shard_state(self.mesh, params))
         self._tokens_of = self._jit(lambda tokens: tokens)
 
     def _cast(self, path, leaf):
@@ -51,7 +51,7 @@ class Teacher:
         encode = self._jit(codec.encode)
 
         def start(pictures: np.ndarray):
-            results = encode(self._params, self._place(pictures))
+            results = encode(self.params, self._place(pictures))
             for result in results:
                 result.copy_to_host_async()
             return results
@@ -69,7 +69,7 @@ class Teacher:
         tokens = []
         for i in range(0, len(pictures), self.batch_size):
             batch = pictures[i : i + self.batch_size]
-            found, _ = self._tokens_of(self._params, self._place(batch))
+            found, _ = self._tokens_of(self.params, self._place(batch))
             tokens.append(np.asarray(found)[: len(batch)])
         return np.concatenate(tokens)
 

@@ -3,16 +3,19 @@
 import dataclasses
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import portpicker
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dgpt_jax import build, pipeline, records, shards, token_store
+from dgpt_jax import build, config, pipeline, records, shards, token_store
 from dgpt_jax.config import Data
 from dgpt_jax.schema import UserError, parse
+from dgpt_jax.teacher import Teacher
 from tests import data, processes
 
 SETTINGS = dict(views=2, shard_size=8, batch_size=3)
@@ -182,3 +185,19 @@ def test_a_rerun_takes_the_codec_of_the_store(made, tmp_path):
     data.token_store(tmp_path, root / "images", root / "teacher", **SETTINGS | {"views": 3})
     assert token_store.StoreInfo.load(out) == changed
     assert contents(out).items() > contents(store).items()
+
+
+def split_over_devices():
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = config.Teacher(weights=str(data.random_teacher(Path(scratch))))
+        pictures = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+        whole = Teacher(settings, 8)
+        parts = Teacher(settings, 2, tensor=2)
+        assert (whole.batch_size, parts.batch_size) == (32, 4)
+        kernel = parts.params["blocks"]["mlp"]["fc1"]["kernel"]
+        assert kernel.addressable_shards[0].data.size * 2 == kernel.size
+        np.testing.assert_allclose(parts(pictures), whole(pictures), atol=1e-4)
+
+
+def test_a_teacher_split_over_devices():
+    processes.on_devices(4, split_over_devices)
