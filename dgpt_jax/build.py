@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 
 import dgpt_jax
-from dgpt_jax import clip, metrics, pipeline, records, token_codec, views
+from dgpt_jax import metrics, pipeline, records, token_codec, towers, views
 from dgpt_jax.config import Tokens
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.records import StoreInfo
 from dgpt_jax.schema import UserError
 
@@ -24,10 +24,10 @@ SAMPLE = 256  # pictures that the channel scale and the stored cosine are measur
 
 
 class Teacher:
-    """A CLIP tower with its weights on the device: pictures in, tokens out."""
+    """A teacher's tower with its weights on the device: pictures in, tokens out."""
 
     def __init__(self, config):
-        loaded = clip_weights.load(
+        loaded = teacher_weights.load(
             config.weights,
             image_size=config.image_size,
             heads=config.heads,
@@ -42,13 +42,13 @@ class Teacher:
         self.dtype = config.dtype
         self._params = jax.device_put(loaded.params)
         self._tokens = jax.jit(
-            lambda params, pictures: clip.teacher_tokens(
+            lambda params, pictures: towers.teacher_tokens(
                 self.tower, params, pictures, dtype=config.dtype
             )
         )
 
     def __call__(self, pictures: np.ndarray, batch_size: int) -> np.ndarray:
-        """uint8 (b ≤ batch_size, height, width, 3) to float32 (b, 1+N, C); the tail is padded."""
+        """uint8 (b ≤ batch_size, height, width, 3) to float32 (b, cls+N, C); the tail is padded."""
         missing = batch_size - len(pictures)
         padded = np.concatenate([pictures, np.repeat(pictures[-1:], missing, axis=0)])
         return np.asarray(self._tokens(self._params, padded))[: len(pictures)]
@@ -181,8 +181,8 @@ def _describe(config: Tokens, source, teacher: Teacher, pool) -> StoreInfo:
     return StoreInfo(
         codec=config.codec,
         grid=teacher.tower.grid,
-        cls=True,
-        width=teacher.tower.out_width,
+        cls=teacher.tower.cls,
+        width=teacher.tower.token_width,
         channel_scale=tuple(float(s) for s in scale),
         cosine=(float(cosine.min()), float(cosine.mean())),
         picture_size=config.picture_size,

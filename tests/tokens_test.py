@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax import build, clip, pipeline, records, token_codec, views
+from dgpt_jax import build, pipeline, records, token_codec, towers, views
 from dgpt_jax.config import Data, Teacher, Tokens
 from dgpt_jax.schema import UserError, parse
 from tests.data import TOWER, image_dataset, random_teacher, tiny_model, token_store
@@ -157,8 +157,8 @@ def test_pictures_larger_than_the_teachers_input(made, tmp_path):
     store = token_store(tmp_path, dataset, teacher, picture_size=32)
     split = records.Split(store, "view000")
     pictures = np.stack([views.decode_picture(split[i]["image"]) for i in range(4)])
-    loaded = build.clip_weights.load(str(teacher))
-    expected = clip.teacher_tokens(loaded.tower, loaded.params, pictures)
+    loaded = build.teacher_weights.load(str(teacher))
+    expected = towers.teacher_tokens(loaded.tower, loaded.params, pictures)
     info = records.StoreInfo.load(store)
     stored = np.stack([split[i]["tokens"] for i in range(4)])
     decoded = token_codec.decode(stored, info.channel_scale)

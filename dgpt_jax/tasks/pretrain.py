@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from dgpt_jax import clip, digpt, pipeline, records, segments, token_codec, vit
+from dgpt_jax import digpt, pipeline, records, segments, token_codec, towers, vit
 from dgpt_jax.config import Train
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError
 
 
@@ -76,7 +76,7 @@ class Pretrain:
         else:
             if self.config.data.targets == "online":
                 dtype = self.config.teacher.dtype
-                tokens = clip.teacher_tokens(self.teacher.tower, frozen, pictures, dtype=dtype)
+                tokens = towers.teacher_tokens(self.teacher.tower, frozen, pictures, dtype=dtype)
             else:
                 tokens = token_codec.decode(batch["tokens"], self.target.channel_scale)
             parts = digpt.token_losses(
@@ -143,7 +143,7 @@ def load_teacher(config: Train):
     if config.data.targets != "online":
         return None
     teacher = config.teacher
-    return clip_weights.load(
+    return teacher_weights.load(
         teacher.weights,
         image_size=teacher.image_size,
         heads=teacher.heads,
@@ -154,7 +154,8 @@ def load_teacher(config: Train):
 def live_target(config: Train, teacher) -> Target:
     """The Target of a teacher within the step, or of pixels."""
     if teacher:
-        return Target(teacher.tower.out_width, teacher.tower.grid, cls=True)
+        tower = teacher.tower
+        return Target(tower.token_width, tower.grid, cls=tower.cls)
     return Target(3 * config.model.patch**2, (config.model.grid,) * 2, cls=False)
 
 
