@@ -39,6 +39,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "plan": ["libtpu"],
         "torch": ["torch>=2.6,<3"],
+        "parity": ["torch>=2.6,<3", "transformers>=5.24,<6"],
         "gcs": ["gcsfs>=2024.6", "fsspec>=2024.6"],
         "plot": ["matplotlib>=3.9,<4"],
         "quickstart": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],

@@ -105,12 +105,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Teacher:
-    weights: str = entry("", "CLIP weights: .safetensors, .pt, .pth, .bin or a directory with them")
+    weights: str = entry("", "its weights: .safetensors, .pt, .pth, .bin or a directory with them")
     image_size: int | None = entry(
         None, "input size in pixels; default: the JSON's or the weights'"
     )
     heads: int | None = entry(None, "attention heads; default: from the JSON beside the weights")
-    activation: str | None = entry(None, "gelu or quick_gelu; default: from the JSON")
+    activation: str | None = entry(None, "gelu, gelu_tanh or quick_gelu; default: from the JSON")
     dtype: str = entry("float32", "dtype of the teacher's matmuls: float32 or bfloat16")
     width: int | None = entry(None, "token width a store must have; default: what it has")
     grid: int | None = entry(None, "side of the token grid a store must have; default: what it has")

@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 
-from dgpt_jax import clip, config, sharding
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax import config, sharding, towers
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.token_codec import Codec
 
 
 class Teacher:
-    """A CLIP tower on this process's devices: pictures in, tokens out.
+    """A teacher's tower on this process's devices: pictures in, tokens out.
 
     Every process has its own copy, so that none waits for another. A batch is `batch_size` pictures
     a device, always: with another number the compiler may add in another order.
@@ -19,7 +19,7 @@ class Teacher:
 
     def __init__(self, settings: config.Teacher, batch_size: int, tensor: int = 1):
         """batch_size: pictures a device. tensor: devices over which the weights are split."""
-        loaded = clip_weights.load(
+        loaded = teacher_weights.load(
             settings.weights,
             image_size=settings.image_size,
             heads=settings.heads,
@@ -40,7 +40,7 @@ class Teacher:
 
     def _jit(self, then):
         def run(params, pictures):
-            tokens = clip.teacher_tokens(self.tower, params, pictures, dtype=self.dtype)
+            tokens = towers.teacher_tokens(self.tower, params, pictures, dtype=self.dtype)
             return then(tokens), jax.numpy.isfinite(tokens).all()
 
         return jax.jit(sharding.on_mesh(run, self.mesh))
@@ -80,6 +80,6 @@ class Teacher:
             "name": self.name,
             "hash": self.hash,
             "dtype": self.dtype,
-            "width": self.tower.out_width,
+            "width": self.tower.token_width,
             "tower": tower,
         }

@@ -10,18 +10,18 @@ from PIL import Image
 
 from dgpt_jax import (
     build,
-    clip,
     config,
     pipeline,
     records,
     shards,
     token_codec,
     token_store,
+    towers,
     verify,
     views,
 )
 from dgpt_jax.config import Data, Tokens
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError, parse
 from dgpt_jax.teacher import Teacher
 from dgpt_jax.token_store import StoreInfo
@@ -196,7 +196,7 @@ def test_training_reads_what_was_stored(made):
 def test_a_store_carries_what_made_it(made):
     _, _, teacher, store = made
     info = StoreInfo.load(store)
-    assert info.teacher["hash"] == clip_weights.load(str(teacher)).hash
+    assert info.teacher["hash"] == teacher_weights.load(str(teacher)).hash
     assert info.source["examples"] == 20 and info.grid == (4, 4) and info.width == 24
     assert len(info.channel_scale) == 24 and 0.999 < info.cosine[0] <= info.cosine[1]
     assert json.loads((store / "dataset_info.json").read_text())["fileFormat"] == "array_record"
@@ -208,8 +208,8 @@ def test_pictures_larger_than_the_teachers_input(made, tmp_path):
     store = data.token_store(tmp_path, dataset, teacher, picture_size=32)
     split = records.Split(store, "view000")
     pictures = np.stack([views.decode_picture(split[i]["image"]) for i in range(4)])
-    loaded = clip_weights.load(str(teacher))
-    expected = clip.teacher_tokens(loaded.tower, loaded.params, pictures)
+    loaded = teacher_weights.load(str(teacher))
+    expected = towers.teacher_tokens(loaded.tower, loaded.params, pictures)
     assert token_codec.cosines(decoded_tokens(store)[:4], expected).min() > 0.999
 
 

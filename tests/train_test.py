@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import convert
@@ -257,7 +258,9 @@ def test_a_run_is_opened_again(made, whole):
     tokens = rng.standard_normal((2, 17, 24)).astype(np.float32)
     orders = np.stack([rng.permutation(4) for _ in range(2)])
     losses = jax.jit(model.losses)(images, tokens, orders)
-    assert set(losses) == {"next", "visible"}
+    without = jax.jit(partial(model.losses, cls=False))(images, tokens[:, 1:], orders)
+    assert set(losses) == set(without) == {"next", "visible"}
+    assert losses["next"] != without["next"]
 
     def total(params, tokens):
         return sum(model.losses(images, tokens, orders, params=params).values())

@@ -26,7 +26,6 @@ import numpy as np
 from dgpt_jax import (
     build,
     cli,
-    clip,
     images,
     pipeline,
     records,
@@ -39,6 +38,7 @@ from dgpt_jax import (
 from dgpt_jax.config import Data, Model, Tokens
 from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.convert import layout
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.flops import tower_flops
 from dgpt_jax.schema import parse
 from dgpt_jax.teacher import Teacher
@@ -141,9 +141,9 @@ def batches_a_second(store, threads: int, seconds: float, batch_size: int = 64):
 
 
 TOWERS = {
-    "B/16": clip.Tower(224, 16, 768, 12, 12, 3072, 512, "gelu"),
-    "L/14": clip.Tower(224, 14, 1024, 24, 16, 4096, 768, "gelu"),
-    "H/14": clip.Tower(224, 14, 1280, 32, 16, 5120, 1024, "gelu"),
+    "B/16": towers.Tower(224, 16, 768, 12, 12, 3072, 512, "gelu"),
+    "L/14": towers.Tower(224, 14, 1024, 24, 16, 4096, 768, "gelu"),
+    "H/14": towers.Tower(224, 14, 1280, 32, 16, 5120, 1024, "gelu"),
 }
 
 
@@ -174,7 +174,7 @@ def build_store(args):
     tower, devices = TOWERS[args.teacher], jax.local_devices()
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         scratch = Path(scratch)
-        shapes = clip_weights.parameter_shapes(tower)
+        shapes = teacher_weights.parameter_shapes(tower)
         rng = np.random.default_rng(0)
         params = {n: 0.02 * rng.standard_normal(s, np.float32) for n, s in shapes.items()}
         clip_weights.save(scratch / "teacher", layout.unflatten(params), tower)

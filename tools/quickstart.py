@@ -24,8 +24,8 @@ import numpy as np
 import plot
 import visualize
 
-from dgpt_jax import cli, clip, config, evaluate, load, metrics, schema
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax import cli, config, evaluate, load, metrics, schema, towers
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ def token_store(out: Path, name: str, *overrides: str) -> Command:
 
 def feature_sets(out: Path, images: dict) -> dict:
     """{name: {split: (features, labels)}} of everything that is compared."""
-    tower = clip_weights.load(str(out / "teacher"))
+    teacher = teacher_weights.load(str(out / "teacher"))
     trained = {name: load.load_encoder(out / "runs" / name) for name in RUNS}
     students = {
         "untrained encoder": load.untrained(trained["both"].model, seed=0),
@@ -133,7 +133,7 @@ def feature_sets(out: Path, images: dict) -> dict:
     encoders = {
         "raw pixels": lambda x: jnp.asarray(x[..., 0], jnp.float32).reshape(len(x), -1) / 255,
         **{name: partial(student.features, pooling="mean") for name, student in students.items()},
-        "the teacher": lambda x: clip.teacher_tokens(tower.tower, tower.params, x)[:, 0],
+        "the teacher": lambda x: towers.teacher_tokens(teacher.tower, teacher.params, x)[:, 0],
     }
     found = {}
     for name, encode in encoders.items():
