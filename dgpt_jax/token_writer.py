@@ -1,14 +1,17 @@
-"""Shards of a token store: pictures are rendered in threads, the teacher runs ahead of the disk.
+"""Shards of a token store: pictures, teacher and disk at work at the same time.
 
-Three things happen at once: threads decode, crop and encode the next batches; the devices work on
-two batches and send their tokens to the host; the calling thread serialises and writes.
+Threads decode, crop and encode the pictures of the next batches; the devices work on two batches
+and send their tokens to the host; another thread serialises and writes what has landed, while the
+shard before it gets its checksum.
 """
 
+import contextlib
 import math
+import queue
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -23,6 +26,7 @@ from dgpt_jax.token_codec import Codec
 from dgpt_jax.token_store import StoreInfo
 
 AHEAD = 2  # batches that are rendered before the teacher asks, and that it is ahead of the disk
+QUEUED = 512  # examples on their way to the disk
 SAY_SECONDS = 10
 OVERHEAD = 250  # bytes of an example beside picture and tokens: names, box, ArrayRecord's chunk
 
@@ -102,23 +106,26 @@ def write(
     watch = _Watch(sum(len(shard.indices) for shard in todo), info.example_bytes, say)
     rendered = _rendered(config, source, teacher.batch_size, todo, pool)
     examples = _examples(rendered, teacher.encoder(codec), watch)
-    for shard in todo:
-        its_examples = islice(examples, len(shard.indices))
-        shards.write(shard.path, map(serialize, its_examples))
+    with _Writer(serialize) as writer:
+        for shard in todo:
+            writer.begin(shard)
+            for example in islice(examples, len(shard.indices)):
+                watch.waits("disk", writer.add, example)
+            writer.end()
     return watch.summary()
 
 
 def _rendered(config, source, batch_size: int, todo, pool) -> Iterator[list[Rendered]]:
     """Batches within each shard, rendered by the pool while the caller is busy with others."""
-    queue: deque = deque()
+    ahead: deque = deque()
     for shard in todo:
         for start in range(0, len(shard.indices), batch_size):
             batch = shard.indices[start : start + batch_size]
-            queue.append([pool.submit(render, config, source, shard.view, i) for i in batch])
-            if len(queue) > AHEAD:
-                yield [future.result() for future in queue.popleft()]
-    while queue:
-        yield [future.result() for future in queue.popleft()]
+            ahead.append([pool.submit(render, config, source, shard.view, i) for i in batch])
+            if len(ahead) > AHEAD:
+                yield [future.result() for future in ahead.popleft()]
+    while ahead:
+        yield [future.result() for future in ahead.popleft()]
 
 
 def _examples(rendered: Iterator[list[Rendered]], start, watch: "_Watch") -> Iterator[dict]:
@@ -146,6 +153,60 @@ def refuse_unless(finite):
         raise UserError("the teacher gave tokens that are not finite: check its weights and dtype")
 
 
+class _Writer:
+    """Writes shards in two threads, in order: one is written while the one before is finished.
+
+    A context; what a thread raises, `add`, `end` and the exit raise. Left by an exception, it lets
+    no shard come to its end.
+    """
+
+    def __init__(self, serialize):
+        self._serialize = serialize
+        self._threads = ThreadPoolExecutor(2)
+        self._writing: deque[Future] = deque()
+        self._queue: queue.Queue = queue.Queue(QUEUED)
+
+    def begin(self, shard: Shard):
+        self._queue = queue.Queue(QUEUED)
+        while len(self._writing) > 1:
+            self._writing.popleft().result()
+        of_shard = map(self._serialize, self._taken(self._queue))
+        self._writing.append(self._threads.submit(shards.write, shard.path, of_shard))
+
+    @staticmethod
+    def _taken(items: queue.Queue) -> Iterator[dict]:
+        while (item := items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def add(self, example):
+        while True:
+            try:
+                return self._queue.put(example, timeout=1)
+            except queue.Full:
+                if self._writing[-1].done():  # it has failed: nobody takes anything any more
+                    self._writing[-1].result()
+
+    def end(self):
+        self.add(None)
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind, error, _):
+        if error is not None:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._queue.get_nowait()
+            self._queue.put(InterruptedError("the shard was given up"))
+            self._threads.shutdown()
+            return
+        for writing in self._writing:
+            writing.result()
+        self._threads.shutdown()
+
+
 class _Watch:
     """How far this process is and what it waits for, from the end of the first batch on."""
 
@@ -153,7 +214,7 @@ class _Watch:
         self._total, self._bytes, self._say = total, example_bytes, say
         self._done = self._first = 0
         self._began = self._said = time.monotonic()
-        self._waited = {"pictures": 0.0, "teacher": 0.0}
+        self._waited = {"pictures": 0.0, "teacher": 0.0, "disk": 0.0}
 
     def waits(self, what: str, function, *args):
         began = time.monotonic()
@@ -174,7 +235,7 @@ class _Watch:
             left = (self._total - self._done) / rate if rate else math.inf
             self._say(
                 f"{self._done}/{self._total} examples ({self._done / self._total:.1%}), "
-                f"{self._done * self._bytes / 1e9:.2f} GB, {rate:.0f} img/s, time for "
+                f"{self._done * self._bytes / 1e9:.2f} GB, {rate:.0f} img/s, waiting for "
                 f"{', '.join(f'{what} {share:.0%}' for what, share in found.items())}, "
                 f"eta {metrics.duration(left)}"
             )
@@ -182,5 +243,4 @@ class _Watch:
     def summary(self) -> dict[str, float]:
         elapsed = max(time.monotonic() - self._began, 1e-9)
         shares = {what: seconds / elapsed for what, seconds in self._waited.items()}
-        shares["disk"] = max(0.0, 1 - sum(shares.values()))
         return {"images_per_second": (self._done - self._first) / elapsed} | shares

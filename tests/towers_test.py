@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgpt_jax import flops, pipeline, records, towers, train, vit
+from dgpt_jax import flops, pipeline, towers, train, vit
 from dgpt_jax.config import Train
 from dgpt_jax.convert import files, layout, siglip, teacher
 from dgpt_jax.schema import UserError, parse
 from dgpt_jax.tasks.pretrain import open_pretrain
+from dgpt_jax.token_store import StoreInfo
 from tests import parity
 from tests.data import SIGLIP, TINY, image_dataset, random_siglip, token_store
 
@@ -197,7 +198,7 @@ def test_training_without_a_teachers_cls(tmp_path):
     dataset = image_dataset(tmp_path, per_class=8)
     weights = random_siglip(tmp_path / "siglip")
     store = token_store(tmp_path, dataset, weights)
-    info = records.StoreInfo.load(store)
+    info = StoreInfo.load(store)
     assert (info.cls, info.tokens, info.width) == (False, 16, 32)
     settings = dict(
         total="2 steps", batch_size=8, dtype="float32", log_every=1, model=TINY,

@@ -33,6 +33,7 @@ from dgpt_jax import (
     token_codec,
     token_store,
     token_writer,
+    towers,
     views,
 )
 from dgpt_jax.config import Data, Model, Tokens
@@ -205,7 +206,7 @@ def build_store(args):
         f"matrix product   {peak / 1e12:8.2f} TFLOP/s\n"
         f"teacher alone    {alone:8.1f} img/s, {flops / 1e9:.0f} GFLOP each: "
         f"{alone * flops / peak:.0%} of the matrix product\n"
-        f"whole build      {found['images_per_second']:8.1f} img/s: time for "
+        f"whole build      {found['images_per_second']:8.1f} img/s, waiting for "
         + ", ".join(f"{what} {found[what]:.0%}" for what in ("pictures", "teacher", "disk"))
     )
 
