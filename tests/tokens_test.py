@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from dgpt_jax import (
@@ -219,3 +220,26 @@ def test_nothing_to_build_from(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         settings = {"source": str(tmp_path / "absent"), "teacher": {"weights": "x"}}
         build.build(parse(Tokens, settings), tmp_path / "out")
+
+
+def test_a_source_as_tfds_prepares_imagenet(made, tmp_path):
+    """{file_name, image, label} and no id."""
+    _, dataset, teacher, _ = made
+    label = tfds.features.ClassLabel(names=["n01440764", "n01443537"])
+    features = tfds.features.FeaturesDict(
+        {"file_name": tfds.features.Text(), "image": tfds.features.Image(), "label": label}
+    )
+    source = tmp_path / "imagenet2012" / "5.1.0"
+    source.mkdir(parents=True)
+    examples = [
+        {"file_name": f"n01440764_{i}.JPEG", "image": io.BytesIO(e["image"]), "label": i % 2}
+        for i, e in enumerate(records.Split(dataset, "train"))
+    ]
+    path = records.shard_path(source, "train", 0, 1, "imagenet2012")
+    receipt = shards.write(path, map(records.serializer(features), examples))
+    records.write_metadata(source, features, {"train": [receipt]}, "imagenet2012")
+    store = data.token_store(tmp_path, source, teacher)
+    split = records.Split(store, "view000")
+    assert [e["id"] for e in split][:2] == ["n01440764_0.JPEG", "n01440764_1.JPEG"]
+    assert split.label.names == label.names and split[1]["label"] == 1
+    assert StoreInfo.load(store).source["examples"] == 20
