@@ -138,23 +138,56 @@ def find(path) -> tuple[str, int]:
     return root, max(steps)
 
 
-def load_params(path) -> tuple[dict, dict]:
-    """(nested parameters as NumPy arrays, metadata) of a work directory's newest checkpoint.
+def save_params(workdir, step: int, params, metadata: dict[str, Any]):
+    """Writes a checkpoint of parameters alone into a work directory that has none."""
+    item = Path(directory(workdir)) / str(step)
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.StandardCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as writer:
+        arguments = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            metadata=ocp.args.JsonSave({"format": FORMAT, "step": step} | metadata),
+        )
+        writer.save(item, args=arguments)
 
+
+def load_metadata(path, step: int | None = None) -> dict:
+    """The metadata of a work directory's checkpoint: the newest, or of a step."""
+    root, newest = find(path)
+    item = Path(root) / str(newest if step is None else step)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as reader:
+        arguments = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return _checked(reader.restore(item, args=arguments)["metadata"], root)
+
+
+def _handlers() -> dict:
+    return {
+        "params": ocp.PyTreeCheckpointHandler(),
+        "opt_state": ocp.PyTreeCheckpointHandler(),  # known, so that Orbax does not warn; not read
+        "metadata": ocp.JsonCheckpointHandler(),
+    }
+
+
+def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
+    """(nested parameters as NumPy arrays, metadata) of a work directory's checkpoint.
+
+    step: default the newest. parts: names at the top of the tree, the only ones that are read.
     Needs no devices like those that wrote it, and does not read the optimizer state.
     """
-    root, step = find(path)
-    handler = ocp.CompositeCheckpointHandler(
-        params=ocp.PyTreeCheckpointHandler(),
-        opt_state=ocp.PyTreeCheckpointHandler(),  # known, so that Orbax does not warn; not read
-        metadata=ocp.JsonCheckpointHandler(),
-    )
-    with ocp.Checkpointer(handler) as reader:
+    root, newest = find(path)
+    step = newest if step is None else step
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as reader:
         item = Path(root) / str(step)
         tree = reader.metadata(item).item_metadata["params"].tree
+        tree = {name: tree[name] for name in tree if parts is None or name in parts}
         kind = ocp.RestoreArgs(restore_type=np.ndarray)
         arguments = ocp.args.Composite(
-            params=ocp.args.PyTreeRestore(restore_args=jax.tree.map(lambda _: kind, tree)),
+            params=ocp.args.PyTreeRestore(
+                item=tree,
+                restore_args=jax.tree.map(lambda _: kind, tree),
+                partial_restore=True,
+            ),
             metadata=ocp.args.JsonRestore(),
         )
         found = reader.restore(item, args=arguments)

@@ -40,6 +40,8 @@ class Model:
         "official", "who sees the CLS token: official (last visible segment), self (only itself)"
     )
     remat: str = entry("none", "what the backward pass recomputes: none, dots, full")
+    eps: float = entry(1e-6, "of the encoder's LayerNorms")
+    activation: str = entry("gelu", "of the encoder's MLPs: gelu (exact), gelu_tanh, quick_gelu")
 
     @property
     def grid(self) -> int:
@@ -51,6 +53,7 @@ class Model:
         one_of("config.model.size", self.size, SIZES)
         one_of("config.model.cls_mask", self.cls_mask, ("official", "self"))
         one_of("config.model.remat", self.remat, ("none", "dots", "full"))
+        one_of("config.model.activation", self.activation, ("gelu", "gelu_tanh", "quick_gelu"))
         sized = dict(zip(("width", "depth", "heads", "patch"), SIZES[self.size], strict=True))
         sized = {k: v for k, v in sized.items() if getattr(self, k) is None}
         model = dataclasses.replace(self, **sized)

@@ -4,6 +4,7 @@ PATH is a work directory, or safetensors that tools/convert.py wrote. Prints a t
 --out, writes the results as JSON.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def evaluate(settings: Evaluate, encoder: load.Encoder) -> list[dict]:
     mesh = sharding.make_mesh(config.Mesh())
     pooling = settings.features
     extract = features.Extractor(
-        lambda params, pictures: load.Encoder(encoder.model, params, "").features(
+        lambda params, pictures: dataclasses.replace(encoder, params=params).features(
             pictures, pooling
         ),
         mesh,

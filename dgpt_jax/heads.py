@@ -24,7 +24,7 @@ class Classifier(nn.Module):
     def setup(self):
         shape = (1, 1 + self.grid**2, self.encoder.width)
         self.pos_embed = self.param("pos_embed", nn.initializers.zeros, shape)
-        self.norm = vit.layer_norm(1e-6, None)
+        self.norm = vit.layer_norm(self.encoder.eps, None)
         if self.num_classes:
             self.head = nn.Dense(self.num_classes)
 
@@ -40,6 +40,11 @@ class Classifier(nn.Module):
         """(B, D) float32: what is measured and exported."""
         tokens = self.tokens(images)
         return tokens[:, 0] if self.pooling == "cls" else self.norm(tokens[:, 1:].mean(axis=1))
+
+    def blocks(self, images):
+        """The residuals after every block (L, B, 1+N, D)."""
+        last, before = self.encoder.residuals(images, self.pos_embed)
+        return jnp.concatenate([before[1:], last[None]])
 
     def __call__(self, images):
         """Logits (B, classes), or features where there is no head."""

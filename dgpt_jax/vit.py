@@ -197,6 +197,8 @@ class Encoder(nn.Module):
     mlp_ratio: float = 4.0
     remat: str = "none"
     dtype: Any = jnp.float32
+    eps: float = 1e-6
+    activation: str = "gelu"
 
     def setup(self):
         self.patch_embed = nn.Dense(
@@ -207,7 +209,7 @@ class Encoder(nn.Module):
         )
         self.cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
         self.blocks = rematerialised(Block, self.remat)(
-            self.heads, self.mlp_ratio, dtype=self.dtype
+            self.heads, self.mlp_ratio, self.activation, self.eps, self.dtype
         )
 
     def embed(self, images):
@@ -223,11 +225,15 @@ class Encoder(nn.Module):
 
         CLS first, full attention, no final norm.
         """
+        return self.residuals(images, positions)[0]
+
+    def residuals(self, images, positions):
+        """What a call gives, and the residuals before every block (L, B, 1+N, D)."""
         patches = self.embed(images)
         batch, _, _, width = patches.shape
         cls = jnp.broadcast_to(self.cls_token, (batch, 1, width))
         x_BND = jnp.concatenate([cls, patches.reshape(batch, -1, width)], axis=1) + positions
-        return self.transform(x_BND)[0]
+        return self.transform(x_BND)
 
 
 def normalise(pictures, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -257,4 +263,6 @@ def encoder(model, dtype=jnp.float32) -> Encoder:
         mlp_ratio=model.mlp_ratio,
         remat=model.remat,
         dtype=jnp.dtype(dtype),
+        eps=model.eps,
+        activation=model.activation,
     )

@@ -1,45 +1,86 @@
-"""Converts weights between layouts.
+"""Converts weights between layouts, and checks that the result computes the same.
 
-    python tools/convert.py RUN DIR --to=timm          the encoder, for timm and dgpt_jax
-    python tools/convert.py RUN FILE.safetensors --to=digpt   encoder and decoders, official names
+    python tools/convert.py RUN DIR --to=timm
+    python tools/convert.py RUN DIR --to=hf
+    python tools/convert.py RUN FILE.pth --to=digpt         encoder and decoders, official names
+    python tools/convert.py D-iGPT_B.pth DIR --to=flax      a checkpoint directory
+    python tools/convert.py SRC --keys                      which array is which parameter
 
-SRC is a work directory or a weights file. --to=timm writes DIR/model.safetensors and
-DIR/config.json (architecture and preprocessing).
+SRC is a work directory, or weights: our safetensors, the official D-iGPT's .pth, timm's ViT,
+Hugging Face's ViT, MAE's .pth, DINOv2 of Hugging Face, big_vision's .npz. Which, is found out; DST
+is a directory, or a file for safetensors, digpt and big_vision. A model card is written beside.
+Nothing is changed unasked: not positions (--image_size), nor eps or GELU.
 """
 
-import json
 from pathlib import Path
 
-from dgpt_jax import cli, load
-from dgpt_jax.convert import digpt, files, timm
+import jax
+
+from dgpt_jax import cli
+from dgpt_jax.convert import export, formats, layout
+from dgpt_jax.convert.weights import change
+from dgpt_jax.vit import ACTIVATIONS
+
+NEXT = {
+    "timm": 'timm.create_model("local-dir:{}", pretrained=True)',
+    "hf": 'transformers.AutoModel.from_pretrained("{}")',
+}
+
+
+def arguments():
+    made = cli.parser(__doc__)
+    made.add_argument("src", help="work directory, or weights")
+    made.add_argument("dst", nargs="?", help="directory or file; not with --keys alone")
+    made.add_argument("--to", choices=formats.WRITTEN, help="layout to write")
+    made.add_argument(
+        "--from", dest="source", choices=list(formats.LAYOUTS), help="SRC's layout; default: found"
+    )
+    made.add_argument("--part", choices=("encoder", "full"), help="default: all that both can hold")
+    made.add_argument(
+        "--pooling", choices=("mean", "cls"),
+        help="of a pretraining model's encoder; default: mean for timm, else cls",
+    )  # fmt: skip
+    made.add_argument("--image_size", type=int, help="resize positions (bicubic, as timm)")
+    made.add_argument("--activation", choices=list(ACTIVATIONS), help="take another GELU")
+    made.add_argument("--eps", type=float, help="take another eps of the LayerNorms")
+    made.add_argument("--heads", type=int, help="attention heads, where nothing beside SRC tells")
+    made.add_argument("--decoder_heads", type=int, help="those of the decoders (official layout)")
+    made.add_argument("--keys", action="store_true", help="print name, shape, parameter")
+    args = made.parse_args()
+    if not args.keys and not (args.dst and args.to):
+        made.error("give DST and --to, or --keys")
+    return args
 
 
 def main():
-    made = cli.parser(__doc__)
-    made.add_argument("src", help="work directory, or weights")
-    made.add_argument("dst", help="directory (timm) or file (digpt)")
-    made.add_argument("--to", required=True, choices=("timm", "digpt"))
-    made.add_argument("--pooling", default="mean", choices=("mean", "cls"), help="for timm")
-    args = made.parse_args()
-    if args.to == "digpt":
-        pretrained = load.load_digpt(args.src)
-        state = digpt.write(load.to_flat(pretrained.params), pretrained.model)
-        files.write_safetensors(args.dst, state, {"format": "pt"})
-        print(f"wrote {args.dst}: {len(state)} arrays in the official D-iGPT layout")
-        print(f'next: dgpt_jax.load_digpt("{args.dst}")')
+    args = arguments()
+    jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator
+    target = formats.LAYOUTS[args.to] if args.to else None
+    alone = target is not None and (args.part == "encoder" or not target.full)
+    source, weights = formats.read(
+        args.src, args.source, heads=args.heads, decoder_heads=args.decoder_heads,
+        encoder_only=alone,
+    )  # fmt: skip
+    if args.keys:
+        print(f"{args.src}, layout {source.name}: name  shape  parameter")
+        print("\n".join(layout.describe(source.table(weights), weights.params)))
+    if target is None:
         return
-    encoder = load.load_encoder(args.src)
-    state = timm.write(load.to_flat(encoder.params), encoder.model.depth, args.pooling)
-    out = Path(args.dst)
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_safetensors(out / "model.safetensors", state, {"format": "pt"})
-    config = timm.config_json(encoder.model, args.pooling)
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    print(f"wrote {out}/model.safetensors and config.json: {encoder.source} in timm's layout")
-    print(
-        f"next: timm.create_model({config['architecture']!r}, checkpoint_path="
-        f"'{out}/model.safetensors', **json.load(open('{out}/config.json'))['model_args'])"
-    )
+    weights = export.prepare(weights, target, args.part, args.pooling)
+    weights = change(weights, image_size=args.image_size, eps=args.eps, activation=args.activation)
+    for note in weights.notes:
+        print(note)
+    if args.keys:
+        print(f"layout {target.name}: name  shape  parameter")
+        print("\n".join(layout.describe(target.table(weights), weights.params)))
+    if not args.dst:
+        return
+    path, verified = export.write(weights, target, Path(args.dst))
+    what = "encoder and decoders" if weights.full else f"the encoder, pooling {weights.pooling}"
+    print(f"wrote {path}: {what} of {weights.source} in layout {target.name}")
+    print(verified)
+    call = NEXT.get(target.name, f'dgpt_jax.load_{"digpt" if weights.full else "encoder"}("{{}}")')
+    print(f"next: {call.format(path)}")
 
 
 if __name__ == "__main__":

@@ -5,16 +5,21 @@ takes them as the `ar` ones, so `kd_enc_norm` and `kd_enc2dec` feed the `ar` dec
 the `kd` one. The table below undoes that, so that a decoder here holds what it really uses.
 """
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 
 from dgpt_jax import segments
 from dgpt_jax.config import SIZES, Model
-from dgpt_jax.convert import layout
+from dgpt_jax.convert import files, layout
 from dgpt_jax.convert.layout import Entry, linear, norm
+from dgpt_jax.convert.weights import Layout, Weights, depth_of, full_shapes, image_side, needed
 from dgpt_jax.schema import UserError, parse
 
 # Our decoder: the official prefix of its blocks, and that of its encoder features.
 DECODERS = {"next": ("ar", "kd"), "visible": ("kd", "ar")}
+WHAT = "official D-iGPT weights"
 # Fixed, not trained: rebuilt from geometry, and compared when read.
 FIXED = ("mask", "pos_embed", "decoder_pos_embed")
 
@@ -48,8 +53,10 @@ def model_of(state, heads: int | None = None, decoder_heads: int | None = None) 
     Head counts are not in a state dict: the official base model's (12 and 32) are taken for its
     widths (768 and 1024), any other width needs them given.
     """
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    decoder_width = state["ar_token"].shape[-1]
+    names = ("patch_embed.proj.weight", "ar_token", "pos_embed", "blocks.0.mlp.fc1.weight")
+    kernel, token, positions, hidden = needed(state, names, WHAT)
+    width, _, patch, _ = kernel.shape
+    decoder_width = token.shape[-1]
     if heads is None and width == SIZES["B/16"][0]:
         heads = SIZES["B/16"][2]
     if decoder_heads is None and decoder_width == Model.decoder_width:
@@ -65,11 +72,11 @@ def model_of(state, heads: int | None = None, decoder_heads: int | None = None) 
             width=width,
             patch=patch,
             heads=heads,
-            depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-            image_size=patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
-            mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+            depth=depth_of(state, "blocks.", WHAT),
+            image_size=image_side(positions.shape[1], patch, WHAT),
+            mlp_ratio=len(hidden) / width,
             decoder_width=decoder_width,
-            decoder_depth=1 + max(int(k.split(".")[1]) for k in state if "ar_blocks." in k),
+            decoder_depth=depth_of(state, "ar_blocks.", WHAT),
             decoder_heads=decoder_heads,
         ),
     )
@@ -94,11 +101,51 @@ def fixed_arrays(model: Model) -> dict[str, np.ndarray]:
 def read(state, model: Model, shapes) -> dict[str, np.ndarray]:
     """Flat parameters of the pretraining model from an official state dict."""
     for name, expected in fixed_arrays(model).items():
-        if name not in state or not np.allclose(state[name], expected, atol=1e-5):
-            raise UserError(f"official D-iGPT weights: {name} is not the fixed one of {model}")
-    return layout.read(entries(model), state, shapes, ignore=FIXED, what="official D-iGPT weights")
+        found = state.get(name, np.zeros(0))
+        if found.shape != expected.shape or not np.allclose(found, expected, atol=1e-5):
+            raise UserError(f"{WHAT}: {name} is not the fixed one of {model}")
+    return layout.read(entries(model), state, shapes, ignore=FIXED, what=WHAT)
 
 
 def write(params, model: Model) -> dict[str, np.ndarray]:
     """An official state dict from flat parameters of the pretraining model."""
     return layout.write(entries(model), params) | fixed_arrays(model)
+
+
+def _read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
+    model = model_of(state, heads, decoder_heads)
+    (pred,) = needed(state, ["ar_pred.weight"], path)
+    params = read(state, model, full_shapes(model, len(pred)))
+    return Weights(model, params, None, str(path))
+
+
+def _save(weights: Weights, path: Path):
+    """Writes {"model": state dict} as .pth, or the state dict as .safetensors."""
+    model = weights.model
+    usual = {n: getattr(Model, n) for n in ("segments", "cls_mask", "eps", "activation")}
+    usual["taps"] = dataclasses.replace(model, taps=None).resolved().taps
+    for name, official in usual.items():
+        if getattr(model, name) != official:
+            raise UserError(
+                f"the official code has {name} {official}, {weights.source} has "
+                f"{getattr(model, name)}: use --to=flax or safetensors"
+            )
+    missing = [name for name in DECODERS if f"{name}/token" not in weights.params]
+    if missing:
+        raise UserError(f"the official layout has both decoders, {weights.source} no {missing[0]}")
+    state = write(weights.params, model)
+    if path.suffix == ".safetensors":
+        files.write_safetensors(path, state, {"format": "pt"})
+    else:
+        files.write_torch(path, {"model": state})
+
+
+LAYOUT = Layout(
+    "digpt",
+    found=lambda state, path: state is not None and "ar_token" in state,
+    read=_read,
+    table=lambda weights: entries(weights.model),
+    save=_save,
+    suffixes=(".pth", ".safetensors"),
+    full=True,
+)

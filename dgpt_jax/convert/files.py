@@ -1,26 +1,28 @@
 """Reading and writing weight files. Nothing here runs code that a file brings along."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from dgpt_jax.schema import UserError
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {"float32": "F32", "float16": "F16"}  # what is written, by safetensors' names
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
 def read_state(path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors, .pt, .pth or .bin file, or of a directory with an INDEX.
+    """The arrays of a .safetensors, .pt, .pth, .bin or .npz file, or of a directory with an INDEX.
 
     Half precision becomes float32. Raises UserError on anything that is not plain weights.
     """
@@ -39,7 +41,17 @@ def read_state(path) -> dict[str, np.ndarray]:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path)
-    raise UserError(f"{path}: weights are .safetensors, {', '.join(TORCH_SUFFIXES)} files")
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    raise UserError(f"{path}: weights are .safetensors, {', '.join(TORCH_SUFFIXES)}, .npz files")
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: _float32(file[name]) for name in file.files}
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path} is no readable .npz of plain arrays: {_line(e)}") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -77,9 +89,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors")
-    return {
-        name: (x.float() if x.is_floating_point() else x).numpy() for name, x in tensors.items()
-    }
+    half = (torch.float16, torch.bfloat16)
+    return {n: (x.float() if x.dtype in half else x).numpy() for n, x in tensors.items()}
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -99,17 +110,63 @@ def _line(error: Exception) -> str:
     return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
 
 
-def write_safetensors(path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]):
-    """Writes atomically: a temporary file in the same directory, then a rename."""
+@contextlib.contextmanager
+def replacing(path):
+    """A context: the path of a temporary file beside `path`, which takes its place at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        contiguous = {name: np.ascontiguousarray(array) for name, array in state.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata))
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]):
+    """Writes atomically, an array after the other: at no time a second copy of all of them."""
+    header: dict = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, array in state.items():
+        if array.dtype.name not in DTYPES:
+            raise UserError(f"{path}: {name} is {array.dtype}, not {' or '.join(DTYPES)}")
+        span = [offset, offset + array.nbytes]
+        kind = DTYPES[array.dtype.name]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": span}
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in state.values():
+            file.write(np.ascontiguousarray(array))
+
+
+def write_torch(path, content: Mapping[str, Mapping[str, np.ndarray]]):
+    """Writes {key: state dict} atomically with torch.save. Raises UserError without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} needs PyTorch to be written: pip install torch, or name it .safetensors"
+        ) from None
+    tensors = {
+        key: {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()}
+        for key, state in content.items()
+    }
+    with replacing(path) as temporary:
+        torch.save(tensors, temporary)
+
+
+def read_metadata(path) -> dict[str, str]:
+    """The metadata of a .safetensors file; none of another. Raises UserError."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is no readable safetensors file: {_line(e)}") from None
 
 
 def hash_state(state: Mapping[str, np.ndarray]) -> str:

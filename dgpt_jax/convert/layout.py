@@ -4,8 +4,9 @@ Parameters are flat dicts here, {"encoder/blocks/attn/qkv/kernel": array}; leave
 have a leading layer axis. `read` and `write` are strict: every name and every leaf is used once.
 """
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +21,8 @@ class Entry:
     (in, out), or (parts · out, in) against (parts, in, out)); "conv" (torch's (out, channels, p, p)
     against (p·p·channels, out)).
     layer: index on the leaf's leading layer axis. part: index on the axis of stacked q, k, v.
-    copies: other names that hold the same values.
+    copies: other names that hold the same values. shape: the array's, where neither leaf nor kind
+    tell it.
     """
 
     name: str
@@ -29,15 +31,30 @@ class Entry:
     layer: int | None = None
     part: int | None = None
     copies: tuple[str, ...] = ()
+    shape: tuple[int, ...] | None = None
 
     def slot(self) -> tuple:
         """Where in the leaf the array goes."""
         return tuple(i for i in (self.layer, self.part) if i is not None) or (...,)
 
 
+def stored_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the array whose slot in our parameters has the given one."""
+    if entry.shape is not None:
+        return entry.shape
+    if entry.kind == "linear":
+        return (math.prod(shape[:-2]) * shape[-1], shape[-2])
+    if entry.kind == "conv":
+        patch = round((shape[0] / 3) ** 0.5)
+        return (shape[1], 3, patch, patch)
+    return (math.prod(shape),) if entry.kind == "vector" else tuple(shape)
+
+
 def _from_torch(entry: Entry, value: np.ndarray, shape) -> np.ndarray:
-    if value.size != np.prod(shape):
-        raise UserError(f"{entry.name} has shape {value.shape}, which does not fit {tuple(shape)}")
+    stored = stored_shape(entry, shape)
+    if [n for n in value.shape if n != 1] != [n for n in stored if n != 1]:
+        raise UserError(f"{entry.name} has shape {value.shape}, {stored} is expected")
+    value = value.reshape(stored)
     if entry.kind == "linear":
         value = value.reshape(*shape[:-2], -1, value.shape[-1]).swapaxes(-1, -2)
     elif entry.kind == "conv":
@@ -46,12 +63,12 @@ def _from_torch(entry: Entry, value: np.ndarray, shape) -> np.ndarray:
 
 
 def _to_torch(entry: Entry, value: np.ndarray) -> np.ndarray:
+    stored = stored_shape(entry, value.shape)
     if entry.kind == "linear":
-        return value.swapaxes(-1, -2).reshape(-1, value.shape[-2])
+        return value.swapaxes(-1, -2).reshape(stored)
     if entry.kind == "conv":
-        patch = round((value.shape[0] / 3) ** 0.5)
-        return value.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
-    return value.reshape(-1) if entry.kind == "vector" else value
+        return value.reshape(*stored[2:], 3, -1).transpose(3, 2, 0, 1)
+    return value.reshape(stored)
 
 
 def read(
@@ -65,7 +82,7 @@ def read(
     """Flat float32 parameters of the given shapes from a state dict.
 
     Raises UserError that lists names missing from the state dict, names in it that no entry (and
-    no prefix in `ignore`) knows, arrays of the wrong size, and copies that differ.
+    no prefix in `ignore`) knows, arrays of the wrong shape or dtype, and copies that differ.
     """
     entries = list(entries)
     named = {name for e in entries for name in (e.name, *e.copies)}
@@ -78,9 +95,13 @@ def read(
     params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
     filled = dict.fromkeys(params, 0)
     for entry in entries:
-        value = np.asarray(state[entry.name], np.float32)
+        value = state[entry.name]
+        if value.dtype != np.float32:  # half precision has become float32 when it was read
+            raise UserError(
+                f"{what}: {entry.name} is {value.dtype}, weights are float32, float16 or bfloat16"
+            )
         for copy in entry.copies:
-            if not np.array_equal(value, np.asarray(state[copy], np.float32)):
+            if not np.array_equal(value, state[copy]):
                 raise UserError(f"{what}: {entry.name} and {copy} must be equal and are not")
         slot = params[entry.path][entry.slot()]
         params[entry.path][entry.slot()] = _from_torch(entry, value, slot.shape)
@@ -108,6 +129,19 @@ def write(entries: Iterable[Entry], params: Mapping[str, np.ndarray]) -> dict[st
     return state
 
 
+def describe(entries: Iterable[Entry], params: Mapping[str, np.ndarray]) -> list[str]:
+    """A line for each entry: name, shape, and the part of our parameters that it is."""
+    lines = []
+    for entry in entries:
+        index = "".join(f"[{i}]" for i in entry.slot() if i is not ...)
+        shape = "folded into the projection before it"
+        if entry.path in params:
+            shape = str(stored_shape(entry, params[entry.path][entry.slot()].shape))
+        for name in (entry.name, *entry.copies):
+            lines.append(f"{name}  {shape}  {entry.path}{index}")
+    return lines
+
+
 def _listed(what: str, names: list[str], most: int = 8) -> str:
     if not names:
         return ""
@@ -130,6 +164,11 @@ def norm(name: str, path: str, copies: Iterable[str] = (), **kwargs) -> list[Ent
               **kwargs)
         for torch, ours in (("weight", "scale"), ("bias", "bias"))
     ]  # fmt: skip
+
+
+def prefixed(prefix: str, entries: Iterable[Entry]) -> list[Entry]:
+    """Entries of arrays whose names begin with the prefix too."""
+    return [replace(entry, name=f"{prefix}{entry.name}") for entry in entries]
 
 
 def timm_blocks(name: str, path: str, depth: int) -> list[Entry]:

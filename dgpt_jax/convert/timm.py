@@ -1,10 +1,27 @@
-"""timm's VisionTransformer: `global_pool` "avg" (fc_norm) or "token" (norm), head or not."""
+"""timm's VisionTransformer: `global_pool` "avg" (fc_norm) or "token" (norm), head or not.
 
-from dgpt_jax import vit
+A directory with model.safetensors and config.json (`timm.create_model("local-dir:DIR")`), or a file
+with the weights, config.json beside it.
+"""
+
+import json
+from pathlib import Path
+
 from dgpt_jax.config import SIZES, Model
-from dgpt_jax.convert import layout
+from dgpt_jax.convert import files, layout
 from dgpt_jax.convert.layout import Entry, linear, norm
-from dgpt_jax.schema import UserError, parse
+from dgpt_jax.convert.source import read_json
+from dgpt_jax.convert.weights import (
+    Layout,
+    Preprocess,
+    Weights,
+    depth_of,
+    encoder_model,
+    encoder_shapes,
+    image_side,
+    needed,
+)
+from dgpt_jax.schema import UserError
 
 # timm's names of sizes at 224 pixels; other models are `vit_base_patch16_224` with model_args.
 NAMES = {
@@ -16,6 +33,13 @@ NAMES = {
 }
 POOLS = {"mean": "avg", "cls": "token"}
 NORMS = {"mean": "fc_norm", "cls": "norm"}
+PREPROCESS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+# What our encoder cannot be, and what timm has where the JSON says nothing.
+FIXED = {
+    "qkv_bias": True, "qk_norm": False, "class_token": True, "no_embed_class": False,
+    "reg_tokens": 0, "pre_norm": False, "init_values": None, "norm_layer": None,
+    "pool_include_prefix": False, "pos_embed": "learn", "in_chans": 3,
+}  # fmt: skip
 
 
 def entries(depth: int, pooling: str, *, head: bool) -> list[Entry]:
@@ -27,58 +51,78 @@ def entries(depth: int, pooling: str, *, head: bool) -> list[Entry]:
     return table + (linear("head", "head") if head else [])
 
 
-def pooling_of(state) -> str:
+def _table(weights: Weights) -> list[Entry]:
+    return entries(weights.model.depth, weights.pooling, head=weights.num_classes > 0)
+
+
+def pooling_of(state, what) -> str:
     """Which pooling a state dict was made for: it has `fc_norm`, or `norm`."""
     found = [pooling for pooling, name in NORMS.items() if f"{name}.weight" in state]
     if len(found) != 1:
-        raise UserError("these are no timm ViT weights: they need either fc_norm or norm")
+        raise UserError(f"{what}: timm's ViT has either fc_norm or norm, this has {len(found)}")
     return found[0]
 
 
-def model_of(state, config: dict) -> Model:
-    """The `config.Model` of a state dict and its config JSON, which must tell the head count."""
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    heads = (config.get("model_args") or {}).get("num_heads")
-    if heads is None:
-        sizes = {name: size for size, name in NAMES.items()}
-        size = sizes.get(config.get("architecture", ""))
-        if size is None:
-            raise UserError("the head count is neither in the weights nor in a config.json beside")
-        heads = SIZES[size][2]
-    return parse(
-        Model,
-        dict(
-            width=width,
-            patch=patch,
-            heads=heads,
-            depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-            mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-            image_size=patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
-            segments=(1, 1),
-        ),
+def heads_of(config: dict, given: int | None, what) -> int:
+    """From the caller, from model_args, or by the architecture's name."""
+    sizes = {name: size for size, name in NAMES.items()}
+    size = sizes.get(config.get("architecture", ""))
+    told = (config.get("model_args") or {}).get("num_heads") or (size and SIZES[size][2])
+    if given and told and given != told:
+        raise UserError(f"{what}: {given} heads are given, its config.json says {told}")
+    if not (given or told):
+        raise UserError(
+            f"{what}: the head count is neither in the weights nor in a config.json beside them: "
+            f"give it with --heads"
+        )
+    return given or told
+
+
+def model_of(state, config: dict, heads: int | None, what) -> Model:
+    """The `config.Model` of a state dict and its config JSON."""
+    names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+    kernel, positions, hidden = needed(state, names, what)
+    width, _, patch, _ = kernel.shape
+    told = config.get("model_args") or {}
+    odd = {n: told[n] for n, usual in FIXED.items() if n in told and told[n] != usual}
+    if odd:
+        raise UserError(f"{what}: an encoder here cannot have {odd}")
+    return encoder_model(
+        width=width,
+        patch=patch,
+        heads=heads_of(config, heads, what),
+        depth=depth_of(state, "blocks.", what),
+        mlp_width=len(hidden),
+        image_size=image_side(positions.shape[1], patch, what),
+        activation=told.get("act_layer") or "gelu",
     )
 
 
-def read(state, depth: int, pooling: str, shapes):
-    """Flat Classifier parameters from a timm state dict."""
-    table = entries(depth, pooling, head="head.weight" in state)
-    return layout.read(table, state, shapes, what="timm weights")
+def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
+    """Weights from a state dict and the config.json beside its file."""
+    file = path.parent / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    model, pooling = model_of(state, config, heads, path), pooling_of(state, path)
+    classes = len(state["head.bias"]) if "head.bias" in state else 0
+    table = entries(model.depth, pooling, head=classes > 0)
+    params = layout.read(table, state, encoder_shapes(model, pooling, classes), what=str(path))
+    told = config.get("pretrained_cfg") or {}
+    how = Preprocess.of({name: told[name] for name in PREPROCESS if name in told})
+    notes = () if told else (f"{path}: no JSON tells the preprocessing: ImageNet's is taken",)
+    return Weights(model, params, pooling, str(path), how, notes=notes)
 
 
-def write(params, depth: int, pooling: str):
-    """A timm state dict from flat Classifier parameters."""
-    return layout.write(entries(depth, pooling, head="head/kernel" in params), params)
-
-
-def config_json(model: Model, pooling: str, num_classes: int = 0) -> dict:
+def config_json(weights: Weights) -> dict:
     """timm's config.json: architecture, arguments, and the preprocessing the encoder expects."""
+    model, classes = weights.model, weights.num_classes
     shape = (model.width, model.depth, model.heads, model.patch)
     size = next((size for size in NAMES if SIZES[size] == shape), "B/16")
+    pool = POOLS[weights.pooling]
     return {
         "architecture": NAMES[size],
-        "num_classes": num_classes,
+        "num_classes": classes,
         "num_features": model.width,
-        "global_pool": POOLS[pooling],
+        "global_pool": pool,
         "model_args": {
             "img_size": model.image_size,
             "patch_size": model.patch,
@@ -86,18 +130,37 @@ def config_json(model: Model, pooling: str, num_classes: int = 0) -> dict:
             "depth": model.depth,
             "num_heads": model.heads,
             "mlp_ratio": model.mlp_ratio,
-            "num_classes": num_classes,
-            "global_pool": POOLS[pooling],
+            "num_classes": classes,
+            "global_pool": pool,
+            "act_layer": model.activation,
         },
         "pretrained_cfg": {
             "input_size": [3, model.image_size, model.image_size],
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "crop_mode": "center",
-            "mean": list(vit.IMAGENET_MEAN),
-            "std": list(vit.IMAGENET_STD),
-            "num_classes": num_classes,
+            "fixed_input_size": True,
+            **{n: getattr(weights.preprocess, n) for n in PREPROCESS},
+            "num_classes": classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
     }
+
+
+def save(weights: Weights, path: Path):
+    """Writes model.safetensors and config.json."""
+    if weights.model.eps != 1e-6:
+        raise UserError(
+            f"timm's ViT has LayerNorms of eps 1e-6, these weights {weights.model.eps}: --eps=1e-6 "
+            f"takes the other one"
+        )
+    state = layout.write(_table(weights), weights.params)
+    files.write_safetensors(path / "model.safetensors", state, {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config_json(weights), indent=1) + "\n")
+
+
+LAYOUT = Layout(
+    "timm",
+    found=lambda state, path: state is not None and "patch_embed.proj.weight" in state,
+    read=read,
+    table=_table,
+    save=save,
+)

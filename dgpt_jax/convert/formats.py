@@ -1,0 +1,96 @@
+"""All layouts of encoders: which one lies at a path, reading it, writing another."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dgpt_jax.convert import big_vision, digpt, dinov2_encoder, files, hf, mae, ours, timm
+from dgpt_jax.convert.weights import Layout, Weights
+from dgpt_jax.schema import UserError
+
+# The order in which they are asked whether weights are theirs.
+LAYOUTS: dict[str, Layout] = {
+    one.name: one
+    for one in (
+        ours.DIRECTORY,
+        ours.FILE,
+        digpt.LAYOUT,
+        mae.LAYOUT,
+        timm.LAYOUT,
+        dinov2_encoder.LAYOUT,
+        hf.LAYOUT,
+        big_vision.LAYOUT,
+    )
+}
+WRITTEN = tuple(name for name, one in LAYOUTS.items() if one.save)
+# What a directory of weights may hold.
+FILES = ("model.safetensors", files.INDEX, "pytorch_model.bin", "model.pth", "model.npz")
+# Of a checkpoint, what makes its encoder.
+ENCODER_PARTS = ("encoder", "pos_embed", "norm", "head")
+
+
+def read(
+    path,
+    name: str | None = None,
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    encoder_only: bool = False,
+) -> tuple[Layout, Weights]:
+    """The layout at a path (found, where `name` is None) and the weights. Raises UserError.
+
+    encoder_only: decoders are left unread where that spares memory.
+    """
+    path = Path(path)
+    state, file = _open(path)
+    layout = _layout(state, file, name)
+    given = {"heads": heads, "decoder_heads": decoder_heads}
+    if state is None and encoder_only:
+        given["parts"] = ENCODER_PARTS
+    try:
+        return layout, layout.read(state, file, **given)
+    except (AttributeError, IndexError, KeyError, TypeError) as e:
+        # Sizes are taken from arrays and JSON before the table is compared with them.
+        raise UserError(
+            f"{path} is no weights of layout {layout.name}: {type(e).__name__} {e}"
+        ) from e
+
+
+def _open(path: Path) -> tuple[Mapping | None, Path]:
+    """(the arrays, or None for a checkpoint directory; the path of the file or directory)."""
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"{path} is neither a work directory with checkpoints nor weights")
+        return files.read_state(path), path
+    if (path / "checkpoints").is_dir():
+        return None, path
+    for name in FILES:
+        if (path / name).is_file():
+            return files.read_state(path if name == files.INDEX else path / name), path / name
+    raise UserError(
+        f"{path} is neither a work directory with checkpoints nor holds {', '.join(FILES)}"
+    )
+
+
+def _layout(state, file: Path, name: str | None) -> Layout:
+    if name is not None:
+        layout = LAYOUTS[name]
+        if (state is None) != (layout is ours.DIRECTORY):
+            raise UserError(f"{file} is not of layout {name}")
+        return layout
+    for layout in LAYOUTS.values():
+        if layout.found(state, file):
+            return layout
+    raise UserError(f"{file} is in none of the layouts {', '.join(LAYOUTS)}")
+
+
+def target(layout: Layout, path: Path) -> Path:
+    """The file that is written for a path, or the directory itself. Raises UserError."""
+    if not layout.suffixes:
+        if path.is_file() or path.suffix in (".safetensors", ".pth", ".npz"):
+            raise UserError(f"layout {layout.name} is a directory, {path} names a file")
+        return path
+    if path.suffix in layout.suffixes:
+        return path
+    if path.suffix in (".safetensors", ".pth", ".npz", ".pt", ".bin"):
+        raise UserError(f"layout {layout.name} is written as {' or '.join(layout.suffixes)}")
+    return path / f"model{layout.suffixes[0]}"

@@ -1,0 +1,102 @@
+"""Our own two layouts: a checkpoint directory, and one safetensors file that tells what it holds.
+
+Names in the file are the paths of the parameters; its metadata has, under "dgpt_jax", JSON with the
+model, the pooling, the preprocessing and where the weights come from.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from dgpt_jax import checkpoint
+from dgpt_jax.config import Model
+from dgpt_jax.convert import files, layout
+from dgpt_jax.convert.layout import Entry
+from dgpt_jax.convert.weights import DECODERS, Layout, Preprocess, Weights
+from dgpt_jax.schema import UserError, parse
+
+KEY = "dgpt_jax"
+FORMAT = 1
+
+
+def table(weights: Weights) -> list[Entry]:
+    """Every parameter by its own name."""
+    return [Entry(path, path) for path in sorted(weights.params)]
+
+
+def _about(weights: Weights) -> dict:
+    """What the parameters alone do not tell, as JSON."""
+    return {
+        "format": FORMAT,
+        "model": dataclasses.asdict(weights.model),
+        "pooling": weights.pooling,
+        "preprocess": dataclasses.asdict(weights.preprocess),
+        "source": weights.source,
+        "run": dict(weights.run),
+    }
+
+
+def _weights(params, about: dict, source: str, *, part: bool = False) -> Weights:
+    """Weights of flat parameters, every one of them checked unless they are a part of all."""
+    if about["format"] > FORMAT:
+        raise UserError(f"{source} has format {about['format']}, this code reads {FORMAT}")
+    how = Preprocess.of(about["preprocess"])
+    model = parse(Model, about["model"])
+    weights = Weights(model, params, about["pooling"], source, how, about.get("run", {}))
+    if weights.full and part:
+        return weights
+    if weights.full and not any(f"{name}/token" in params for name in DECODERS):
+        raise UserError(f"{source} holds neither a decoder nor a final norm")
+    params = layout.read(table(weights), params, weights.shapes(), what=source)
+    return dataclasses.replace(weights, params=params)
+
+
+def read_file(state, path: Path, heads=None, decoder_heads=None) -> Weights:
+    """Weights from the file."""
+    return _weights(state, json.loads(files.read_metadata(path)[KEY]), str(path))
+
+
+def save_file(weights: Weights, path: Path):
+    """Writes the file."""
+    state = layout.write(table(weights), weights.params)
+    files.write_safetensors(path, state, {KEY: json.dumps(_about(weights))})
+
+
+def read_directory(state, path: Path, heads=None, decoder_heads=None, parts=None) -> Weights:
+    """Weights of the newest checkpoint; `parts` as in checkpoint.load_params."""
+    params, metadata = checkpoint.load_params(path, parts=parts)
+    about = metadata.get(KEY)
+    source = f"{path}, step {metadata['step']}"
+    if about:
+        return _weights(layout.flatten(params), about, source, part=parts is not None)
+    model = parse(Model, metadata["config"]["model"])
+    run = {"config": metadata["config"], "step": metadata["step"], "directory": str(path)}
+    return Weights(model, layout.flatten(params), None, source, run=run)
+
+
+def save_directory(weights: Weights, path: Path):
+    """Writes path/checkpoints/STEP."""
+    config = {"model": dataclasses.asdict(weights.model)}
+    metadata = {"config": weights.run.get("config", config), KEY: _about(weights)}
+    step = weights.run.get("step", 0)
+    params = layout.write(table(weights), weights.params)
+    checkpoint.save_params(path, step, layout.unflatten(params), metadata)
+
+
+DIRECTORY = Layout(
+    "flax",
+    found=lambda state, path: state is None and (path / "checkpoints").is_dir(),
+    read=read_directory,
+    table=table,
+    save=save_directory,
+    full=True,
+)
+FILE = Layout(
+    "safetensors",
+    found=lambda state, path: state is not None and KEY in files.read_metadata(path),
+    read=read_file,
+    table=table,
+    save=save_file,
+    suffixes=(".safetensors",),
+    full=True,
+)
