@@ -1,17 +1,18 @@
-"""tools/convert.py: round trips, parity with the installed libraries, refusals that leave nothing."""
+"""tools/convert.py: round trips, parity with installed libraries, refusals that leave nothing."""
 
 import json
 import os
 import sys
 
+import flax.linen as nn
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import dgpt_jax
-from dgpt_jax import cli
+from dgpt_jax import cli, views, vit
 from dgpt_jax.convert import export, files, formats, parity
-from dgpt_jax.convert.weights import Preprocess, Weights, encoder_model, encoder_shapes
+from dgpt_jax.convert.weights import Preprocess, Weights, change, encoder_model, encoder_shapes
 from tests import parity as towers
 from tests.paths import GOLDEN
 
@@ -96,8 +97,6 @@ def test_big_vision_round_trip(tmp_path):
 
 def test_big_vision_in_flax(tmp_path):
     """Its attention is Flax's own: query, key and value (D, heads, head), out (heads, head, D)."""
-    import flax.linen as nn
-
     weights = random_weights("cls", 0, activation="gelu_tanh", depth=1)
     path, _ = export.write(weights, formats.LAYOUTS["big_vision"], tmp_path / "a.npz")
     prefix = "params/Transformer/encoderblock_0/MultiHeadDotProductAttention_0/"
@@ -106,8 +105,6 @@ def test_big_vision_in_flax(tmp_path):
         if name.startswith(prefix):
             part, leaf = name.removeprefix(prefix).split("/")
             params.setdefault(part, {})[leaf] = array
-    from dgpt_jax import vit
-
     x = np.random.default_rng(1).standard_normal((2, 5, 24)).astype(np.float32)
     theirs = nn.MultiHeadDotProductAttention(num_heads=3).apply({"params": params}, x, x)
     ours = {p.rsplit("/attn/")[1]: v[0] for p, v in weights.params.items() if "/attn/" in p}
@@ -179,8 +176,6 @@ def test_transformers_computes_the_same(tmp_path, monkeypatch, classes):
 def test_an_image_processor_is_written_that_prepares_the_same(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    from dgpt_jax import views, vit
-
     weights = random_weights(preprocess=Preprocess(), image_size=56, patch=14)
     export.write(weights, formats.LAYOUTS["hf"], tmp_path / "hf")
     try:
@@ -234,8 +229,6 @@ def test_changes_only_when_asked(tmp_path, monkeypatch, capsys):
 def test_positions_are_resized_as_timm_does(size):
     """timm: torch's bicubic with antialiasing, of the patches' positions alone."""
     torch = pytest.importorskip("torch")
-    from dgpt_jax.convert.weights import change
-
     weights = random_weights(patch=16, image_size=224, depth=1)
     positions = change(weights, image_size=size).params["pos_embed"]
     old = torch.tensor(weights.params["pos_embed"])

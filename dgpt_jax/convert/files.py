@@ -57,6 +57,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "flax") as file:  # its NumPy knows no bfloat16
+            wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F64"]
+            if wide:  # JAX would round it silently
+                raise UserError(
+                    f"{path}: {wide[0]} is float64, weights are float32, float16 or bfloat16"
+                )
             return {name: _float32(np.asarray(file.get_tensor(name))) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is no readable safetensors file: {_line(e)}") from None
