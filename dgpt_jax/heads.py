@@ -38,18 +38,25 @@ class Classifier(nn.Module):
 
     def features(self, images):
         """(B, D) float32: what is measured and exported."""
-        tokens = self.tokens(images)
-        return tokens[:, 0] if self.pooling == "cls" else self.norm(tokens[:, 1:].mean(axis=1))
+        return self._pool(self.encoder(images, self.pos_embed))
 
-    def blocks(self, images):
-        """The residuals after every block (L, B, 1+N, D)."""
-        last, before = self.encoder.residuals(images, self.pos_embed)
-        return jnp.concatenate([before[1:], last[None]])
+    def enter(self, images):
+        """What the first block gets (B, 1+N, D)."""
+        return self.encoder.enter(images, self.pos_embed)
+
+    def leave(self, residual):
+        """What a call gives, from what the last block gives (B, 1+N, D)."""
+        features = self._pool(residual)
+        return self.head(features) if self.num_classes else features
+
+    def _pool(self, residual):
+        if self.pooling == "cls":
+            return self.norm(residual)[:, 0]
+        return self.norm(residual[:, 1:].mean(axis=1))
 
     def __call__(self, images):
         """Logits (B, classes), or features where there is no head."""
-        features = self.features(images)
-        return self.head(features) if self.num_classes else features
+        return self.leave(self.encoder(images, self.pos_embed))
 
 
 def classifier(model, pooling: str, num_classes: int = 0, dtype: Any = jnp.float32) -> Classifier:

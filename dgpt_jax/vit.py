@@ -225,15 +225,14 @@ class Encoder(nn.Module):
 
         CLS first, full attention, no final norm.
         """
-        return self.residuals(images, positions)[0]
+        return self.transform(self.enter(images, positions))[0]
 
-    def residuals(self, images, positions):
-        """What a call gives, and the residuals before every block (L, B, 1+N, D)."""
+    def enter(self, images, positions):
+        """What the first block gets in use: (B, 1+N, D)."""
         patches = self.embed(images)
         batch, _, _, width = patches.shape
         cls = jnp.broadcast_to(self.cls_token, (batch, 1, width))
-        x_BND = jnp.concatenate([cls, patches.reshape(batch, -1, width)], axis=1) + positions
-        return self.transform(x_BND)
+        return jnp.concatenate([cls, patches.reshape(batch, -1, width)], axis=1) + positions
 
 
 def normalise(pictures, mean=IMAGENET_MEAN, std=IMAGENET_STD):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dgpt_jax import vit
 from dgpt_jax.convert import digpt, files, formats, layout
 from dgpt_jax.convert.weights import Weights, encoder
 from dgpt_jax.schema import UserError
@@ -36,17 +37,30 @@ def images(model) -> np.ndarray:
 
 
 def outputs(weights: Weights) -> Outputs:
-    """What weights compute here; of a pretraining model, its encoder."""
+    """What weights compute here; of a pretraining model, its encoder.
+
+    A block after the other: JAX copies what it is given, and must not be given all at once.
+    """
     weights = encoder(weights, None)
-    module = weights.module()
-
-    def apply(params, x):
-        variables = {"params": params}
-        return module.apply(variables, x, method="blocks"), module.apply(variables, x)
-
+    module, model = weights.module(), weights.model
+    block = vit.Block(model.heads, model.mlp_ratio, model.activation, model.eps)
+    prefix = "encoder/blocks/"
+    outside = {p: x for p, x in weights.params.items() if not p.startswith(prefix)}
+    outside = {"params": layout.unflatten(outside)}
+    step = jax.jit(block.apply)
+    blocks = []
     with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
-        found = jax.jit(apply)(layout.unflatten(weights.params), images(weights.model))
-    return Outputs(*map(np.asarray, found))
+        x = module.apply(outside, images(model), method="enter")
+        for i in range(model.depth):
+            params = {
+                p.removeprefix(prefix): leaf[i]
+                for p, leaf in weights.params.items()
+                if p.startswith(prefix)
+            }
+            x = step({"params": layout.unflatten(params)}, x)
+            blocks.append(np.asarray(x))
+        features = module.apply(outside, x, method="leave")
+    return Outputs(np.stack(blocks), np.asarray(features))
 
 
 def check(name: str, path: Path, weights: Weights, expected: Outputs) -> str:

@@ -1,0 +1,67 @@
+"""What an export out of a sharded checkpoint needs in host memory, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A training state on four devices, its parameters and both moments split over them.
+WRITE = """
+import dataclasses, json, sys
+import jax
+from dgpt_jax import checkpoint, config, digpt, optim, schema, sharding, state
+path, model = sys.argv[1], schema.parse(config.Model, json.loads(sys.argv[2]))
+train = dataclasses.replace(config.Train(), model=model)
+mesh = sharding.make_mesh(config.Mesh(fsdp=4))
+tx = optim.optimizer(train.optim, lambda step: 1e-3)
+module = digpt.build(model, out_width=8)
+def init(key):
+    return module.init(key, *digpt.dummy_inputs(model))["params"]
+made = state.create(init, tx, mesh, 0)
+kernel = made.params["encoder"]["blocks"]["mlp"]["fc1"]["kernel"]
+assert len({str(s.index) for s in kernel.addressable_shards}) == 4
+with checkpoint.Checkpoints(path, keep=1) as checkpoints:
+    checkpoints.save(made, {"config": schema.to_dict(train)})
+print(sum(x.nbytes for x in jax.tree.leaves(made.params["encoder"])))
+"""
+EXPORT = """
+import resource, sys
+sys.modules["timm"] = None
+sys.path.insert(0, "tools")
+import convert
+sys.argv = ["convert", sys.argv[1], sys.argv[2], "--to=timm"]
+convert.main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def run(code, *words, devices: int) -> int:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return int(ended.stdout.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes there")
+def test_memory(tmp_path):
+    """At most 1.5 times the encoder's bytes beyond what the export of a small one needs."""
+    small = dict(width=64, depth=12, heads=4, patch=16, image_size=32, decoder_width=32,
+                 decoder_depth=1, decoder_heads=2)  # fmt: skip
+    peaks, sizes = [], []
+    for model in (small, small | dict(width=640)):
+        path = tmp_path / str(model["width"])
+        sizes.append(run(WRITE, path, json.dumps(model), devices=4))
+        peaks.append(run(EXPORT, path, tmp_path / f"{path.name}.timm", devices=1))
+    assert sizes[1] > 200e6
+    more = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    print(f"{sizes[1] / 1e6:.0f} MB: {more:.2f} times as much, over {peaks[0] / 1e6:.0f} MB")
+    assert more < 1.5
