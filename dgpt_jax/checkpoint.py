@@ -127,15 +127,20 @@ def _checked(metadata: dict, path) -> dict:
     return metadata
 
 
+def steps(path) -> list[int]:
+    """The steps of a work directory's finished checkpoints, ascending. Raises UserError."""
+    root = directory(path)
+    found = []
+    if os.path.isdir(root) or "://" in root:
+        found = ocp.utils.checkpoint_steps(root)
+    if not found:
+        raise UserError(f"{path} holds no finished checkpoint (looked in {root})")
+    return sorted(found)
+
+
 def find(path) -> tuple[str, int]:
     """(directory of checkpoints, newest step) of a work directory. Raises UserError."""
-    root = directory(path)
-    steps = []
-    if os.path.isdir(root) or "://" in root:
-        steps = ocp.utils.checkpoint_steps(root)
-    if not steps:
-        raise UserError(f"{path} holds no finished checkpoint (looked in {root})")
-    return root, max(steps)
+    return directory(path), steps(path)[-1]
 
 
 def save_params(workdir, step: int, params, metadata: dict[str, Any]):
@@ -150,15 +155,6 @@ def save_params(workdir, step: int, params, metadata: dict[str, Any]):
             metadata=ocp.args.JsonSave({"format": FORMAT, "step": step} | metadata),
         )
         writer.save(item, args=arguments)
-
-
-def load_metadata(path, step: int | None = None) -> dict:
-    """The metadata of a work directory's checkpoint: the newest, or of a step."""
-    root, newest = find(path)
-    item = Path(root) / str(newest if step is None else step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as reader:
-        arguments = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return _checked(reader.restore(item, args=arguments)["metadata"], root)
 
 
 def _handlers() -> dict:
@@ -192,3 +188,34 @@ def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
         )
         found = reader.restore(item, args=arguments)
     return found["params"], _checked(found["metadata"], root)
+
+
+def describe(path, step: int | None = None) -> list[tuple[str, tuple, str, str, int]]:
+    """(name, shape, dtype, sharding as it was written, bytes) of every array; reads no array.
+
+    Names begin with params or opt_state.
+    """
+    root, newest = find(path)
+    item = Path(root) / str(newest if step is None else step)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as reader:
+        found = reader.metadata(item).item_metadata
+    rows = []
+    for part in ("params", "opt_state"):
+        if found.get(part) is None:  # a conversion has no optimizer state
+            continue
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(found[part].tree):
+            name = "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys)
+            size = int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+            row = (f"{part}/{name}", tuple(leaf.shape), str(leaf.dtype), _place(leaf), size)
+            rows.append(row)
+    return rows
+
+
+def _place(leaf) -> str:
+    """(12, 64, 256) split over four devices along its second axis: "1, fsdp 4, 1"."""
+    spec = getattr(leaf.sharding, "partition_spec", None) or ()
+    if not any(spec):
+        return "whole"
+    mesh = dict(zip(leaf.sharding.axis_names, leaf.sharding.shape.tolist(), strict=True))
+    axes = [(a,) if isinstance(a, str) else a or () for a in spec]
+    return ", ".join(" ".join(f"{a} {mesh[a]}" for a in names) or "1" for names in axes)

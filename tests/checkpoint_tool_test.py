@@ -1,0 +1,111 @@
+"""tools/checkpoint.py on a work directory with two checkpoints."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dgpt_jax
+from dgpt_jax import checkpoint, cli, config, optim, schema, state
+from dgpt_jax.convert import layout, weights
+from tests.convert_test import convert
+
+MODEL = dict(
+    width=16, depth=2, heads=2, patch=8, image_size=16, decoder_width=8, decoder_depth=1,
+    decoder_heads=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(work directory with the steps 3 and 7, {step: flat parameters})."""
+    path = tmp_path_factory.mktemp("run")
+    settings = schema.default(config.Train)
+    with settings.ignore_type():
+        settings.model.update(MODEL)
+    settings.data.path = "store"
+    train = schema.parse(config.Train, settings)
+    tx = optim.optimizer(train.optim, lambda step: 1e-3)
+    shapes, params = weights.full_shapes(train.model, 8), {}
+    with checkpoint.Checkpoints(path, keep=3) as checkpoints:
+        for step in (3, 7):
+            rng = np.random.default_rng(step)
+            flat = {p: rng.standard_normal(s).astype(np.float32) for p, s in shapes.items()}
+            made = jax.tree.map(jnp.asarray, layout.unflatten(flat))
+            made = state.TrainState(jnp.int32(step), made, tx.init(made))
+            checkpoints.save(made, {"config": schema.to_dict(train)})
+            params[step] = flat
+    return path, params
+
+
+def command(monkeypatch, *words):
+    """Loaded by its path: other tests know `checkpoint` as the package's module."""
+    file = Path(__file__).parent.parent / "tools/checkpoint.py"
+    spec = importlib.util.spec_from_file_location("checkpoint_tool", file)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", ["checkpoint", *map(str, words)])
+    cli.run(tool.main)
+
+
+def test_inspect(run, monkeypatch, capsys):
+    command(monkeypatch, "inspect", run[0])
+    out = capsys.readouterr().out
+    kernel = next(line for line in out.splitlines() if line.startswith("params/next/pred/kernel"))
+    assert "(8, 8)  float32" in kernel and kernel.endswith(" 256")
+    size = sum(x.nbytes for x in run[1][7].values())
+    assert f"params {size / 1e6:.1f} MB, opt_state {2 * size / 1e6:.1f} MB" in out
+
+
+def test_average(run, monkeypatch, tmp_path):
+    command(monkeypatch, "average", run[0], tmp_path / "mean", "--last=2")
+    found = layout.flatten(dgpt_jax.load_digpt(tmp_path / "mean").params)
+    for path, array in found.items():
+        expected = (run[1][3][path].astype(np.float64) + run[1][7][path]) / 2
+        np.testing.assert_array_equal(array, expected.astype(np.float32))
+    assert "mean of the steps 3, 7" in (tmp_path / "mean/README.md").read_text()
+    command(monkeypatch, "inspect", tmp_path / "mean")  # it has no optimizer state
+    with pytest.raises(SystemExit, match="has 2 checkpoints, not 3"):
+        command(monkeypatch, "average", run[0], tmp_path / "other", "--last=3")
+
+
+def test_extract_and_card(run, monkeypatch, tmp_path, capsys):
+    (run[0] / "metrics.jsonl").write_text(
+        '{"step": 5, "loss": 0.75, "knn": 61.5}\n{"step": 7, "loss": 0.5}\n'
+        '{"step": 9, "loss": 0.1}\n'
+    )
+    command(monkeypatch, "extract", run[0], tmp_path / "a.safetensors")
+    found = layout.flatten(dgpt_jax.load_digpt(tmp_path / "a.safetensors").params)
+    assert all(np.array_equal(found[p], x) for p, x in run[1][7].items())
+    card = (tmp_path / "README.md").read_text()
+    assert "| loss | 0.5 | 7 |" in card and "| knn | 61.5 | 5 |" in card
+    assert "| step | 7 |" in card and "| data | store |" in card
+    assert "optim.weight_decay = 0.05" in card and "SHA-256 of `a.safetensors`" in card
+
+
+def test_a_card_tells_how_to_load(run, monkeypatch, tmp_path):
+    """The lines for dgpt_jax run as they stand; those of transformers where it is there."""
+    for to in ("hf", "timm"):
+        convert(monkeypatch, run[0], tmp_path / to, f"--to={to}")
+        card = (tmp_path / to / "README.md").read_text()
+        snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
+        assert [len(s.splitlines()) for s in snippets] == [3, 3]
+        if to == "hf":
+            pytest.importorskip("transformers")
+            names: dict = {}
+            exec("\n".join(snippets[0].splitlines()[:2]).replace(", ViTImageProcessor", ""), names)
+            assert names["model"].config.hidden_size == 16
+        names = {"pictures": np.zeros((2, 16, 16, 3), np.uint8)}
+        exec(snippets[1], names)
+        assert names["features"].shape == (2, 16)
+
+
+def test_a_readme_that_is_not_ours_stays(run, monkeypatch, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    convert(monkeypatch, run[0], tmp_path / "a.safetensors", "--to=safetensors")
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "tools/convert.py for a.safetensors" in (tmp_path / "a.safetensors.md").read_text()
