@@ -109,3 +109,23 @@ def test_a_readme_that_is_not_ours_stays(run, monkeypatch, tmp_path):
     convert(monkeypatch, run[0], tmp_path / "a.safetensors", "--to=safetensors")
     assert (tmp_path / "README.md").read_text() == "mine"
     assert "tools/convert.py for a.safetensors" in (tmp_path / "a.safetensors.md").read_text()
+
+
+def test_the_onnx_recipe(run, monkeypatch, tmp_path):
+    """The lines of the README, on an export."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    convert(monkeypatch, run[0], tmp_path / "EXPORT_HF", "--to=hf")
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    block = text.split("ONNX comes out")[1].split("\n\n")[1]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec("\n".join(line[4:] for line in block.splitlines()), names)
+    found, torch = onnx.load("model.onnx"), names["torch"]
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator(found)
+    tokens = evaluator.run(None, {"pixel_values": images.numpy()})[0]
+    with torch.no_grad():
+        expected = names["model"](images).last_hidden_state.numpy()
+    np.testing.assert_allclose(tokens, expected, atol=1e-4)
