@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import dgpt_jax
 from dgpt_jax import cli, views, vit
 from dgpt_jax.convert import export, files, formats, parity
 from dgpt_jax.convert.weights import Preprocess, Weights, change, encoder_model, encoder_shapes
@@ -19,6 +18,7 @@ from tests.paths import GOLDEN
 OFFICIAL = GOLDEN / "digpt_tiny.safetensors"
 HEADS = ("--heads=3", "--decoder_heads=2")
 HALF = (0.5, 0.5, 0.5)
+LABELS = {"id2label", "label2id"}
 SQUASH = Preprocess(HALF, HALF, "bilinear", 1.0, "squash")
 
 
@@ -117,24 +117,20 @@ def test_big_vision_in_flax(tmp_path):
     )
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_the_official_layout_and_back(tmp_path, monkeypatch, capsys, suffix):
+@pytest.mark.parametrize("suffix,by", [(".pth", "flax"), (".safetensors", "digpt")])
+def test_the_official_layout_and_back(tmp_path, monkeypatch, capsys, suffix, by):
+    """files_test holds what it computes; here, that nothing changes on the way."""
     pytest.importorskip("torch")
     source = OFFICIAL.with_suffix(suffix)
-    convert(monkeypatch, source, tmp_path / "run", "--to=flax", *HEADS)
-    convert(monkeypatch, tmp_path / "run", tmp_path / f"again{suffix}", "--to=digpt")
+    between = tmp_path / ("run" if by == "flax" else "a.safetensors")
+    convert(monkeypatch, source, between, f"--to={by}", *HEADS)
+    if by == "flax":
+        convert(monkeypatch, between, tmp_path / "a.pth", "--to=digpt")
     assert "verified: features in torch" in capsys.readouterr().out
-    state, expected = files.read_state(tmp_path / f"again{suffix}"), load_file(OFFICIAL)
+    state, expected = files.read_state(tmp_path / f"a{suffix}"), load_file(OFFICIAL)
     assert set(expected) <= set(state)
     for name in expected:
         np.testing.assert_allclose(state[name], expected[name], atol=1e-6 if "pos" in name else 0)
-    model = dgpt_jax.load_digpt(tmp_path / "run")
-    golden = np.load(GOLDEN / "digpt_tiny_expected.npz")
-    rng = np.random.default_rng(7)
-    images = rng.standard_normal((2, 3, 224, 224)).astype(np.float32).transpose(0, 2, 3, 1)
-    tokens = rng.standard_normal((2, 257, 1024)).astype(np.float32)
-    losses = model.losses(images, tokens, golden["perm"])
-    np.testing.assert_allclose(losses["next"], golden["next_loss"], rtol=1e-5)
 
 
 def test_norms_that_must_be_equal(tmp_path, monkeypatch):
@@ -146,6 +142,26 @@ def test_norms_that_must_be_equal(tmp_path, monkeypatch):
     )
     assert "kd_enc_norm.0.weight and kd_enc_norm.2.weight must be equal" in message
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_transformers_golden(tmp_path, monkeypatch):
+    """Without transformers: numbers that it produced, an eps that shows, and back to the bit."""
+    golden = GOLDEN / "hf_vit_tiny"
+    found, weights = formats.read(golden)
+    assert (found.name, weights.model.eps, weights.num_classes) == ("hf", 1e-3, 5)
+    images = np.random.default_rng(19).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    monkeypatch.setattr(parity, "images", lambda model: images.transpose(0, 2, 3, 1))
+    outputs, expected = parity.outputs(weights), np.load(golden / "expected.npz")
+    np.testing.assert_allclose(outputs.blocks, expected["blocks"], atol=2e-5)
+    np.testing.assert_allclose(outputs.features, expected["logits"], atol=2e-5)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    convert(monkeypatch, golden, tmp_path / "again", "--to=hf")
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "again", golden))
+    assert set(ours) == set(theirs)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    config = json.loads((golden / "config.json").read_text())
+    written = json.loads((tmp_path / "again/config.json").read_text())
+    assert all(config[name] == written[name] for name in set(config) & set(written) - LABELS)
 
 
 @pytest.mark.parametrize("classes", [0, 5])
@@ -239,6 +255,17 @@ def test_positions_are_resized_as_timm_does(size):
     expected = torch.cat([old[:, :1], new.flatten(2).mT], dim=1)
     np.testing.assert_allclose(positions, expected.numpy(), atol=1e-5)
     assert change(weights, image_size=224) is weights
+
+
+def test_keys_of_both_ends(tmp_path, monkeypatch, capsys):
+    words = ("--keys", "--to=big_vision", "--activation=gelu_tanh", "--heads=3")
+    convert(monkeypatch, GOLDEN / "timm_vit_tiny_token.safetensors", *words)
+    lines = capsys.readouterr().out.splitlines()
+    assert "pos_embed  (1, 17, 48)  pos_embed" in lines
+    assert "pos_embedding  (1, 16, 48)  pos_embed" in lines
+    name = "Transformer/encoderblock_2/MultiHeadDotProductAttention_0/value/bias"
+    assert f"{name}  (3, 16)  encoder/blocks/attn/qkv/bias[2][2]" in lines
+    assert os.listdir(tmp_path) == []
 
 
 def test_keys(monkeypatch, capsys):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dgpt_jax import checkpoint, cli
-from dgpt_jax.convert import export, formats, layout
+from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import Weights
 from dgpt_jax.schema import UserError
 
@@ -66,7 +66,7 @@ def main():
     path, verified = export.write(weights, formats.LAYOUTS[name], Path(args.dst))
     print(f"wrote {path}: the parameters of {weights.source}")
     print(verified)
-    print(f'next: dgpt_jax.load_{"digpt" if weights.full else "encoder"}("{path}")')
+    print(f"next: {card.loading(weights, name, path)[0][1]}")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,9 @@ from pathlib import Path
 import jax
 
 from dgpt_jax import cli
-from dgpt_jax.convert import export, formats, layout
+from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import change
 from dgpt_jax.vit import ACTIVATIONS
-
-NEXT = {
-    "timm": 'timm.create_model("local-dir:{}", pretrained=True)',
-    "hf": 'transformers.AutoModel.from_pretrained("{}")',
-}
 
 
 def arguments():
@@ -79,8 +74,7 @@ def main():
     what = "encoder and decoders" if weights.full else f"the encoder, pooling {weights.pooling}"
     print(f"wrote {path}: {what} of {weights.source} in layout {target.name}")
     print(verified)
-    call = NEXT.get(target.name, f'dgpt_jax.load_{"digpt" if weights.full else "encoder"}("{{}}")')
-    print(f"next: {call.format(path)}")
+    print(f"next: {card.loading(weights, target.name, path)[0][1]}")
 
 
 if __name__ == "__main__":

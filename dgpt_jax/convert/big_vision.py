@@ -34,7 +34,7 @@ def entries(model, *, head: bool) -> list[Entry]:
     kernel = (model.patch, model.patch, 3, width)
     table = [
         Entry("cls", "encoder/cls_token"),
-        Entry("pos_embedding", "pos_embed"),
+        Entry("pos_embedding", "pos_embed", shape=(1, model.grid**2, width)),
         Entry("embedding/kernel", "encoder/patch_embed/kernel", shape=kernel),
         Entry("embedding/bias", "encoder/patch_embed/bias"),
     ]

@@ -37,7 +37,9 @@ def text(weights: Weights, name: str, where: Path, file: Path, *, verified: str)
         "check": verified,
     }
     lines += ["| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in rows.items()), ""]
-    lines += [*_hashes(file), "## Loading", "", *_loading(weights, name, where), ""]
+    lines += [*_hashes(file), "## Loading", ""]
+    for snippet in loading(weights, name, where):
+        lines += ["```python", *snippet, "```", ""]
     lines += _metrics(weights.run)
     if "config" in weights.run:
         config = {k: v for k, v in schema.flatten(weights.run["config"]).items() if v != ""}
@@ -106,9 +108,8 @@ def _metrics(run) -> list[str]:
     return ["## Metrics", "", "| | value | step |", "|---|---|---|", *rows, ""]
 
 
-def _loading(weights: Weights, name: str, where: Path) -> list[str]:
-    """Three lines of Python for each library that loads this layout."""
-    path = str(where)
+def loading(weights: Weights, name: str, path: Path) -> list[list[str]]:
+    """Three lines of Python for each library that loads this layout; the second loads."""
     snippets = []
     if name == "timm":
         snippets.append(
@@ -125,7 +126,7 @@ def _loading(weights: Weights, name: str, where: Path) -> list[str]:
              f'model = {kind}.from_pretrained("{path}"{more})',
              f'processor = ViTImageProcessor.from_pretrained("{path}")']
         )  # fmt: skip
-    if name == "digpt" and where.suffix == ".pth":
+    if name == "digpt" and path.suffix == ".pth":
         snippets.append(
             ["import torch",
              f'state = torch.load("{path}", map_location="cpu", weights_only=True)["model"]',
@@ -144,5 +145,4 @@ def _loading(weights: Weights, name: str, where: Path) -> list[str]:
         if weights.full
         else f'features = encoder.features(pictures, "{weights.pooling}")  # uint8 RGB'
     )
-    snippets.append(["import dgpt_jax", last, use])
-    return "\n\n".join("\n".join(["```python", *lines, "```"]) for lines in snippets).split("\n")
+    return [*snippets, ["import dgpt_jax", last, use]]

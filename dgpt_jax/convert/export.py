@@ -36,7 +36,9 @@ def write(weights: Weights, layout: Layout, dst: Path) -> tuple[Path, str]:
         raise UserError(f"{target} has checkpoints: name another directory")
     folder = target.parent if layout.suffixes else target
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    # On the file system of its place: a move, not a copy.
+    near = folder if folder.is_dir() else folder.parent
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=near))
     try:
         written = staging / target.name if layout.suffixes else staging
         layout.save(weights, written)
