@@ -78,6 +78,21 @@ def test_round_trip(tmp_path, name, pooling, classes, changes):
     assert name not in ("flax", "safetensors") or "at most 0.0e+00" in verified
 
 
+def test_through_all_layouts(tmp_path):
+    """timm, Hugging Face, big_vision and our own two, one out of the other: the same to the bit."""
+    weights = random_weights("cls", 5, activation="gelu_tanh")
+    weights.params["pos_embed"][:, 0] = 0  # big_vision's CLS has no position
+    path = None
+    for name in ("timm", "hf", "big_vision", "flax", "safetensors", "timm"):
+        one = formats.LAYOUTS[name]
+        before = weights if path is None else formats.read(path)[1]
+        path, _ = export.write(before, one, tmp_path / f"{name}{path is None}")
+    again = formats.read(path)[1]
+    assert again.model == weights.model
+    for name, array in weights.params.items():
+        np.testing.assert_array_equal(again.params[name], array)
+
+
 def test_big_vision_round_trip(tmp_path):
     weights = random_weights("cls", 5, activation="gelu_tanh")
     path, verified = export.write(weights, formats.LAYOUTS["big_vision"], tmp_path / "a.npz")
