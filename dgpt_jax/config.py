@@ -100,6 +100,15 @@ class Data:
     flip: bool = entry(True, "live views: mirror half of them")
     threads: int = entry(8, "reading threads of each worker")
     workers: int = entry(0, "worker processes; 0 reads in threads of the training process")
+    cache: str = entry(
+        "", "local directory for shards of data on gs:// while they are read; default: temporary"
+    )
+    lanes: int | None = entry(
+        None,
+        "data on gs://: parts of the shards that a batch is drawn from, in equal numbers; divides "
+        "batch_size, best a multiple of the hosts; default: 16, or what of it divides batch_size",
+    )
+    window: int = entry(2, "data on gs://: shards that a lane shuffles at a time")
 
 
 @dataclass(frozen=True)
@@ -205,6 +214,13 @@ class Train:
                 f"config.batch_size {self.batch_size} is not divisible by config.accum_steps "
                 f"{self.accum_steps}"
             )
+        lanes = self.data.lanes
+        if lanes is not None and (lanes < 1 or self.batch_size % lanes):
+            raise UserError(
+                f"config.data.lanes {lanes} does not divide config.batch_size {self.batch_size}"
+            )
+        if self.data.window < 1:
+            raise UserError(f"config.data.window must be positive, got {self.data.window}")
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             raise UserError(
                 f"config.profile {self.profile} must be START, STOP in steps, 0 <= START < STOP"

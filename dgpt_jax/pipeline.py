@@ -1,11 +1,14 @@
 """From a TFDS directory to batches: the batch is a function of (seed, step).
 
-Position i of the endless stream is example `shuffle(i)` of epoch i // n; whatever is random about
+Position i of the endless stream is an example of an epoch (see orders.py); whatever is random about
 it (view, segment order) is drawn from (seed, i). Global batch k is positions k·B … (k+1)·B - 1, and
 a process reads just the rows that its devices hold. So nothing here is ever checkpointed.
 """
 
 import contextlib
+import itertools
+import math
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from dgpt_jax import records, segments, token_store, views
+from dgpt_jax import gcs, open_files, orders, records, segments, token_store, views
 from dgpt_jax.config import Data, Model
 from dgpt_jax.schema import UserError
 
@@ -31,7 +34,7 @@ class Examples:
     """Examples by position of the stream: dict of image uint8 (size, size, 3), order int32 (S,),
     and tokens as stored (1+N, C) where a token store is read. Picklable, for worker processes."""
 
-    sources: records.Views
+    sources: open_files.TwoOpen
     with_tokens: bool
     data: Data
     image_size: int
@@ -41,9 +44,9 @@ class Examples:
     def __len__(self) -> int:
         return len(self.sources.splits[0])
 
-    def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
+    def __call__(self, position: int, index: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """The example `index` at `position`; epoch e uses view e mod K."""
-        source = self.sources.begin(position // len(self) % len(self.sources.splits))
+        source = self.sources.begin(epoch % len(self.sources.splits))
         record = source[index]
         try:
             image = views.decode_picture(record["image"])
@@ -72,8 +75,14 @@ class Examples:
 
 def open_examples(data: Data, model: Model, seed: int) -> Examples:
     """The examples that a training config asks for. Raises UserError where they do not fit it."""
+    gcs.require(data.path)
     token_store.refuse_unfinished(data.path)
-    opened = records.Opened(data.path)
+    opened = records.Opened(data.path, data.cache)
+    if opened.cache is not None and data.workers:
+        raise UserError(
+            f"config.data.workers must be 0 for {data.path}: the training process fetches its "
+            f"shards; config.data.threads read them"
+        )
     stored = token_store.exists(data.path)
     if data.targets == "stored" and not stored:
         raise UserError(
@@ -97,7 +106,7 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
             f"(config.data.examples)"
         )
     return Examples(
-        sources=records.Views(splits),
+        sources=open_files.TwoOpen(splits),
         with_tokens=stored,
         data=data,
         image_size=model.image_size,
@@ -111,23 +120,33 @@ class _Local:
     """Example i of the stream of one process, which holds `rows` of every global batch."""
 
     examples: Examples
-    order: grain.MapDataset  # position → index
+    order: orders.Shuffled | orders.Lanes
     batch_size: int
     rows: np.ndarray
 
     def __call__(self, i: int) -> dict[str, np.ndarray]:
         step, row = divmod(int(i), len(self.rows))
         position = step * self.batch_size + int(self.rows[row])
-        return self.examples(position, self.order[position])
+        epoch, index = self.order(position)
+        return self.examples(position, index, epoch)
 
 
 def train_batches(
     examples: Examples, batch_size: int, *, rows: np.ndarray, start_step: int
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's `rows` (int) of global batches from `start_step` on, endlessly. Close it."""
-    order = grain.MapDataset.range(len(examples)).seed(examples.seed).shuffle().repeat(None)
+    """This process's `rows` (int) of global batches from `start_step` on, endlessly. Close it.
+
+    Raises UserError where the shards of a far store do not fit the cache, or cannot be fetched.
+    """
+    far = examples.sources.splits[0].cache is not None
+    order = _lanes(examples, batch_size) if far else orders.Shuffled(len(examples), examples.seed)
+    batches = _batches(examples, order, batch_size, rows, start_step)
+    return _fetching(batches, examples, order, rows, start_step) if far else batches
+
+
+def _batches(examples, order, batch_size: int, rows, start_step: int) -> Generator:
     local = len(rows)
-    stream = grain.MapDataset.range(len(order) // batch_size * local)
+    stream = grain.MapDataset.range(sys.maxsize // batch_size // local * local)
     stream = stream.map(_Local(examples, order, batch_size, rows)).batch(local)[start_step:]
     data = examples.data
     options = grain.ReadOptions(
@@ -142,6 +161,32 @@ def train_batches(
         yield from iterator
     finally:
         iterator.close()  # or its threads and processes complain at interpreter exit
+
+
+def _lanes(examples: Examples, batch_size: int) -> orders.Lanes:
+    lengths = [[shard.take for shard in split.shards] for split in examples.sources.splits]
+    data = examples.data
+    lanes = data.lanes or math.gcd(orders.LANES, batch_size)
+    return orders.Lanes(lengths, batch_size, lanes, data.window, examples.seed)
+
+
+def _fetching(
+    batches: Generator, examples: Examples, order: orders.Lanes, rows, start_step: int
+) -> Generator:
+    """The batches, with the shards of the lanes' present and next windows fetched before them."""
+    splits, lanes = examples.sources.splits, order.lanes_of(rows)
+    cache, most = splits[0].cache, len(lanes) * order.most_shards
+    largest = max(shard.bytes for split in splits for shard in split.shards)
+    cache.refuse_unless_it_fits(most, largest, f"{most} shards of {len(lanes)} lanes")
+    windows = None
+    try:
+        for step in itertools.count(start_step):
+            if windows != (windows := order.current(step, lanes)):
+                cache.keep(splits[e % len(splits)].shards[s] for e, s in order.ahead(windows))
+            yield next(batches)
+    finally:
+        batches.close()
+        cache.stop()
 
 
 def _allow_workers():

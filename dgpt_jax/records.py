@@ -4,14 +4,10 @@ Both are opened by `tfds.builder_from_directory` as well. An image dataset has {
 bytes), label if there are classes}, splits as imported; for the other see token_store.py.
 """
 
-import ctypes
-import functools
 import os
 import re
-import resource
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,13 +16,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from tensorflow_datasets.core import example_serializer, naming, splits
 
-from dgpt_jax import shards
+from dgpt_jax import gcs, open_files, shard_cache, shards
 from dgpt_jax.schema import UserError
 
-# For what else a process opens: checkpoints, libraries, sockets.
-SPARE_FILES = 200
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 UNDECODED = {"image": tfds.decode.SkipDecoding()}
 
 
@@ -110,12 +102,17 @@ def open_builder(directory):
 
 
 class Opened:
-    """A TFDS directory as it is found: its builder, one listing, and what its manifest says."""
+    """A TFDS directory as it is found: its builder, one listing, and what its manifest says.
 
-    def __init__(self, directory: str | Path):
+    `cache` is where shards of a far directory go while they are read.
+    """
+
+    def __init__(self, directory: str | Path, cache: str = ""):
+        gcs.require(directory)
         self.directory = os.fspath(directory)
         self.builder = open_builder(directory)
-        self._sizes = shards.sizes(directory)
+        self.sizes = shards.sizes(directory)
+        self.cache = shard_cache.ShardCache(cache) if shards.is_remote(directory) else None
         self._manifest = shards.manifest(directory)
 
     def check(self, split: str):
@@ -126,13 +123,13 @@ class Opened:
         info = self.builder.info.splits[split]
         names = [os.path.basename(file.filename) for file in info.file_instructions]
         for name in names:
-            if name not in self._sizes:
+            if name not in self.sizes:
                 raise UserError(f"{self.directory}/{name} is missing")
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(self._check_shard, names, info.shard_lengths))
 
     def _check_shard(self, name: str, length: int):
-        path, size = f"{self.directory}/{name}", self._sizes[name]
+        path, size = f"{self.directory}/{name}", self.sizes[name]
         written = self._manifest.get(name)
         same = written is not None and written.bytes == size
         found = written.records if same else shards.count(path)
@@ -146,7 +143,7 @@ class Opened:
 
 
 class Split:
-    """Random access to the examples of one split, image bytes undecoded. Picklable.
+    """Random access to the examples of one split, image bytes undecoded. Picklable if near.
 
     Opening checks that every shard is whole; `opened` spares looking at the directory again. Files
     are opened when they are first read from. Raises UserError.
@@ -161,12 +158,16 @@ class Split:
             have = ", ".join(info.splits)
             raise UserError(f"{directory} has no split {base!r}; it has {have}")
         opened.check(base)
-        self._files = tuple(info.splits[split].file_instructions)
-        self._length = sum(file.take for file in self._files)
+        self.shards = tuple(
+            shard_cache.Shard(bytes=opened.sizes[os.path.basename(file.filename)], **vars(file))
+            for file in info.splits[split].file_instructions
+        )
+        self._length = sum(shard.take for shard in self.shards)
         if not self._length:
             raise UserError(f"{directory} has no examples in split {split}")
         self._features = info.features
         self.label = self._features["label"] if "label" in self._features else None
+        self.cache = opened.cache
         self._source = None
         self._allow_files()
 
@@ -183,9 +184,7 @@ class Split:
         """An example as it is stored."""
         source = self._source
         if source is None:
-            self._allow_files()
-            _keep_memory()
-            source = self._source = ArrayRecordDataSource(self._files)
+            source = self._source = self._open()
         return source[index]
 
     def parse(self, record: bytes) -> dict:
@@ -197,61 +196,22 @@ class Split:
         """Closes the files as soon as nobody reads from them; the next reading opens them again."""
         self._source = None
 
+    def _open(self):
+        open_files.keep_memory()
+        if self.cache is not None:
+            return shard_cache.FarRecords(self.shards, self.cache)
+        self._allow_files()
+        return ArrayRecordDataSource(self.shards)
+
     def _allow_files(self):
-        """Raises the limit of open files to what this split and another one like it need."""
-        needed = len(os.listdir("/dev/fd")) + 2 * len(self._files) + SPARE_FILES
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(
-                f"{self} needs {needed} open files, and a process may have {hard} here: raise "
-                f"that limit (ulimit -Hn)"
-            )
-        if soft != resource.RLIM_INFINITY and soft < needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        if self.cache is None:
+            open_files.allow(2 * len(self.shards), self)
 
     def __getstate__(self):
         return self.__dict__ | {"_source": None}
 
     def __repr__(self) -> str:
         return f"Split({self.directory!r}, {self.split!r})"
-
-
-class Views:
-    """Splits, the views of a store, of which the two that were begun last have open files.
-
-    Two, because threads that read ahead are in the next view while others are in this one.
-    """
-
-    def __init__(self, splits: Iterable[Split]):
-        self.splits = tuple(splits)
-        self._begun: tuple[int, ...] = ()
-        self._lock = threading.Lock()
-
-    def begin(self, view: int) -> Split:
-        """The split of a view, to read from now; closes what was begun before the last one."""
-        if view not in self._begun:
-            with self._lock:
-                if view not in self._begun:
-                    for passed in self._begun[:-1]:
-                        self.splits[passed].close()
-                    self._begun = (*self._begun[-1:], view)
-        return self.splits[view]
-
-    def __reduce__(self):
-        return Views, (self.splits,)
-
-
-@functools.cache
-def _keep_memory():
-    """Tells glibc's malloc to keep what is freed, up to a GiB, instead of handing it back.
-
-    Records of some 100 kB come and go by the thousand; getting their pages anew from the kernel
-    each time is a third of what reading costs.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def example_id(example: Mapping) -> str:

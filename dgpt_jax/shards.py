@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
+from dgpt_jax import gcs
 from dgpt_jax.schema import UserError
 
 MANIFEST = "manifest.json"
@@ -98,9 +98,7 @@ def _sidecar(path) -> epath.Path:
 
 def sizes(directory) -> dict[str, int]:
     """{file name: bytes} of what lies in a directory, by one listing."""
-    system, root = fsspec.core.url_to_fs(os.fspath(directory))
-    if is_remote(directory):
-        system.invalidate_cache(root)
+    system, root = gcs.filesystem(directory)
     return {os.path.basename(f["name"]): f["size"] for f in system.ls(root, detail=True)}
 
 

@@ -25,10 +25,10 @@ def synthetic_store(path: Path, codec: str, examples: int, shard_size: int = 512
     """A store of one view with random tokens and smooth pictures."""
     width, size = 1024, 224
     info = token_store.StoreInfo(
-        codec=codec, grid=(16, 16), cls=True, width=width,
+        name="tokens", codec=codec, grid=(16, 16), cls=True, width=width,
         channel_scale=() if codec == "float16" else (1.0,) * width, cosine=(1.0, 1.0),
-        variance=1.0, picture_size=size, picture="jpeg95", teacher={"width": width}, source={},
-        views={}, command="", code_version="",
+        variance=1.0, example_bytes=0.0, picture_size=size, picture="jpeg95",
+        teacher={"width": width}, source={}, views={}, command="", code_version="",
     )  # fmt: skip
     features = token_store.features(info, None)
     stored = (info.tokens, token_codec.stored_width(codec, width))
