@@ -21,7 +21,7 @@ from pathlib import Path
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from dgpt_jax import gcs, scratch
+from dgpt_jax import gcs, scratch, shards
 from dgpt_jax.schema import UserError
 
 FETCHERS = 8
@@ -99,18 +99,18 @@ class ShardCache:
                     del self._entries[shard.filename]
             raise
 
-    def keep(self, shards: Iterable[Shard]):
+    def keep(self, wanted: Iterable[Shard]):
         """Fetches these in the background, in this order, and removes all that were kept before,
         but for a few that somebody reads without a word."""
-        wanted = {shard.filename: shard for shard in shards}
+        named = {shard.filename: shard for shard in wanted}
         with self._lock:
             self._stopped = False
-            self._unannounced = [name for name in self._unannounced if name not in wanted]
-            for name in self._entries.keys() - wanted.keys() - set(self._unannounced):
+            self._unannounced = [name for name in self._unannounced if name not in named]
+            for name in self._entries.keys() - named.keys() - set(self._unannounced):
                 self._drop(name)
-            if wanted and self._pool is None:
+            if named and self._pool is None:
                 self._pool = ThreadPoolExecutor(FETCHERS, "fetch")
-            for name, shard in wanted.items():
+            for name, shard in named.items():
                 if name not in self._entries:
                     entry = self._entry(shard)
                     entry.task = self._pool.submit(self._fetch, entry)
@@ -192,10 +192,7 @@ class ShardCache:
                 if entry.dropped:
                     raise _Dropped
                 partial.replace(entry.path)
-            # Reading opens the file, which so can be read when it has been dropped.
-            here = dataclasses.replace(entry.shard, filename=os.fspath(entry.path))
-            records = ArrayRecordDataSource([here])
-            records[0]
+            records = _open(entry)
         except BaseException:
             for path in (partial, entry.path):
                 path.unlink(missing_ok=True)
@@ -235,14 +232,31 @@ class ShardCache:
         return self._directory
 
 
+def _open(entry: _Entry) -> Sequence[bytes]:
+    """The records of a file that has been fetched. Raises UserError where it is not whole."""
+    shard = entry.shard
+    try:
+        found = shards.count(entry.path)
+    except UserError as e:
+        raise UserError(f"{shard.filename}, fetched: {e}") from None
+    if found != shard.examples_in_shard:
+        raise UserError(
+            f"{shard.filename} holds {found} records, the metadata say {shard.examples_in_shard}"
+        )
+    here = dataclasses.replace(shard, filename=os.fspath(entry.path))
+    records = ArrayRecordDataSource([here])
+    records[0]  # opens the file, so that it can be read when it has been dropped
+    return records
+
+
 class FarRecords:
     """Records of many shards by their index, through a cache."""
 
-    def __init__(self, shards: Sequence[Shard], cache: ShardCache):
-        self._shards, self._cache = shards, cache
-        self._ends = list(accumulate(shard.take for shard in shards))
+    def __init__(self, files: Sequence[Shard], cache: ShardCache):
+        self._files, self._cache = files, cache
+        self._ends = list(accumulate(shard.take for shard in files))
 
     def __getitem__(self, index: int) -> bytes:
         number = bisect_right(self._ends, index)
-        shard = self._shards[number]
+        shard = self._files[number]
         return self._cache.records(shard)[index - (self._ends[number] - shard.take)]

@@ -16,7 +16,7 @@ import pytest
 from dgpt_jax import orders, pipeline, records, shard_cache, shards, token_store
 from dgpt_jax.config import Data, Model
 from dgpt_jax.schema import UserError, parse
-from tests import gcs, stores
+from tests import data, gcs, processes, stores
 
 MODEL = parse(Model, {"image_size": 16, "patch": 4})
 LENGTHS = [4, 3, 5, 4] * 10
@@ -45,8 +45,8 @@ def far(server, near):
 
 def open_far(path, cache="", **changes):
     settings = {"threads": 4, "lanes": LANES, "window": WINDOW} | changes
-    data = parse(Data, {"path": str(path), "cache": str(cache)} | settings)
-    return pipeline.open_examples(data, MODEL, seed=3)
+    settings |= {"path": str(path), "cache": str(cache)}
+    return pipeline.open_examples(parse(Data, settings), MODEL, seed=3)
 
 
 def batches(examples, count, *, start=0, rows=range(BATCH)):
@@ -221,4 +221,44 @@ def test_a_shard_is_uploaded_whole(server):
     assert shards.sizes("gs://bucket/new/tokens")[path.name] == receipt.bytes
     assert shards.receipts("gs://bucket/new/tokens") == {path.name: receipt}
     assert shards.is_sound(path, receipt)
-    assert token_store.exists("gs://bucket/new/tokens") is False
+    shards.forget(path)
+    assert shards.receipts("gs://bucket/new/tokens") == {}
+    assert not token_store.exists("gs://bucket/new/tokens")
+
+
+def test_a_store_built_on_gs(server, tmp_path, monkeypatch):
+    """By google-cloud-cpp's name for the stand-in; a second run keeps what is there."""
+    dataset, teacher = data.image_dataset(tmp_path, 5), data.random_teacher(tmp_path / "teacher")
+    settings = {"views": 2, "shard_size": 4, "batch_size": 3, "source": dataset, "threads": 2}
+    settings |= {"picture_size": 16, "picture": "png", "teacher.weights": teacher}
+    words = ["tools/build_tokens.py", "--config=configs/quickstart_tokens.py"]
+    words += [f"--config.{name}={value}" for name, value in settings.items()]
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", server.url)
+    for out in (tmp_path / "tokens", "gs://bucket/built/tokens", "gs://bucket/built/tokens"):
+        process = processes.start([*words, f"--out={out}"])
+        (output,) = processes.outputs_of([process], timeout=120)
+        assert process.returncode == 0, output[-2000:]
+    assert "20 of 20 examples are there and whole" in output
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    there = {name.rpartition("/")[2]: data for name, data in server.objects.items()}
+    near = {path.name: path.read_bytes() for path in (tmp_path / "tokens").glob("*array_record*")}
+    assert len(near) == 6 and near.items() <= there.items()
+    far = records.Split("gs://bucket/built/tokens", "view001")
+    assert [e["id"] for e in far] == [e["id"] for e in records.Split(dataset, "train")]
+
+
+def test_far_shards_without_a_manifest_are_counted_when_they_are_here(near, far, server):
+    del server.objects["somewhere/tokens/manifest.json"]
+    assert_same(batches(open_far(far), 3), expected(near, range(3)))
+    first, second = (
+        next(name for name in server.objects if f"view000.array_record-{i:05d}" in name)
+        for i in (0, 1)
+    )
+    whole = server.objects[first]
+    server.objects[first] = server.objects[second]
+    with pytest.raises(UserError, match="view000.*00000-of-00040 holds 3 records, .* say 4"):
+        batches(open_far(far), 20)
+    server.objects[first] = whole[:70_000]
+    with pytest.raises(UserError, match="gs.*00000-of-00040, fetched: .*damaged or truncated"):
+        batches(open_far(far), 20)

@@ -144,7 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.say(self.resource(name))
         wanted, status, about = self.headers.get("Range"), 200, {}
         if wanted:
-            start, stop = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
+            start, stop = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted).groups()
+            if not start:  # the last so many
+                start, stop = len(data) - int(stop), ""
             start, stop = int(start), min(int(stop or len(data) - 1), len(data) - 1)
             about["Content_Range"] = f"bytes {start}-{stop}/{len(data)}"
             data, status = data[start : stop + 1], 206
