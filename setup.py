@@ -40,6 +40,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "plan": ["libtpu"],
         "torch": ["torch>=2.6,<3"],
+        "parity": ["torch>=2.6,<3", "transformers>=5.24,<6"],
         "gcs": ["gcsfs>=2026.8"],
         "plot": ["matplotlib>=3.9,<4"],
         "quickstart": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],

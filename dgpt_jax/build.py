@@ -115,19 +115,21 @@ def _describe(config: Tokens, out, source, teacher: Teacher, pool):
     rendered = list(pool.map(lambda i: token_writer.render(config, source, 0, i), sample))
     tokens = teacher(np.stack([r.picture for r in rendered]))
     token_writer.refuse_unless(np.isfinite(tokens).all())
-    codec, variance = token_codec.fit(tokens, config.codec, config.pca)
+    codec, variance = _codec(config, tokens)
     stored = codec.encode(tokens)
     cosine = token_codec.cosines(codec.decode(stored), codec.project(tokens))
     info = StoreInfo(
         name=records.dataset_name(out),
         codec=config.codec,
         grid=teacher.tower.grid,
-        cls=True,
-        width=config.pca or teacher.tower.out_width,
+        cls=teacher.tower.cls,
+        width=config.pca or teacher.tower.token_width,
         channel_scale=tuple(float(s) for s in codec.scale),
         cosine=(float(cosine.min()), float(cosine.mean())),
         variance=variance,
-        example_bytes=stored[0].nbytes + float(np.mean([len(r.data) for r in rendered])) + 200,
+        example_bytes=stored[0].nbytes
+        + float(np.mean([len(r.data) for r in rendered]))
+        + token_writer.OVERHEAD,
         picture_size=config.picture_size,
         picture=config.picture,
         teacher=_json(teacher.describe()),
@@ -137,6 +139,22 @@ def _describe(config: Tokens, out, source, teacher: Teacher, pool):
         code_version=dgpt_jax.__version__,
     )
     return info, codec.basis
+
+
+def _codec(config: Tokens, tokens: np.ndarray):
+    """(Codec, share of the variance it keeps), measured on tokens or that of config.like."""
+    if not config.like:
+        return token_codec.fit(tokens, config.codec, config.pca)
+    other = StoreInfo.load(config.like)
+    has = (other.codec, other.width if other.is_reduced else None)
+    if has != (config.codec, config.pca) or other.teacher["width"] != tokens.shape[-1]:
+        raise UserError(
+            f"config.like {config.like} has codec, pca = {has} of {other.teacher['width']} "
+            f"channels, the config {(config.codec, config.pca)} of {tokens.shape[-1]}"
+        )
+    codec = other.load_codec(config.like)
+    kept = np.square(codec.project(tokens), dtype=np.float64).sum()
+    return codec, float(kept / np.square(tokens, dtype=np.float64).sum())
 
 
 def _json(value):

@@ -91,6 +91,7 @@ class Data:
     examples: int | None = entry(
         None, "examples that it must have, and that a plan without it goes by; default: any number"
     )
+    source: str = entry("", "image dataset that a store must be of: NAME or NAME:VERSION")
     split: str = entry("train", "split of an image dataset (a token store's splits are its views)")
     targets: str = entry("stored", "stored (token store), online (live views), pixels (iGPT)")
     views: int | None = entry(None, "use the first so many views of the store; default: all")
@@ -113,12 +114,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Teacher:
-    weights: str = entry("", "CLIP weights: .safetensors, .pt, .pth, .bin or a directory with them")
+    weights: str = entry("", "its weights: .safetensors, .pt, .pth, .bin or a directory with them")
     image_size: int | None = entry(
         None, "input size in pixels; default: the JSON's or the weights'"
     )
     heads: int | None = entry(None, "attention heads; default: from the JSON beside the weights")
-    activation: str | None = entry(None, "gelu or quick_gelu; default: from the JSON")
+    activation: str | None = entry(None, "gelu, gelu_tanh or quick_gelu; default: from the JSON")
     dtype: str = entry("float32", "dtype of the teacher's matmuls: float32 or bfloat16")
     width: int | None = entry(None, "token width a store must have; default: what it has")
     grid: int | None = entry(None, "side of the token grid a store must have; default: what it has")
@@ -252,6 +253,7 @@ class Tokens:
     flip: bool = entry(True, "mirror half of the views")
     codec: str = entry("int8", "float16, int8 or int4")
     pca: int | None = entry(None, "keep so many principal axes of tokens; default: all channels")
+    like: str = entry("", "token store whose codec to take, for a store held out from it")
     batch_size: int = entry(64, "pictures a device and teacher step")
     tensor: int = entry(1, "devices of a process that the teacher's weights are split over")
     shard_size: int = entry(8192, "examples a shard")

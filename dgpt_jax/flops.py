@@ -6,8 +6,8 @@ Only matrix products count; a multiply-add is two. A backward pass costs twice i
 from collections.abc import Sequence
 
 from dgpt_jax import segments
-from dgpt_jax.clip import Tower
 from dgpt_jax.config import Model
+from dgpt_jax.towers import Tower
 
 FORMULA = (
     "3 x forward, matrix products only, 2 a multiply-add: an encoder block of N tokens, width D, "
@@ -56,10 +56,12 @@ def block_flops(tokens: int, width: int, mlp_width: float) -> float:
 
 def tower_flops(tower: Tower) -> float:
     """FLOPs of one image's forward pass through a teacher."""
-    patches = (tower.image_size // tower.patch) ** 2
-    tokens = patches + 1
+    patches = tower.grid[0] * tower.grid[1]
+    tokens = patches + tower.cls
+    # A gated MLP has three matrices of mlp_width.
+    mlp_width = tower.mlp_width * (1.5 if tower.activation == "swiglu" else 1)
     return (
         2 * patches * 3 * tower.patch**2 * tower.width
-        + tower.depth * block_flops(tokens, tower.width, tower.mlp_width)
-        + 2 * tokens * tower.width * tower.out_width
+        + tower.depth * block_flops(tokens + tower.registers, tower.width, mlp_width)
+        + 2 * tokens * tower.width * (tower.out_width or 0)
     )

@@ -4,6 +4,7 @@ Importing this module settles it, so that etils' paths and TFDS get it too.
 """
 
 import importlib.util
+import logging
 import os
 
 import fsspec
@@ -16,6 +17,9 @@ fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 # gcsfs would ask of what kind a bucket is, through another API and with a permission that reading
 # and writing do not need, again and again where it is refused.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+# It prints the traceback of each error that it also raises.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 # What google-cloud-cpp, and so array_record, calls the address of a stand-in, by gcsfs's name for
 # it. Neither takes credentials there.

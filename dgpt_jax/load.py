@@ -52,17 +52,17 @@ class Pretrained:
         """{decoder: (B, V·T+1, C)} for normalised images and orders, as DiGPT returns them."""
         return self.module.apply({"params": self.params}, images, orders)
 
-    def losses(self, images, tokens, orders, params=None) -> dict[str, jax.Array]:
-        """{"next", "visible"}: mean 2-2cos to teacher tokens (B, 1+N, C), CLS first.
+    def losses(self, images, tokens, orders, params=None, *, cls=True) -> dict[str, jax.Array]:
+        """{"next", "visible"}: mean 2-2cos to teacher tokens (B, cls+N, C), CLS first.
 
         images: normalised (B, size, size, 3); orders: int (B, S). Jittable, and differentiable in
-        every argument; `params` replaces the loaded ones.
+        every argument; `params` replaces the loaded ones; `cls`: whether the teacher has a CLS.
         """
         params = self.params if params is None else params
         predictions = self.module.apply({"params": params}, images, orders)
         grid = (self.model.grid, self.model.grid)
         parts = digpt.token_losses(
-            predictions, tokens, orders, grid=grid, segment_grid=self.model.segments, cls=True
+            predictions, tokens, orders, grid=grid, segment_grid=self.model.segments, cls=cls
         )
         return {name: values.mean() for name, values in parts.items()}
 

@@ -122,7 +122,7 @@ class Opened:
         before they are fetched.
         """
         info = self.builder.info.splits[split]
-        names = [os.path.basename(file.filename) for file in info.file_instructions]
+        names = [path.name for path in info.filepaths]
         for name in names:
             if name not in self.sizes:
                 raise UserError(f"{self.directory}/{name} is missing")

@@ -46,7 +46,7 @@ def is_remote(path) -> bool:
 def write(path, records: Iterable[bytes], notes: list[str] | None = None) -> Receipt:
     """Writes a shard and its receipt; `notes`, as it is when the last record is there, goes along.
 
-    Nothing is left of a shard that does not come to its end.
+    Nothing is left of a shard that does not come to its end. Raises UserError on a full disk.
     """
     path = epath.Path(path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,8 +59,12 @@ def write(path, records: Iterable[bytes], notes: list[str] | None = None) -> Rec
                 epath.Path(local).copy(path, overwrite=True)
             else:
                 local.replace(path)
-        except BaseException:
+        except BaseException as e:
             local.unlink(missing_ok=True)
+            if "No space left" in str(e):  # a RuntimeError of array_record's
+                raise UserError(
+                    f"the disk is full at {local}: make room, the same command continues"
+                ) from None
             raise
     text = json.dumps(dataclasses.asdict(receipt))
     sidecar = _sidecar(path)

@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 
-from dgpt_jax import clip, config, sharding
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax import config, sharding, towers
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.token_codec import Codec
 
 
 class Teacher:
-    """A CLIP tower on this process's devices: pictures in, tokens out.
+    """A teacher's tower on this process's devices: pictures in, tokens out.
 
     Every process has its own copy, so that none waits for another. A batch is `batch_size` pictures
     a device, always: with another number the compiler may add in another order.
@@ -19,7 +19,7 @@ class Teacher:
 
     def __init__(self, settings: config.Teacher, batch_size: int, tensor: int = 1):
         """batch_size: pictures a device. tensor: devices over which the weights are split."""
-        loaded = clip_weights.load(
+        loaded = teacher_weights.load(
             settings.weights,
             image_size=settings.image_size,
             heads=settings.heads,
@@ -31,7 +31,7 @@ class Teacher:
         self.batch_size = batch_size * self.mesh.shape["data"]
         # Kernels in the dtype of the matmuls, which would cast them anyway: half the memory.
         params = jax.tree_util.tree_map_with_path(self._cast, loaded.params)
-        self._params = jax.device_put(params, sharding.shard_state(self.mesh, params))
+        self.params = jax.device_put(params, sharding.shard_state(self.mesh, params))
         self._tokens_of = self._jit(lambda tokens: tokens)
 
     def _cast(self, path, leaf):
@@ -40,7 +40,7 @@ class Teacher:
 
     def _jit(self, then):
         def run(params, pictures):
-            tokens = clip.teacher_tokens(self.tower, params, pictures, dtype=self.dtype)
+            tokens = towers.teacher_tokens(self.tower, params, pictures, dtype=self.dtype)
             return then(tokens), jax.numpy.isfinite(tokens).all()
 
         return jax.jit(sharding.on_mesh(run, self.mesh))
@@ -51,7 +51,7 @@ class Teacher:
         encode = self._jit(codec.encode)
 
         def start(pictures: np.ndarray):
-            results = encode(self._params, self._place(pictures))
+            results = encode(self.params, self._place(pictures))
             for result in results:
                 result.copy_to_host_async()
             return results
@@ -69,7 +69,7 @@ class Teacher:
         tokens = []
         for i in range(0, len(pictures), self.batch_size):
             batch = pictures[i : i + self.batch_size]
-            found, _ = self._tokens_of(self._params, self._place(batch))
+            found, _ = self._tokens_of(self.params, self._place(batch))
             tokens.append(np.asarray(found)[: len(batch)])
         return np.concatenate(tokens)
 
@@ -80,6 +80,6 @@ class Teacher:
             "name": self.name,
             "hash": self.hash,
             "dtype": self.dtype,
-            "width": self.tower.out_width,
+            "width": self.tower.token_width,
             "tower": tower,
         }

@@ -34,6 +34,11 @@ class Codec:
     scale: np.ndarray
     basis: np.ndarray | None = None
 
+    def equals(self, other: "Codec") -> bool:
+        """Whether what one has stored the other can read."""
+        arrays = ((self.scale, other.scale), (self.basis, other.basis))
+        return self.name == other.name and all(np.array_equal(a, b) for a, b in arrays)
+
     def project(self, tokens):
         """Tokens (..., C) as the store has them before packing: (..., C′) float32."""
         tokens = jnp.asarray(tokens, jnp.float32)

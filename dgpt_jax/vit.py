@@ -22,9 +22,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 xavier = nn.initializers.xavier_uniform()
 
+
+def swiglu(x):
+    """(…, 2H) to (…, H): the first half gates the second."""
+    gate, value = jnp.split(x, 2, axis=-1)
+    return nn.silu(gate) * value
+
+
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "swiglu": swiglu,
 }
 
 
@@ -84,33 +93,51 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """`hidden` units, or width · ratio of them; before a gated activation twice as many."""
+
     ratio: float
     activation: str
     dtype: Any
+    hidden: int | None = None
 
     @nn.compact
     def __call__(self, x_BND):
         width = x_BND.shape[-1]
+        units = int(width * self.ratio) if self.hidden is None else self.hidden
+        units *= 2 if self.activation == "swiglu" else 1
         dense = {"kernel_init": xavier, "dtype": self.dtype}
-        hidden = kept(nn.Dense(int(width * self.ratio), name="fc1", **dense)(x_BND))
+        hidden = kept(nn.Dense(units, name="fc1", **dense)(x_BND))
         return nn.Dense(width, name="fc2", **dense)(ACTIVATIONS[self.activation](hidden))
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block: x += attn(norm1 x); x += mlp(norm2 x)."""
+    """Pre-LN transformer block: x += ls1 · attn(norm1 x); x += ls2 · mlp(norm2 x).
+
+    ls1 and ls2 (D,) exist where `layer_scale`. `mlp_width` is exact where a ratio cannot be:
+    int(width * (mlp_width / width)) may be one less.
+    """
 
     heads: int
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     eps: float = 1e-6
     dtype: Any = jnp.float32
+    mlp_width: int | None = None
+    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, x_BND, mask_NM=None):
+        def scaled(name, y_BND):
+            if not self.layer_scale:
+                return y_BND
+            return y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:])
+
+        attn = Attention(self.heads, self.dtype, name="attn")
+        mlp = Mlp(self.mlp_ratio, self.activation, self.dtype, self.mlp_width, name="mlp")
         y = layer_norm(self.eps, "norm1")(x_BND).astype(self.dtype)
-        x_BND = x_BND + kept(Attention(self.heads, self.dtype, name="attn")(y, mask_NM))
+        x_BND = x_BND + scaled("ls1", kept(attn(y, mask_NM)))
         y = layer_norm(self.eps, "norm2")(x_BND).astype(self.dtype)
-        return x_BND + Mlp(self.mlp_ratio, self.activation, self.dtype, name="mlp")(y)
+        return x_BND + scaled("ls2", mlp(y))
 
 
 # What the backward pass recomputes. "none" keeps what matrix products give and recomputes what lies

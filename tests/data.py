@@ -1,13 +1,16 @@
 """Small datasets and models that several tests share."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dgpt_jax import build, clip, images
+from dgpt_jax import build, images, towers
 from dgpt_jax.config import Model, Tokens
 from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax.convert import files, layout, siglip
 from dgpt_jax.schema import parse
 
 # 16×16 pixels, 4×4 patches, 2×2 segments of 2×2 patches.
@@ -52,12 +55,12 @@ def write_folder(root, per_class: int, *, classes=("a", "b"), size=(24, 32), spl
 def image_dataset(root, per_class: int = 12, *, shard_size: int = 8, **kwargs):
     """A labelled image dataset with a train split in several shards; returns its directory."""
     write_folder(root / "folder", per_class, **kwargs)
-    images.import_folder(root / "folder", root / "images", shard_size=shard_size, say=lambda _: 0)
+    images.import_images(root / "folder", root / "images", shard_size=shard_size, say=lambda _: 0)
     return root / "images"
 
 
 # 16×16 pixels, 4×4 patches like TINY's; 24 channels.
-TOWER = clip.Tower(
+TOWER = towers.Tower(
     image_size=16, patch=4, width=32, depth=2, heads=2, mlp_width=64, out_width=24,
     activation="quick_gelu",
 )  # fmt: skip
@@ -66,10 +69,31 @@ TOWER = clip.Tower(
 def random_teacher(directory, *, seed=0, tower=TOWER):
     """A tower of random weights in OpenCLIP's layout, whose tokens differ from image to image."""
     size = tower.image_size
-    init = jax.jit(clip.ClipTower(tower).init)
+    init = jax.jit(towers.TeacherTower(tower).init)
     params = init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))["params"]
     params["patch_embed"]["kernel"] *= 10
     clip_weights.save(directory, params, tower)
+    return directory
+
+
+# The same sizes, as SigLIP's towers are.
+SIGLIP = towers.Tower(
+    image_size=16, patch=4, width=32, depth=2, heads=2, mlp_width=64, out_width=None,
+    activation="gelu_tanh", eps=1e-6, mean=(0.5,) * 3, std=(0.5,) * 3, cls=False, pre_norm=False,
+    patch_bias=True,
+)  # fmt: skip
+
+
+def random_siglip(directory):
+    """SIGLIP with random weights, as Hugging Face's SiglipVisionModel is saved."""
+    init = jax.jit(towers.TeacherTower(SIGLIP).init)
+    params = init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params["patch_embed"]["kernel"] *= 10
+    flat = {name: np.asarray(leaf) for name, leaf in layout.flatten(params).items()}
+    state = layout.write(siglip.entries(SIGLIP.depth), flat)
+    files.write_safetensors(directory / "model.safetensors", state, {"format": "pt"})
+    config = {"num_attention_heads": SIGLIP.heads, "model_type": "siglip_vision_model"}
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 

@@ -140,7 +140,9 @@ def test_a_request_that_hangs_is_given_up_and_made_again(near, far, server, monk
     examples = open_far(far)
     server.stall = "view000.array_record-00007"
     threading.Timer(0.5, lambda: setattr(server, "stall", "")).start()
+    began = time.monotonic()
     assert_same(batches(examples, 20), expected(near, range(20)))
+    assert time.monotonic() - began < 20
 
 
 def test_a_shard_that_cannot_be_fetched(far, server):
@@ -190,8 +192,12 @@ def test_a_disk_that_is_too_small(far, server, tmp_path, monkeypatch):
     assert not server.media
 
 
-def test_a_split_is_read_without_being_announced(near, far):
+def test_a_split_is_read_without_being_announced(far, server):
     split = records.Split(far, "view001")
+    server.broken = "view001"
+    with pytest.raises(UserError, match="cannot be fetched"):
+        split[5]
+    server.broken = ""
     assert [e["id"] for e in split] == [f"1/{i}" for i in range(sum(LENGTHS))]
     assert len(split.cache.files()) <= shard_cache.UNANNOUNCED
     assert split[0]["id"] == "1/0"  # evicted long ago

@@ -1,7 +1,8 @@
 """A stand-in for Google Cloud Storage: the part of its JSON API that gcsfs uses, in memory.
 
 Requests can be slow (`latency`, seconds), fail (`fail_every`: each n-th answers 503, each 2n-th is
-cut off instead) or be refused for good (`broken`: a part of a name); what was asked is counted.
+cut off instead), be refused for good (`broken`: a part of a name) or not be answered (`stall`:
+likewise); what was asked is counted.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ class Server(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, tuple[str, bytearray]] = {}
         self.latency, self.fail_every, self.broken, self.stall = 0.0, 0, "", ""
-        self.lock = threading.Lock()
+        self.lock, self.ended = threading.Lock(), threading.Event()
         self.reset()
 
     def reset(self):
@@ -51,6 +52,7 @@ class Server(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_):
+        self.ended.set()
         self.shutdown()
         self.server_close()
 
@@ -76,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         if store.latency:
             time.sleep(store.latency)
         if store.stall and store.stall in unquote(url.path) and asked.get("alt") == "media":
-            time.sleep(5)
+            store.ended.wait(60)
         if store.broken and store.broken in unquote(url.path) and asked.get("alt") == "media":
             return self.answer(503, b"")
         if store.fail_every and number % store.fail_every == 0:

@@ -13,7 +13,7 @@ def store_info(
     codec="int8", *, grid=(2, 2), cls=True, width=4, picture_size=16
 ) -> token_store.StoreInfo:
     return token_store.StoreInfo(
-        name="tokens",
+        name="store",
         codec=codec,
         grid=grid,
         cls=cls,
@@ -21,7 +21,7 @@ def store_info(
         channel_scale=() if codec == "float16" else (1.0,) * width,
         cosine=(1.0, 1.0),
         variance=1.0,
-        example_bytes=1000.0,
+        example_bytes=100.0,
         picture_size=picture_size,
         picture="jpeg95",
         teacher={"width": width},

@@ -6,22 +6,23 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from dgpt_jax import (
     build,
-    clip,
     config,
     pipeline,
     records,
     shards,
     token_codec,
     token_store,
+    towers,
     verify,
     views,
 )
 from dgpt_jax.config import Data, Tokens
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError, parse
 from dgpt_jax.teacher import Teacher
 from dgpt_jax.token_store import StoreInfo
@@ -196,7 +197,7 @@ def test_training_reads_what_was_stored(made):
 def test_a_store_carries_what_made_it(made):
     _, _, teacher, store = made
     info = StoreInfo.load(store)
-    assert info.teacher["hash"] == clip_weights.load(str(teacher)).hash
+    assert info.teacher["hash"] == teacher_weights.load(str(teacher)).hash
     assert info.source["examples"] == 20 and info.grid == (4, 4) and info.width == 24
     assert len(info.channel_scale) == 24 and 0.999 < info.cosine[0] <= info.cosine[1]
     assert json.loads((store / "dataset_info.json").read_text())["fileFormat"] == "array_record"
@@ -208,8 +209,8 @@ def test_pictures_larger_than_the_teachers_input(made, tmp_path):
     store = data.token_store(tmp_path, dataset, teacher, picture_size=32)
     split = records.Split(store, "view000")
     pictures = np.stack([views.decode_picture(split[i]["image"]) for i in range(4)])
-    loaded = clip_weights.load(str(teacher))
-    expected = clip.teacher_tokens(loaded.tower, loaded.params, pictures)
+    loaded = teacher_weights.load(str(teacher))
+    expected = towers.teacher_tokens(loaded.tower, loaded.params, pictures)
     assert token_codec.cosines(decoded_tokens(store)[:4], expected).min() > 0.999
 
 
@@ -219,3 +220,26 @@ def test_nothing_to_build_from(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         settings = {"source": str(tmp_path / "absent"), "teacher": {"weights": "x"}}
         build.build(parse(Tokens, settings), tmp_path / "out")
+
+
+def test_a_source_as_tfds_prepares_imagenet(made, tmp_path):
+    """{file_name, image, label} and no id."""
+    _, dataset, teacher, _ = made
+    label = tfds.features.ClassLabel(names=["n01440764", "n01443537"])
+    features = tfds.features.FeaturesDict(
+        {"file_name": tfds.features.Text(), "image": tfds.features.Image(), "label": label}
+    )
+    source = tmp_path / "imagenet2012" / "5.1.0"
+    source.mkdir(parents=True)
+    examples = [
+        {"file_name": f"n01440764_{i}.JPEG", "image": io.BytesIO(e["image"]), "label": i % 2}
+        for i, e in enumerate(records.Split(dataset, "train"))
+    ]
+    path = records.shard_path(source, "train", 0, 1, "imagenet2012")
+    receipt = shards.write(path, map(records.serializer(features), examples))
+    records.write_metadata(source, features, {"train": [receipt]}, "imagenet2012")
+    store = data.token_store(tmp_path, source, teacher)
+    split = records.Split(store, "view000")
+    assert [e["id"] for e in split][:2] == ["n01440764_0.JPEG", "n01440764_1.JPEG"]
+    assert split.label.names == label.names and split[1]["label"] == 1
+    assert StoreInfo.load(store).source["examples"] == 20

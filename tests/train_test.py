@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import convert
@@ -164,7 +165,7 @@ def test_the_loss_falls_on_digits(tmp_path):
     for i, picture in enumerate(load_digits().images[:200]):
         image = Image.fromarray((picture * 255 / 16).astype(np.uint8)).resize((24, 24))
         image.save(tmp_path / f"folder/{i:03d}.png")
-    images.import_folder(tmp_path / "folder", tmp_path / "images", say=lambda _: None)
+    images.import_images(tmp_path / "folder", tmp_path / "images", say=lambda _: None)
     store = token_store(tmp_path, tmp_path / "images", random_teacher(tmp_path / "teacher"))
     run = settings(
         store, total="60 steps", batch_size=32, optim={"blr": 0.016},
@@ -257,7 +258,9 @@ def test_a_run_is_opened_again(made, whole):
     tokens = rng.standard_normal((2, 17, 24)).astype(np.float32)
     orders = np.stack([rng.permutation(4) for _ in range(2)])
     losses = jax.jit(model.losses)(images, tokens, orders)
-    assert set(losses) == {"next", "visible"}
+    without = jax.jit(partial(model.losses, cls=False))(images, tokens[:, 1:], orders)
+    assert set(losses) == set(without) == {"next", "visible"}
+    assert losses["next"] != without["next"]
 
     def total(params, tokens):
         return sum(model.losses(images, tokens, orders, params=params).values())

@@ -1,4 +1,4 @@
-"""Builds a token store from a TFDS image dataset and CLIP weights; a rerun continues.
+"""Builds a token store from a TFDS image dataset and the weights of a teacher; a rerun continues.
 
 python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=DIR
 

@@ -9,11 +9,11 @@ import optax
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dgpt_jax import clip, records, views
+from dgpt_jax import records, towers, views
 from dgpt_jax.convert import clip as clip_weights
 
 TEST = 360  # images of the test split, of 1,797
-TOWER = clip.Tower(
+TOWER = towers.Tower(
     image_size=32, patch=8, width=64, depth=4, heads=2, mlp_width=256, out_width=64,
     activation="gelu",
 )  # fmt: skip
@@ -48,12 +48,12 @@ def train_teacher(dataset, directory: Path, steps: int):
     rng = np.random.default_rng(1)
     vectors = rng.standard_normal((10, TOWER.out_width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    init = jax.jit(clip.ClipTower(TOWER).init)
+    init = jax.jit(towers.TeacherTower(TOWER).init)
     params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, 2e-3, steps // 10, steps))
 
     def loss(params, pictures, labels):
-        cls = clip.teacher_tokens(TOWER, params, pictures)[:, 0]
+        cls = towers.teacher_tokens(TOWER, params, pictures)[:, 0]
         cls /= jnp.linalg.norm(cls, axis=1, keepdims=True)
         logits = 10 * cls @ vectors.T
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

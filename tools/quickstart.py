@@ -24,8 +24,8 @@ import numpy as np
 import plot
 import visualize
 
-from dgpt_jax import cli, clip, config, evaluate, load, metrics, schema
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax import cli, config, evaluate, load, metrics, schema, towers
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ def token_store(out: Path, name: str, *overrides: str) -> Command:
 
 def feature_sets(out: Path, images: dict) -> dict:
     """{name: {split: (features, labels)}} of everything that is compared."""
-    tower = clip_weights.load(str(out / "teacher"))
+    teacher = teacher_weights.load(str(out / "teacher"))
     trained = {name: load.load_encoder(out / "runs" / name) for name in RUNS}
     students = {
         "untrained encoder": load.untrained(trained["both"].model, seed=0),
@@ -133,7 +133,7 @@ def feature_sets(out: Path, images: dict) -> dict:
     encoders = {
         "raw pixels": lambda x: jnp.asarray(x[..., 0], jnp.float32).reshape(len(x), -1) / 255,
         **{name: partial(student.features, pooling="mean") for name, student in students.items()},
-        "the teacher": lambda x: clip.teacher_tokens(tower.tower, tower.params, x)[:, 0],
+        "the teacher": lambda x: towers.teacher_tokens(teacher.tower, teacher.params, x)[:, 0],
     }
     found = {}
     for name, encode in encoders.items():
@@ -215,7 +215,8 @@ def main():
         digits.train_teacher(out / "digits", out / "teacher.part", steps=args.steps or 600)
         (out / "teacher.part").rename(out / "teacher")
     run(logs, token_store(out, "tokens"))
-    run(logs, token_store(out, "tokens_test", "--config.split=test", "--config.views=1"))
+    held_out = ("--config.split=test", "--config.views=1", f"--config.like={out / 'tokens'}")
+    run(logs, token_store(out, "tokens_test", *held_out))
     words = ("tools/verify_tokens.py", out / "tokens", f"--weights={out / 'teacher'}")
     run(logs, Command("verify", out / "tokens", words))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (None,)

@@ -145,6 +145,22 @@ def timm_blocks(name: str, path: str, depth: int) -> list[Entry]:
     return entries
 
 
+def hugging_face_layers(name: str, depth: int) -> list[Entry]:
+    """The blocks of Hugging Face's CLIP and of what descends from it, stacked under `blocks`."""
+    entries = []
+    for i in range(depth):
+        layer = f"{name}.{i}"
+        entries += norm(f"{layer}.layer_norm1", "blocks/norm1", layer=i)
+        entries += norm(f"{layer}.layer_norm2", "blocks/norm2", layer=i)
+        for part, letter in enumerate("qkv"):
+            source = f"{layer}.self_attn.{letter}_proj"
+            entries += linear(source, "blocks/attn/qkv", layer=i, part=part)
+        entries += linear(f"{layer}.self_attn.out_proj", "blocks/attn/proj", layer=i)
+        entries += linear(f"{layer}.mlp.fc1", "blocks/mlp/fc1", layer=i)
+        entries += linear(f"{layer}.mlp.fc2", "blocks/mlp/fc2", layer=i)
+    return entries
+
+
 def patch_embed(name: str, path: str) -> list[Entry]:
     """Weight and bias of the patch embedding's convolution."""
     return [

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from dgpt_jax import clip, digpt, pipeline, segments, token_codec, token_store, vit
+from dgpt_jax import digpt, pipeline, segments, token_codec, token_store, towers, vit
 from dgpt_jax.config import Train
-from dgpt_jax.convert import clip as clip_weights
+from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError
 from dgpt_jax.token_codec import Codec
 
@@ -77,7 +77,7 @@ class Pretrain:
         else:
             if self.config.data.targets == "online":
                 dtype = self.config.teacher.dtype
-                tokens = clip.teacher_tokens(self.teacher.tower, frozen, pictures, dtype=dtype)
+                tokens = towers.teacher_tokens(self.teacher.tower, frozen, pictures, dtype=dtype)
             else:
                 tokens = self.target.codec.decode(batch["tokens"])
             parts = digpt.token_losses(
@@ -100,7 +100,12 @@ class Pretrain:
         )  # fmt: skip
         examples = pipeline.open_examples(data, config.model, config.seed)
         if data.targets == "stored":
-            stored_target(replace(config, data=data), expected=self.target)
+            found = stored_target(replace(config, data=replace(data, source="")), self.target)
+            if not found.codec.equals(self.target.codec):
+                raise UserError(
+                    f"{data.path} (config.evals.heldout) has another codec, scale or basis than "
+                    f"{config.data.path}: build it with --config.like={config.data.path}"
+                )
         return lambda index: examples(int(index), int(index)), len(examples)
 
 
@@ -144,7 +149,7 @@ def load_teacher(config: Train):
     if config.data.targets != "online":
         return None
     teacher = config.teacher
-    return clip_weights.load(
+    return teacher_weights.load(
         teacher.weights,
         image_size=teacher.image_size,
         heads=teacher.heads,
@@ -155,7 +160,8 @@ def load_teacher(config: Train):
 def live_target(config: Train, teacher) -> Target:
     """The Target of a teacher within the step, or of pixels."""
     if teacher:
-        return Target(teacher.tower.out_width, teacher.tower.grid, cls=True)
+        tower = teacher.tower
+        return Target(tower.token_width, tower.grid, cls=tower.cls)
     return Target(3 * config.model.patch**2, (config.model.grid,) * 2, cls=False)
 
 
@@ -166,6 +172,14 @@ def stored_target(config: Train, expected: Target | None = None) -> Target:
         "width": expected.width if expected else config.teacher.width,
         "grid": expected.grid[0] if expected else config.teacher.grid,
     }
+    if config.data.source:
+        name, _, version = config.data.source.partition(":")
+        of = info.source
+        if name != of["name"] or version not in ("", of["version"]):
+            raise UserError(
+                f"{config.data.path} is a store of {of['name']}:{of['version']}, the config "
+                f"expects {config.data.source} (config.data.source)"
+            )
     found = {"width": info.width, "grid": info.grid[0]}
     for name, value in wanted.items():
         if value is not None and value != found[name]:

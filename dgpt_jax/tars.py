@@ -1,0 +1,110 @@
+"""Where the members of a tar lie, so that threads can read them in place.
+
+Not `tarfile.open`: it keeps every member in memory, and takes an archive that was cut off between
+two members for a whole one.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+
+from dgpt_jax.schema import UserError
+
+BLOCK = 512
+# First bytes of compressed files, and what undoes them.
+COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"PK\x03\x04": "unzip",
+}
+
+
+def is_tar(path) -> bool:
+    """By the name, or the mark in the first header."""
+    if os.fspath(path).endswith(".tar"):
+        return True
+    with open(path, "rb") as file:
+        return file.read(BLOCK)[257:262] == b"ustar"
+
+
+def compression(path) -> str | None:
+    """The command that unpacks a compressed file; None where it is not compressed."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    return next((tool for mark, tool in COMPRESSED.items() if start.startswith(mark)), None)
+
+
+def members(
+    file: int, path, start: int = 0, end: int | None = None
+) -> Iterator[tuple[bytes, int, int]]:
+    """(name, offset, size) in bytes of the files in a tar, as they lie in the archive.
+
+    The tar is what lies between `start` and `end` of an open file (a descriptor); `path` is what
+    errors call it. A link has size 0. Raises UserError where the tar is cut off or damaged.
+    """
+    end = os.fstat(file).st_size if end is None else end
+    if start == end:
+        raise UserError(f"{path} is empty")
+    position, last = start, "its beginning"
+    longer: dict[str, bytes] = {}  # what headers before a member say instead of its own
+    while True:
+        block = os.pread(file, BLOCK, position) if position + BLOCK <= end else b""
+        if len(block) < BLOCK:
+            raise UserError(
+                f"{path} is truncated: it ends at byte {end - start}, after {last}, without the "
+                f"empty block that ends a tar; copy or download it again"
+            )
+        if block.count(0) == BLOCK:
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as e:
+            raise UserError(
+                f"{path} is no tar or damaged at byte {position - start}, after {last}: {e}"
+            ) from None
+        has_data = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
+        is_note = info.type in (
+            tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+        )  # fmt: skip
+        told = {} if is_note else longer
+        name = told.get("path", os.fsencode(info.name))
+        length = int(told.get("size", info.size)) if has_data or is_note else 0
+        data = position + BLOCK
+        if data + length > end:
+            raise UserError(
+                f"{path} is truncated: it ends at byte {end - start}, within {os.fsdecode(name)} "
+                f"(bytes {data - start} to {data + length - start}); copy or download it again"
+            )
+        if is_note:
+            longer |= _note(info.type, os.pread(file, length, data))
+        else:
+            longer = {}
+            if has_data or info.islnk() or info.issym():
+                yield _clean(name), data, length
+            last = os.fsdecode(name)
+        position = data + -(-length // BLOCK) * BLOCK
+
+
+def _note(kind: bytes, data: bytes) -> dict[str, bytes]:
+    """What a header of its own says of the next member: a long name (GNU), path and size (pax)."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": data.rstrip(b"\0")}
+    found = {}
+    while kind == tarfile.XHDTYPE and data:  # records "LENGTH KEY=VALUE\n"
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not int(length):
+            break
+        record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
+        key, _, value = record.partition(b"=")
+        if key in (b"path", b"size"):
+            found[key.decode()] = value
+    return found
+
+
+def _clean(name: bytes) -> bytes:
+    """Without the "./" or "/" that some archives begin every name with."""
+    while name.startswith((b"./", b"/")):
+        name = name.partition(b"/")[2]
+    return name

@@ -1,0 +1,116 @@
+"""Vision towers that teach: CLIP's, SigLIP's and DINOv2's in one module.
+
+Sources: CLIP is `clip.py` of the official D-iGPT, after OpenAI's; SigLIP (arXiv 2303.15343) and
+DINOv2 (arXiv 2304.07193, registers 2309.16588) are Hugging Face's SiglipVisionModel, Dinov2Model
+and Dinov2WithRegistersModel.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dgpt_jax import vit
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a tower is, apart from its weights; the defaults are CLIP's.
+
+    Sizes in pixels, widths in channels. `out_width`: None for a tower without a projection.
+    `activation`: a name of vit.ACTIVATIONS. `registers`: tokens that only the blocks see.
+    """
+
+    image_size: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    out_width: int | None
+    activation: str
+    eps: float = 1e-5
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    cls: bool = True
+    registers: int = 0
+    pre_norm: bool = True
+    patch_bias: bool = False
+    layer_scale: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patch tokens."""
+        return (self.image_size // self.patch,) * 2
+
+    @property
+    def token_width(self) -> int:
+        """C, the width of its tokens."""
+        return self.width if self.out_width is None else self.out_width
+
+
+class TeacherTower(nn.Module):
+    """Images to all tokens after the final norm, and after CLIP's `proj`, as D-iGPT's targets."""
+
+    tower: Tower
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images):
+        """Normalised images (B, size, size, 3) to tokens (B, cls+N, C) float32, CLS first."""
+        tower, batch = self.tower, len(images)
+        normal = nn.initializers.normal(tower.width**-0.5)
+        whole = tower.grid[0] * tower.patch
+        if whole != tower.image_size:  # a convolution, too, leaves out what is no whole patch
+            images = images[:, :whole, :whole]
+        patches = vit.patchify(images.astype(self.dtype), tower.patch)
+        embed = nn.Dense(
+            tower.width, use_bias=tower.patch_bias, dtype=self.dtype, name="patch_embed"
+        )
+        x = embed(patches.reshape(batch, -1, patches.shape[-1]))
+        if tower.cls:
+            cls = self.param("class_embedding", normal, (tower.width,))
+            cls = jnp.broadcast_to(cls, (batch, 1, tower.width))
+            x = jnp.concatenate([cls, x], axis=1)
+        x = x + self.param("positions", normal, (x.shape[1], tower.width))
+        if tower.registers:
+            registers = self.param("registers", normal, (tower.registers, tower.width))
+            registers = jnp.broadcast_to(registers, (batch, tower.registers, tower.width))
+            x = jnp.concatenate([x[:, : tower.cls], registers, x[:, tower.cls :]], axis=1)
+        if tower.pre_norm:
+            x = vit.layer_norm(tower.eps, "ln_pre")(x)
+        block = vit.Block(
+            tower.heads,
+            activation=tower.activation,
+            eps=tower.eps,
+            dtype=self.dtype,
+            mlp_width=tower.mlp_width,
+            layer_scale=tower.layer_scale,
+            name="blocks",
+        )
+        x, _ = vit.scan_blocks(block, tower.depth, x, None)
+        if tower.registers:
+            x = jnp.concatenate([x[:, : tower.cls], x[:, tower.cls + tower.registers :]], axis=1)
+        x = vit.layer_norm(tower.eps, "ln_post")(x)
+        if tower.out_width is None:
+            return x
+        proj = nn.Dense(tower.out_width, use_bias=False, dtype=self.dtype, name="proj")
+        return proj(x.astype(self.dtype)).astype(jnp.float32)
+
+
+def teacher_tokens(tower: Tower, params, pictures, dtype=jnp.float32):
+    """Pictures uint8 (B, size, size, 3) to tokens (B, cls+N, C) float32, CLS first if there is one.
+
+    Pictures of another size than the tower's are resized first (antialiased bicubic).
+    """
+    images = pictures.astype(jnp.float32)
+    if images.shape[1] != tower.image_size:
+        shape = (len(images), tower.image_size, tower.image_size, 3)
+        images = jnp.clip(jax.image.resize(images, shape, "cubic"), 0, 255)
+    images = vit.normalise(images, tower.mean, tower.std)
+    return TeacherTower(tower, jnp.dtype(dtype)).apply({"params": params}, images)
