@@ -138,10 +138,28 @@ def train_batches(
 
     Raises UserError where the shards of a far store do not fit the cache, or cannot be fetched.
     """
-    far = examples.sources.splits[0].cache is not None
-    order = _lanes(examples, batch_size) if far else orders.Shuffled(len(examples), examples.seed)
+    order = _order(examples, batch_size)
     batches = _batches(examples, order, batch_size, rows, start_step)
-    return _fetching(batches, examples, order, rows, start_step) if far else batches
+    if isinstance(order, orders.Shuffled):
+        return batches
+    return _fetching(batches, examples, order, rows, start_step)
+
+
+def batch_ids(examples: Examples, batch_size: int, *, rows: np.ndarray, step: int) -> list[str]:
+    """SPLIT/ID of the examples in this process's `rows` of a global batch."""
+    order = _order(examples, batch_size)
+    names = []
+    for row in rows:
+        epoch, index = order(step * batch_size + int(row))
+        split = examples.sources.splits[epoch % len(examples.sources.splits)]
+        names.append(f"{split.split}/{split[index]['id']}")
+    return names
+
+
+def _order(examples: Examples, batch_size: int) -> orders.Shuffled | orders.Lanes:
+    if examples.sources.splits[0].cache is None:
+        return orders.Shuffled(len(examples), examples.seed)
+    return _lanes(examples, batch_size)
 
 
 def _batches(examples, order, batch_size: int, rows, start_step: int) -> Generator:
