@@ -44,6 +44,14 @@ class Examples:
     def __len__(self) -> int:
         return len(self.sources.splits[0])
 
+    def counters(self) -> dict[str, float]:
+        """What fetching has done so far: bytes that came, seconds that reading threads stood still
+        for them, all threads together. Empty where data are near."""
+        cache = self.sources.splits[0].cache
+        if cache is None:
+            return {}
+        return {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
+
     def __call__(self, position: int, index: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """The example `index` at `position`; epoch e uses view e mod K."""
         source = self.sources.begin(epoch % len(self.sources.splits))

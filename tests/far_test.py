@@ -111,6 +111,8 @@ def test_a_host_fetches_its_share(far, server):
         batches(examples, epoch - 2, rows=rows)
         cache = examples.sources.splits[0].cache
         eventually(lambda cache=cache: not cache.files() and server.sent == cache.fetched_bytes)
+        assert examples.counters()["fetched_bytes"] == server.sent
+        assert examples.counters()["fetch_wait_seconds"] > 0
         assert 0.2 * total < server.sent <= 0.45 * total
         assert max(Counter(server.media).values()) == 1  # nothing twice
 
