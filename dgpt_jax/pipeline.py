@@ -44,8 +44,21 @@ class Examples:
     def __len__(self) -> int:
         return len(self.sources.splits[0])
 
-    def __call__(self, position: int, index: int, epoch: int = 0) -> dict[str, np.ndarray]:
-        """The example `index` at `position`; epoch e uses view e mod K."""
+    def counters(self) -> dict[str, float]:
+        """What fetching has done so far: bytes that came, seconds that reading threads stood still
+        for them, all threads together. Empty where data are near."""
+        cache = self.sources.splits[0].cache
+        if cache is None:
+            return {}
+        return {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
+
+    def __call__(
+        self, position: int, index: int, epoch: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """The example `index` at `position`; epoch e (default: as data near by count them) uses
+        view e mod K."""
+        if epoch is None:
+            epoch = position // len(self)
         source = self.sources.begin(epoch % len(self.sources.splits))
         record = source[index]
         try:
