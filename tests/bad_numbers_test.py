@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from dgpt_jax import losses, optim, records, replay, shards, token_store, train
+from dgpt_jax import losses, optim, pipeline, records, replay, sharding, shards, token_store, train
 from dgpt_jax.config import Train
 from dgpt_jax.schema import UserError, parse
-from dgpt_jax.tasks.pretrain import open_pretrain
+from dgpt_jax.tasks.pretrain import Pretrain, Target, open_pretrain
+from dgpt_jax.token_codec import Codec
 from tests import data, processes
 
 
@@ -70,6 +71,35 @@ def test_a_zero_vector_has_a_finite_gradient():
     for a, b in ((zero, x), (x, zero), (zero, zero)):
         value, grads = jax.value_and_grad(lambda a, b: losses.cosine_loss(a, b).sum(), (0, 1))(a, b)
         assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
+
+
+def dtypes_of(jaxpr, found) -> dict:
+    """{primitive: dtypes of its results}, also within the programs that it calls."""
+    for equation in jaxpr.eqns:
+        for result in equation.outvars:
+            found.setdefault(equation.primitive.name, set()).add(str(result.aval.dtype))
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                dtypes_of(inner, found)
+    return found
+
+
+def test_float32_where_it_matters():
+    """Norms, softmax, cosine, loss, gradients of parameters; bfloat16 only in products."""
+    config = parse(Train, {"model": data.TINY, "data": {"path": "x"}, "dtype": "bfloat16"})
+    task = Pretrain(config, Target(24, (4, 4), True, Codec("int8", np.ones(24))))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    batch = {n: jnp.zeros((2, *x.shape), x.dtype) for n, x in task.abstract_example().items()}
+    step = jax.value_and_grad(task.loss, has_aux=True)
+    (loss, _), grads = jax.eval_shape(step, params, {}, batch)
+    assert {x.dtype.name for x in jax.tree.leaves((loss, grads, params))} == {"float32"}
+    # The forward pass: backwards, GELU's own exponential is in bfloat16, as GELU is.
+    found = dtypes_of(jax.make_jaxpr(task.loss)(params, {}, batch).jaxpr, {})
+    assert "bfloat16" in found["dot_general"] and "bfloat16" in found["erfc"]
+    for primitive in ("exp", "rsqrt", "sqrt", "reduce_max", "reduce_sum", "square"):
+        assert found.get(primitive, {"float32"}) == {"float32"}, primitive
+    assert {"exp", "rsqrt", "sqrt"} <= found.keys()
 
 
 def settings(store, **changes) -> Train:
@@ -141,8 +171,6 @@ def test_bad_numbers_stop_the_run_and_the_step_runs_again(store, tmp_path, capsy
 
 def test_replay_of_a_sound_step_gives_its_loss(store, tmp_path):
     """What is written down is enough: no data, no run."""
-    from dgpt_jax import pipeline, sharding
-
     config = settings(store)
     task = open_pretrain(config)
     mesh = sharding.make_mesh(config.mesh)
