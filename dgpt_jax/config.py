@@ -101,6 +101,12 @@ class Data:
     flip: bool = entry(True, "live views: mirror half of them")
     threads: int = entry(8, "reading threads of each worker")
     workers: int = entry(0, "worker processes; 0 reads in threads of the training process")
+    bad_records: str | None = entry(
+        None,
+        "error, or skip: damaged records are named, counted and replaced by the next; default: "
+        "error for token stores, skip for images",
+    )
+    bad_most: float = entry(0.001, "share of bad records from which on skipping them is an error")
     cache: str = entry(
         "", "local directory for shards of data on gs:// while they are read; default: temporary"
     )
@@ -208,6 +214,9 @@ class Train:
         one_of("config.dtype", self.dtype, ("bfloat16", "float32"))
         one_of("config.data.targets", self.data.targets, ("stored", "online", "pixels"))
         one_of("config.data.order", self.data.order, ("random", "raster"))
+        one_of("config.data.bad_records", self.data.bad_records, (None, "error", "skip"))
+        if not 0 <= self.data.bad_most <= 1:
+            raise UserError(f"config.data.bad_most {self.data.bad_most} must be within 0 and 1")
         if not self.data.path:
             raise UserError("config.data.path is empty: name the token store or image dataset")
         if self.batch_size < 1 or self.accum_steps < 1 or self.batch_size % self.accum_steps:

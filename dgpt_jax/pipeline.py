@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from dgpt_jax import gcs, open_files, orders, records, segments, token_store, views
+from dgpt_jax import bad_records, gcs, open_files, orders, records, segments, token_store, views
 from dgpt_jax.config import Data, Model
 from dgpt_jax.schema import UserError
 
 # Streams of random numbers that hang on one position: numpy seeds are (seed, stream, position).
 ORDER, VIEW = 0, 1
+REPLACED = "replaced"  # of a batch: whether an example stands in for one that is bad
 
 
 def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
@@ -40,26 +41,33 @@ class Examples:
     image_size: int
     segments: tuple[int, int]
     seed: int
+    policy: bad_records.Policy
 
     def __len__(self) -> int:
         return len(self.sources.splits[0])
 
     def counters(self) -> dict[str, float]:
-        """What fetching has done so far: bytes that came, seconds that reading threads stood still
-        for them, all threads together. Empty where data are near."""
+        """What this process has met so far: bad records that were passed over; where data are far,
+        bytes that came, and seconds that reading threads stood still for them, all together."""
+        found = {"bad_records": self.policy.bad}
         cache = self.sources.splits[0].cache
         if cache is None:
-            return {}
-        return {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
+            return found
+        fetched = {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
+        return found | fetched
 
     def __call__(self, position: int, index: int, epoch: int = 0) -> dict[str, np.ndarray]:
         """The example `index` at `position`; epoch e uses view e mod K."""
+        return self.read(position, index, epoch)[0]
+
+    def read(self, position: int, index: int, epoch: int) -> tuple[dict[str, np.ndarray], bool]:
+        """The same, and whether it stands in for one that is bad."""
         source = self.sources.begin(epoch % len(self.sources.splits))
+        return self.policy.first_good(lambda i: self._example(source, position, i), index)
+
+    def _example(self, source: records.Split, position: int, index: int) -> dict[str, np.ndarray]:
         record = source[index]
-        try:
-            image = views.decode_picture(record["image"])
-        except ValueError as e:
-            raise UserError(f"{source}: example {index} ({record['id']}): {e}") from None
+        image = bad_records.picture(source, index, record)
         if self.with_tokens:
             image = views.resize(image, self.image_size, self.image_size)
         else:
@@ -103,6 +111,7 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         )
     names = [data.split]
     if stored:
+        token_store.refuse_others(data.path, opened.builder.info.features)
         have = len(opened.builder.info.splits)
         if data.views is not None and not 1 <= data.views <= have:
             raise UserError(f"config.data.views {data.views}: {data.path} holds {have} views")
@@ -113,6 +122,10 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
             f"{splits[0]} has {len(splits[0])} examples, the config expects {data.examples} "
             f"(config.data.examples)"
         )
+    default = "error" if stored else "skip"
+    policy = bad_records.Policy(
+        skip=(data.bad_records or default) == "skip", most=data.bad_most, length=len(splits[0])
+    )
     return Examples(
         sources=open_files.TwoOpen(splits),
         with_tokens=stored,
@@ -120,6 +133,7 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         image_size=model.image_size,
         segments=model.segments,
         seed=seed,
+        policy=policy,
     )
 
 
@@ -136,7 +150,8 @@ class _Local:
         step, row = divmod(int(i), len(self.rows))
         position = step * self.batch_size + int(self.rows[row])
         epoch, index = self.order(position)
-        return self.examples(position, index, epoch)
+        example, replaced = self.examples.read(position, index, epoch)
+        return example | {REPLACED: np.bool_(replaced)}
 
 
 def train_batches(
@@ -166,7 +181,9 @@ def _batches(examples, order, batch_size: int, rows, start_step: int) -> Generat
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
     iterator = iter(batches)
     try:
-        yield from iterator
+        for batch in iterator:
+            examples.policy.count(batch.pop(REPLACED))
+            yield batch
     finally:
         iterator.close()  # or its threads and processes complain at interpreter exit
 

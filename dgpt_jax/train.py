@@ -114,6 +114,7 @@ def train(config: Train, workdir: Path) -> int:
                 if step % config.log_every == 0 or last:
                     flush()
                     values = {"learning_rate": float(rate(step - 1))} | clock.read(step)
+                    values |= task.examples.counters()
                     pending = (step, values, running.compute())
                     running = collection.empty()
                 if evaluators and (step % schedule.eval_every == 0 or last):

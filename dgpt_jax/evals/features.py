@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dgpt_jax import pipeline, records, sharding, views
+from dgpt_jax import bad_records, pipeline, records, sharding, views
 from dgpt_jax.schema import UserError
 
 
@@ -41,7 +41,7 @@ class Extractor:
 
         def load(index):
             record = source[index]
-            image = views.decode_picture(record["image"])
+            image = bad_records.picture(source, index, record)
             picture = views.centre_crop(image, **self._view)
             return {"image": picture, "label": np.int32(record["label"])}
 
