@@ -56,9 +56,12 @@ class Examples:
         fetched = {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
         return found | fetched
 
-    def __call__(self, position: int, index: int, epoch: int = 0) -> dict[str, np.ndarray]:
-        """The example `index` at `position`; epoch e uses view e mod K."""
-        return self.read(position, index, epoch)[0]
+    def __call__(
+        self, position: int, index: int, epoch: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """The example `index` at `position`; epoch e (default: as data near by count them) uses
+        view e mod K."""
+        return self.read(position, index, position // len(self) if epoch is None else epoch)[0]
 
     def read(self, position: int, index: int, epoch: int) -> tuple[dict[str, np.ndarray], bool]:
         """The same, and whether it stands in for one that is bad."""

@@ -3,6 +3,7 @@ that is near."""
 
 import contextlib
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -270,3 +271,23 @@ def test_far_shards_without_a_manifest_are_counted_when_they_are_here(near, far,
     server.objects[first] = whole[:70_000]
     with pytest.raises(UserError, match="gs.*00000-of-00040, fetched: .*damaged or truncated"):
         batches(open_far(far), 20)
+
+
+@pytest.mark.slow
+def test_training_on_gs(far, server, tmp_path):
+    """The whole loop, held-out examples from gs:// included; the cache goes with the process."""
+    flags = {
+        "data.path": far, "data.cache": tmp_path / "cache", "data.lanes": 4, "data.threads": 2,
+        "evals.heldout": far, "evals.every": "4 steps", "evals.batch_size": 16, "evals.knn": "",
+        "total": "8 steps", "batch_size": 8, "dtype": "float32", "log_every": 1,
+        "optim.warmup": "1 steps", "checkpoint.every": "4 steps", "teacher.width": 4,
+        "teacher.grid": 2,
+    } | {f"model.{name}": value for name, value in data.TINY.items()}  # fmt: skip
+    words = ["-m", "dgpt_jax.train", "--config=configs/quickstart.py", f"--workdir={tmp_path}/run"]
+    process = processes.start([*words, *(f"--config.{k}={v}" for k, v in flags.items())])
+    (output,) = processes.outputs_of([process], timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert any("heldout/next" in line for line in lines)
+    assert not list((tmp_path / "cache").iterdir())
