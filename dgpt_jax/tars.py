@@ -5,6 +5,7 @@ two members for a whole one.
 """
 
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator
 
@@ -104,7 +105,5 @@ def _note(kind: bytes, data: bytes) -> dict[str, bytes]:
 
 
 def _clean(name: bytes) -> bytes:
-    """Without the "./" or "/" that some archives begin every name with."""
-    while name.startswith((b"./", b"/")):
-        name = name.partition(b"/")[2]
-    return name
+    """As a path within the archive: some begin with "./", "/" or, to write elsewhere, "../"."""
+    return posixpath.normpath(b"/" + name.lstrip(b"/"))[1:]
