@@ -4,6 +4,7 @@ Both are opened by `tfds.builder_from_directory` as well. An image dataset has {
 bytes), label if there are classes}, splits as imported; for the other see token_store.py.
 """
 
+import contextlib
 import os
 import re
 import zlib
@@ -86,6 +87,17 @@ def write_metadata(
     )
 
 
+@contextlib.contextmanager
+def _metadata(directory, of: str = ""):
+    """Whatever TFDS finds wrong with its metadata, in its parsers or later, as UserError."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(
+            f"{directory}{of}: dataset_info.json or features.json cannot be read: {one_line(e)}"
+        ) from None
+
+
 def open_builder(directory):
     """The TFDS builder of a directory, or UserError that says what is wrong with it."""
     path = epath.Path(directory)
@@ -93,12 +105,8 @@ def open_builder(directory):
         raise UserError(f"no such directory: {directory}")
     if not (path / "dataset_info.json").exists():
         raise UserError(f"{directory} is not a TFDS dataset: it has no dataset_info.json")
-    try:
+    with _metadata(directory):
         builder = tfds.builder_from_directory(directory)
-    except Exception as e:  # parsers of JSON, of protocol buffers, of TFDS's features
-        raise UserError(
-            f"{directory}: dataset_info.json or features.json cannot be read: {one_line(e)}"
-        ) from None
     if (file_format := builder.info.file_format.value) != "array_record":
         raise UserError(
             f"{directory} is stored as {file_format}, training needs array_record: convert it with "
@@ -129,7 +137,8 @@ class Opened:
         before they are fetched.
         """
         info = self.builder.info.splits[split]
-        names = [path.name for path in info.filepaths]
+        with _metadata(self.directory):
+            names = [path.name for path in info.filepaths]
         for name in names:
             if name not in self.sizes:
                 raise UserError(f"{self.directory}/{name} is missing")
@@ -167,9 +176,11 @@ class Split:
             have = ", ".join(info.splits)
             raise UserError(f"{directory} has no split {base!r}; it has {have}")
         opened.check(base)
+        with _metadata(directory, f", split {split}"):
+            files = info.splits[split].file_instructions
         self.shards = tuple(
             shard_cache.Shard(bytes=opened.sizes[os.path.basename(file.filename)], **vars(file))
-            for file in info.splits[split].file_instructions
+            for file in files
         )
         self._length = sum(shard.take for shard in self.shards)
         if not self._length:

@@ -71,7 +71,13 @@ def members(
         )  # fmt: skip
         told = {} if is_note else longer
         name = told.get("path", os.fsencode(info.name))
-        length = int(told.get("size", info.size)) if has_data or is_note else 0
+        size = told.get("size", b"%d" % info.size)
+        if not size.isdigit() or len(size) > 20:
+            raise UserError(
+                f"{path} is damaged at byte {position - start}: the size of {os.fsdecode(name)} is "
+                f"{size[:20].decode(errors='backslashreplace')}"
+            )
+        length = int(size) if has_data or is_note else 0
         data = position + BLOCK
         if data + length > end:
             raise UserError(

@@ -48,14 +48,16 @@ def draw(
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(*log_ratio))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        # Twice the side is as much of a miss as more, which may be infinite.
+        w = round(min(math.sqrt(area * aspect), 2 * width))
+        h = round(min(math.sqrt(area / aspect), 2 * height))
         if 0 < w <= width and 0 < h <= height:
             top = int(rng.integers(0, height - h + 1))
             left = int(rng.integers(0, width - w + 1))
             return View(top, left, h, w, mirrored)
     aspect = min(max(width / height, ratio[0]), ratio[1])
-    w = min(width, max(1, round(height * aspect)))
-    h = min(height, max(1, round(width / aspect)))
+    w = max(1, round(min(height * aspect, width)))
+    h = max(1, round(min(width / aspect, height)))
     return View((height - h) // 2, (width - w) // 2, h, w, mirrored)
 
 
