@@ -13,7 +13,8 @@ class Extractor:
     """(params, source) → (features (N, …) float32, labels (N,)), in order, on every process.
 
     `encode(params, pictures)` is jittable: uint8 (B, size, size, 3) to (B, …). Pictures are centre
-    crops (views.centre_crop). One compile serves all calls.
+    crops (views.centre_crop). One compile serves all calls. Raises UserError where `resize` is less
+    than `size`.
     """
 
     def __init__(
@@ -26,6 +27,11 @@ class Extractor:
         squash: bool = False,
         batch_size: int,
     ):
+        if resize < size:
+            raise UserError(
+                f"pictures are resized to {resize} pixels, fewer than the {size} of the model: set "
+                f"config.resize (config.evals.knn_resize in training) to {size} or more"
+            )
         self._mesh, self._batch_size = mesh, batch_size
         self._rows = sharding.process_rows(mesh, batch_size)
         self._view = {"resize_to": resize, "size": size, "squash": squash}
