@@ -15,9 +15,11 @@ class BadRecord(UserError):
 
 
 def bad_record(source, index: int, name: str, reason) -> BadRecord:
-    """The error of an example; `name` is its id, "" where that cannot be read either."""
+    """The error of an example; `name` is its id, "" where that cannot be read either. It may hold
+    anything, and is not to move the terminal's cursor."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     return BadRecord(
-        f"{source}: example {index} ({name or 'its id cannot be read'}): {one_line(reason)}"
+        f"{source}: example {index} ({shown or 'its id cannot be read'}): {one_line(reason)}"
     )
 
 

@@ -102,6 +102,12 @@ def test_images_that_cannot_be_decoded(tmp_path, kind):
     assert re.search(said, line)
 
 
+def test_an_id_may_hold_anything(tmp_path):
+    path = write_images(tmp_path / "set", {"é\n\x1b[2J.jpg": b"no image"})
+    with pytest.raises(UserError, match=r"example 0 \(é\\n\\x1b\[2J.jpg\): 8 bytes"):
+        opened_images(path, bad_records="error")(0, 0)
+
+
 def test_a_bomb_is_refused_before_it_takes_memory(monkeypatch):
     monkeypatch.setattr(views.cv2, "imdecode", lambda *_: pytest.fail("it is decoded"))
     for content in (png(BOMB, BOMB), jpeg_bomb(), png(1, 178_956_971), png(178_956_971, 1)):
