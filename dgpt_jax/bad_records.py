@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from dgpt_jax import token_codec, views
 from dgpt_jax.schema import UserError
+
+T = TypeVar("T")
 
 
 class BadRecord(UserError):
@@ -57,7 +60,7 @@ class Policy:
     bad: int = 0
     _said: set[str] = field(default_factory=set)
 
-    def first_good(self, load: Callable[[int], dict], index: int) -> tuple[dict, bool]:
+    def first_good(self, load: Callable[[int], T], index: int) -> tuple[T, bool]:
         """load(i) for the first i from `index` on, round the end, that is good, and whether it is
         another: a function of what is stored, on whatever process and thread."""
         skipped = 0

@@ -149,6 +149,10 @@ class Optim:
     b2: float = entry(0.95, "AdamW beta 2")
     clip_norm: float = entry(0.0, "clip gradients to this global L2 norm; 0: do not")
     mu_dtype: str = entry("float32", "dtype of the first moment: float32 or bfloat16")
+    bad_steps: int = entry(
+        10, "stop after so many updates in a row left out for numbers that are not finite"
+    )
+    spike: float = entry(0.0, "leave out updates at this times the running mean of the loss; 0: no")
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,10 @@ class Hosts:
 class Checkpoint:
     every: str = entry("5 epochs", "duration between checkpoints")
     keep: int = entry(2, "newest checkpoints to keep")
+    keep_every: str = entry("", "duration: those at its multiples are kept for ever")
+    best: str = entry(
+        "", "evaluation metric (heldout/visible, knn/cls, …) whose best checkpoint is kept too"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import grain
 import numpy as np
@@ -66,7 +67,7 @@ class Examples:
     def read(self, position: int, index: int, epoch: int) -> tuple[dict[str, np.ndarray], bool]:
         """The same, and whether it stands in for one that is bad."""
         source = self.sources.begin(epoch % len(self.sources.splits))
-        return self.policy.first_good(lambda i: self._example(source, position, i), index)
+        return self.policy.first_good(partial(self._example, source, position), index)
 
     def _example(self, source: records.Split, position: int, index: int) -> dict[str, np.ndarray]:
         record = source[index]
@@ -164,10 +165,35 @@ def train_batches(
 
     Raises UserError where the shards of a far store do not fit the cache, or cannot be fetched.
     """
-    far = examples.sources.splits[0].cache is not None
-    order = _lanes(examples, batch_size) if far else orders.Shuffled(len(examples), examples.seed)
+    order = _order(examples, batch_size)
     batches = _batches(examples, order, batch_size, rows, start_step)
-    return _fetching(batches, examples, order, rows, start_step) if far else batches
+    if isinstance(order, orders.Shuffled):
+        return batches
+    return _fetching(batches, examples, order, rows, start_step)
+
+
+def batch_ids(examples: Examples, batch_size: int, *, rows: np.ndarray, step: int) -> list[str]:
+    """SPLIT/ID of the examples in this process's `rows` of a global batch."""
+    order = _order(examples, batch_size)
+    names = []
+    for row in rows:
+        epoch, index = order(step * batch_size + int(row))
+        split = examples.sources.splits[epoch % len(examples.sources.splits)]
+        name, _ = examples.policy.first_good(partial(_good_id, split), index)
+        names.append(f"{split.split}/{name}")
+    return names
+
+
+def _good_id(source: records.Split, index: int) -> str:
+    record = source[index]
+    bad_records.picture(source, index, record)
+    return record["id"]
+
+
+def _order(examples: Examples, batch_size: int) -> orders.Shuffled | orders.Lanes:
+    if examples.sources.splits[0].cache is None:
+        return orders.Shuffled(len(examples), examples.seed)
+    return _lanes(examples, batch_size)
 
 
 def _batches(examples, order, batch_size: int, rows, start_step: int) -> Generator:

@@ -173,6 +173,13 @@ def test_batches_with_skipped_examples_are_the_same_everywhere(spotted):
     assert parts == len(BAD)  # of both processes, in one epoch
 
 
+def test_ids_of_a_batch_are_those_of_the_replacements(spotted):
+    examples = opened_images(spotted, bad_most=0.1)
+    names = pipeline.batch_ids(examples, 40, rows=np.arange(40), step=0)
+    assert len(set(names)) == 37 and not {f"train/{index}.jpg" for index in BAD} & set(names)
+    assert names.count("train/7.jpg") == 3 and names.count("train/31.jpg") == 2
+
+
 def test_more_than_the_share_is_fatal(spotted):
     with pytest.raises(UserError, match=r"1 bad records to 40 .* 0.001 .*config.data.bad_most"):
         batches(opened_images(spotted), 10)
