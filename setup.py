@@ -46,6 +46,7 @@ setup(
         "quickstart": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],
         "test": [
             "gcsfs>=2026.8",
+            "hypothesis>=6.150,<7",
             "matplotlib>=3.9,<4",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

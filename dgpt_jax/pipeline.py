@@ -13,16 +13,18 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import grain
 import numpy as np
 
-from dgpt_jax import gcs, open_files, orders, records, segments, token_store, views
+from dgpt_jax import bad_records, gcs, open_files, orders, records, segments, token_store, views
 from dgpt_jax.config import Data, Model
 from dgpt_jax.schema import UserError
 
 # Streams of random numbers that hang on one position: numpy seeds are (seed, stream, position).
 ORDER, VIEW = 0, 1
+REPLACED = "replaced"  # of a batch: whether an example stands in for one that is bad
 
 
 def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
@@ -40,31 +42,36 @@ class Examples:
     image_size: int
     segments: tuple[int, int]
     seed: int
+    policy: bad_records.Policy
 
     def __len__(self) -> int:
         return len(self.sources.splits[0])
 
     def counters(self) -> dict[str, float]:
-        """What fetching has done so far: bytes that came, seconds that reading threads stood still
-        for them, all threads together. Empty where data are near."""
+        """What this process has met so far: bad records that were passed over; where data are far,
+        bytes that came, and seconds that reading threads stood still for them, all together."""
+        found = {"bad_records": self.policy.bad}
         cache = self.sources.splits[0].cache
         if cache is None:
-            return {}
-        return {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
+            return found
+        fetched = {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
+        return found | fetched
 
     def __call__(
         self, position: int, index: int, epoch: int | None = None
     ) -> dict[str, np.ndarray]:
         """The example `index` at `position`; epoch e (default: as data near by count them) uses
         view e mod K."""
-        if epoch is None:
-            epoch = position // len(self)
+        return self.read(position, index, position // len(self) if epoch is None else epoch)[0]
+
+    def read(self, position: int, index: int, epoch: int) -> tuple[dict[str, np.ndarray], bool]:
+        """The same, and whether it stands in for one that is bad."""
         source = self.sources.begin(epoch % len(self.sources.splits))
+        return self.policy.first_good(partial(self._example, source, position), index)
+
+    def _example(self, source: records.Split, position: int, index: int) -> dict[str, np.ndarray]:
         record = source[index]
-        try:
-            image = views.decode_picture(record["image"])
-        except ValueError as e:
-            raise UserError(f"{source}: example {index} ({record['id']}): {e}") from None
+        image = bad_records.picture(source, index, record)
         if self.with_tokens:
             image = views.resize(image, self.image_size, self.image_size)
         else:
@@ -108,6 +115,7 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         )
     names = [data.split]
     if stored:
+        token_store.refuse_others(data.path, opened.builder.info.features)
         have = len(opened.builder.info.splits)
         if data.views is not None and not 1 <= data.views <= have:
             raise UserError(f"config.data.views {data.views}: {data.path} holds {have} views")
@@ -118,6 +126,10 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
             f"{splits[0]} has {len(splits[0])} examples, the config expects {data.examples} "
             f"(config.data.examples)"
         )
+    default = "error" if stored else "skip"
+    policy = bad_records.Policy(
+        skip=(data.bad_records or default) == "skip", most=data.bad_most, length=len(splits[0])
+    )
     return Examples(
         sources=open_files.TwoOpen(splits),
         with_tokens=stored,
@@ -125,6 +137,7 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         image_size=model.image_size,
         segments=model.segments,
         seed=seed,
+        policy=policy,
     )
 
 
@@ -141,7 +154,8 @@ class _Local:
         step, row = divmod(int(i), len(self.rows))
         position = step * self.batch_size + int(self.rows[row])
         epoch, index = self.order(position)
-        return self.examples(position, index, epoch)
+        example, replaced = self.examples.read(position, index, epoch)
+        return example | {REPLACED: np.bool_(replaced)}
 
 
 def train_batches(
@@ -165,8 +179,15 @@ def batch_ids(examples: Examples, batch_size: int, *, rows: np.ndarray, step: in
     for row in rows:
         epoch, index = order(step * batch_size + int(row))
         split = examples.sources.splits[epoch % len(examples.sources.splits)]
-        names.append(f"{split.split}/{split[index]['id']}")
+        name, _ = examples.policy.first_good(partial(_good_id, split), index)
+        names.append(f"{split.split}/{name}")
     return names
+
+
+def _good_id(source: records.Split, index: int) -> str:
+    record = source[index]
+    bad_records.picture(source, index, record)
+    return record["id"]
 
 
 def _order(examples: Examples, batch_size: int) -> orders.Shuffled | orders.Lanes:
@@ -189,7 +210,9 @@ def _batches(examples, order, batch_size: int, rows, start_step: int) -> Generat
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
     iterator = iter(batches)
     try:
-        yield from iterator
+        for batch in iterator:
+            examples.policy.count(batch.pop(REPLACED))
+            yield batch
     finally:
         iterator.close()  # or its threads and processes complain at interpreter exit
 

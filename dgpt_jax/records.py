@@ -4,6 +4,7 @@ Both are opened by `tfds.builder_from_directory` as well. An image dataset has {
 bytes), label if there are classes}, splits as imported; for the other see token_store.py.
 """
 
+import contextlib
 import os
 import re
 import zlib
@@ -15,8 +16,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from tensorflow_datasets.core import example_serializer, naming, splits
+from tensorflow_datasets.proto import tf_example_pb2
 
 from dgpt_jax import gcs, open_files, shard_cache, shards
+from dgpt_jax.bad_records import bad_record, one_line
 from dgpt_jax.schema import UserError
 
 UNDECODED = {"image": tfds.decode.SkipDecoding()}
@@ -84,6 +87,17 @@ def write_metadata(
     )
 
 
+@contextlib.contextmanager
+def _metadata(directory, of: str = ""):
+    """Whatever TFDS finds wrong with its metadata, in its parsers or later, as UserError."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(
+            f"{directory}{of}: dataset_info.json or features.json cannot be read: {one_line(e)}"
+        ) from None
+
+
 def open_builder(directory):
     """The TFDS builder of a directory, or UserError that says what is wrong with it."""
     path = epath.Path(directory)
@@ -91,7 +105,8 @@ def open_builder(directory):
         raise UserError(f"no such directory: {directory}")
     if not (path / "dataset_info.json").exists():
         raise UserError(f"{directory} is not a TFDS dataset: it has no dataset_info.json")
-    builder = tfds.builder_from_directory(directory)
+    with _metadata(directory):
+        builder = tfds.builder_from_directory(directory)
     if (file_format := builder.info.file_format.value) != "array_record":
         raise UserError(
             f"{directory} is stored as {file_format}, training needs array_record: convert it with "
@@ -122,7 +137,8 @@ class Opened:
         before they are fetched.
         """
         info = self.builder.info.splits[split]
-        names = [path.name for path in info.filepaths]
+        with _metadata(self.directory):
+            names = [path.name for path in info.filepaths]
         for name in names:
             if name not in self.sizes:
                 raise UserError(f"{self.directory}/{name} is missing")
@@ -148,7 +164,7 @@ class Split:
     """Random access to the examples of one split, image bytes undecoded. Picklable if near.
 
     Opening checks that every shard is whole; `opened` spares looking at the directory again. Files
-    are opened when they are first read from. Raises UserError.
+    are opened when they are first read from. Raises UserError, about one example a BadRecord.
     """
 
     def __init__(self, directory: str | Path, split: str, opened: Opened | None = None):
@@ -160,9 +176,11 @@ class Split:
             have = ", ".join(info.splits)
             raise UserError(f"{directory} has no split {base!r}; it has {have}")
         opened.check(base)
+        with _metadata(directory, f", split {split}"):
+            files = info.splits[split].file_instructions
         self.shards = tuple(
             shard_cache.Shard(bytes=opened.sizes[os.path.basename(file.filename)], **vars(file))
-            for file in info.splits[split].file_instructions
+            for file in files
         )
         self._length = sum(shard.take for shard in self.shards)
         if not self._length:
@@ -180,16 +198,25 @@ class Split:
         return self._length
 
     def __getitem__(self, index) -> dict:
-        return self.parse(self.raw(int(index)))
+        record = self.raw(index := int(index))
+        try:
+            return self.parse(record)
+        except Exception as e:  # of TFDS, protobuf and NumPy
+            reason = f"it is not as features.json has it: {one_line(e)}"
+            raise bad_record(self, index, _id_in(record), reason) from None
 
     def raw(self, index: int) -> bytes:
         """An example as it is stored."""
         source = self._source
         if source is None:
             source = self._source = self._open()
-        return source[index]
+        try:
+            return source[index]
+        except RuntimeError as e:  # ArrayRecord's: a chunk's hash is another
+            raise bad_record(self, index, "", e) from None
 
     def parse(self, record: bytes) -> dict:
+        """Raises various where the bytes are not what the features say."""
         example = self._features.deserialize_example_np(record, decoders=UNDECODED)
         example["id"] = example_id(example)
         return example
@@ -223,3 +250,12 @@ def example_id(example: Mapping) -> str:
             value = example[key]
             return value.decode() if isinstance(value, bytes) else str(value)
     return f"{zlib.crc32(example['image']):08x}"
+
+
+def _id_in(record: bytes) -> str:
+    """The id in a record of which other parts cannot be read; "" where it cannot either."""
+    try:
+        fields = tf_example_pb2.Example.FromString(record).features.feature
+        return fields["id"].bytes_list.value[0].decode()
+    except Exception:
+        return ""

@@ -153,7 +153,7 @@ class ShardCache:
             if entry is not None and not entry.task.cancel():
                 return entry
             if self._stopped:
-                raise RuntimeError(f"{shard.filename} is read after its batches were closed")
+                raise InterruptedError(f"{shard.filename} is read after its batches were closed")
             if entry is None:
                 self._unannounced.append(shard.filename)
                 if len(self._unannounced) > UNANNOUNCED:

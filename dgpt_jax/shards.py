@@ -124,7 +124,12 @@ def _inside(directory) -> list[epath.Path]:
 def manifest(directory) -> dict[str, Receipt]:
     """{file name: receipt} of the shards of a finished directory; {} where it has no manifest."""
     path = epath.Path(directory) / MANIFEST
-    return _parsed(json.loads(path.read_text())) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return _parsed(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path} is damaged: {type(e).__name__}: {e}") from None
 
 
 def receipts(directory) -> dict[str, Receipt]:

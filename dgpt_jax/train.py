@@ -142,6 +142,7 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
                         progress.say("a checkpoint could not be written: once more")
                         save()
                     values = {"learning_rate": float(rate(step - 1))} | clock.read(step)
+                    values |= task.examples.counters()
                     pending = (
                         step,
                         values,
