@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dgpt_jax import hosts
 from dgpt_jax.schema import UserError
 from dgpt_jax.state import TrainState
 
-FORMAT = 1
+TRIES = 3
+FORMAT = 2  # 1: before optim.Guarded, whose state is another one
 
 
 def directory(workdir) -> str:
@@ -30,10 +32,29 @@ def directory(workdir) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a run, a context: saving goes on in the background, leaving it waits."""
+    """The checkpoints of a run, a context: saving goes on in the background, leaving it waits.
 
-    def __init__(self, workdir, *, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    Kept are the newest `keep`, those at multiples of `keep_every` steps (0: none), and the one with
+    the best value of the metric `best` ("": none).
+    """
+
+    def __init__(self, workdir, *, keep: int, keep_every: int = 0, best: str = ""):
+        policies = [preservation_policy.LatestN(keep)]
+        if keep_every:
+            policies.append(preservation_policy.EveryNSteps(keep_every))
+        if best:
+            policies.append(
+                preservation_policy.BestN(
+                    get_metric_fn=lambda found: found[best],
+                    reverse=is_loss(best),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
+        )
+        self._failures = 0
         self._manager = ocp.CheckpointManager(
             directory(workdir),
             options=options,
@@ -56,13 +77,14 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, metadata: dict[str, Any]):
-        """Starts saving; `metadata` is JSON. Raises RuntimeError where Orbax declines.
+    def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict | None = None):
+        """Starts saving; `metadata` is JSON, `metrics` what was measured at this step.
 
-        Raises UserError where the disk is full, at the latest when the next save begins.
+        Raises RuntimeError where Orbax declines, UserError on a full or read-only disk; what goes
+        wrong in the background, `failed` tells.
         """
         step = int(state.step)
-        with self._full_disk_is_the_users():
+        with self._disk_is_the_users():
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -70,12 +92,35 @@ class Checkpoints:
                     opt_state=ocp.args.StandardSave(state.opt_state),
                     metadata=ocp.args.JsonSave({"format": FORMAT, "step": step} | metadata),
                 ),
+                metrics=metrics,
             )
         if not saved:
             raise RuntimeError(
                 f"the checkpoint of step {step} was not saved: {self.directory} holds "
                 f"step {self._manager.latest_step()}"
             )
+
+    def failed(self, *, wait: bool = False) -> bool:
+        """Whether the last save failed in the background, so that the state should be saved again.
+
+        Raises its cause the third time in a row, and where other processes saw it succeed, which
+        would not join in. `wait`: until it has ended.
+        """
+        try:
+            with self._disk_is_the_users():
+                if wait:
+                    self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+        except UserError:
+            raise
+        except Exception:
+            self._failures += 1
+            if hosts.together() or self._failures == TRIES:
+                raise
+            return True
+        if not self._manager.is_saving_in_progress():
+            self._failures = 0
+        return False
 
     def metadata(self, step: int) -> dict:
         return _checked(
@@ -86,7 +131,15 @@ class Checkpoints:
         )
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of a step, placed as `abstract` (shapes, dtypes, shardings) says."""
+        """The state of a step, placed as `abstract` (shapes, dtypes, shardings) says.
+
+        Raises UserError for the state of an older format.
+        """
+        if (found := self.metadata(step)["format"]) < FORMAT:
+            raise UserError(
+                f"{self.directory} has training states of format {found}, this code continues "
+                f"{FORMAT}: choose another --workdir (the parameters can be read)"
+            )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -99,24 +152,34 @@ class Checkpoints:
 
     def close(self):
         """Waits for the last save; raises what went wrong in the background."""
-        with self._full_disk_is_the_users():
+        with self._disk_is_the_users():
             try:
                 self._manager.wait_until_finished()
             finally:
                 self._manager.close()
 
     @contextlib.contextmanager
-    def _full_disk_is_the_users(self):
+    def _disk_is_the_users(self):
         try:
             yield
         except Exception as e:  # TensorStore raises ValueError, Orbax various, the system OSError
-            if not re.search(r"RESOURCE_EXHAUSTED|No space left|quota exceeded", str(e)):
+            found = re.search(
+                r"(RESOURCE_EXHAUSTED|No space left|quota exceeded)|Read-only|Permission denied",
+                str(e),
+            )
+            if not found:
                 raise
+            what = "no space left for" if found[1] else "no permission to write"
             newest = self._manager.latest_step() or "none"
             raise UserError(
-                f"no space left for a checkpoint in {self.directory} (newest complete "
-                f"step: {newest}): make room, then the same command continues"
+                f"{what} a checkpoint in {self.directory} (newest complete step: {newest}): mend "
+                f"that, then the same command continues"
             ) from e
+
+
+def is_loss(metric: str) -> bool:
+    """Whether lower is better."""
+    return metric.startswith("heldout/")
 
 
 def _checked(metadata: dict, path) -> dict:
@@ -157,12 +220,19 @@ def save_params(workdir, step: int, params, metadata: dict[str, Any]):
         writer.save(item, args=arguments)
 
 
-def _handlers() -> dict:
-    return {
-        "params": ocp.PyTreeCheckpointHandler(),
-        "opt_state": ocp.PyTreeCheckpointHandler(),  # known, so that Orbax does not warn; not read
-        "metadata": ocp.JsonCheckpointHandler(),
-    }
+@contextlib.contextmanager
+def _reader(item: Path):
+    """An Orbax checkpointer for one checkpoint. Raises UserError where files are cut or missing."""
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.PyTreeCheckpointHandler(),
+        opt_state=ocp.PyTreeCheckpointHandler(),  # known, so that Orbax does not warn; not read
+        metadata=ocp.JsonCheckpointHandler(),
+    )
+    try:
+        with ocp.Checkpointer(handler) as reader:
+            yield reader
+    except (ValueError, OSError) as e:
+        raise UserError(f"{item} is damaged: {str(e).splitlines()[0][:300]}") from e
 
 
 def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
@@ -173,8 +243,8 @@ def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
     """
     root, newest = find(path)
     step = newest if step is None else step
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as reader:
-        item = Path(root) / str(step)
+    item = Path(root) / str(step)
+    with _reader(item) as reader:
         tree = reader.metadata(item).item_metadata["params"].tree
         tree = {name: tree[name] for name in tree if parts is None or name in parts}
         kind = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -197,7 +267,7 @@ def describe(path, step: int | None = None) -> list[tuple[str, tuple, str, str, 
     """
     root, newest = find(path)
     item = Path(root) / str(newest if step is None else step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as reader:
+    with _reader(item) as reader:
         found = reader.metadata(item).item_metadata
     rows = []
     for part in ("params", "opt_state"):

@@ -57,14 +57,17 @@ class Model:
         sized = dict(zip(("width", "depth", "heads", "patch"), SIZES[self.size], strict=True))
         sized = {k: v for k, v in sized.items() if getattr(self, k) is None}
         model = dataclasses.replace(self, **sized)
-        for name in ("depth", "heads", "patch", "image_size", "decoder_depth", "decoder_heads"):
-            if getattr(model, name) < 1:
-                raise UserError(f"config.model.{name} must be positive, got {getattr(model, name)}")
+        _positive(
+            model, "config.model", "depth", "heads", "patch", "image_size", "decoder_depth",
+            "decoder_heads",
+        )  # fmt: skip
+        if model.mlp_ratio <= 0:
+            raise UserError(f"config.model.mlp_ratio must be positive, got {model.mlp_ratio}")
         if model.taps is None:
             depths = (max(1, round(model.depth * f)) for f in (1 / 2, 2 / 3, 5 / 6, 1))
             model = dataclasses.replace(model, taps=tuple(dict.fromkeys(depths)))
         taps, depth = model.taps, model.depth
-        if list(taps) != sorted(set(taps)) or not set(taps) <= set(range(1, depth + 1)) or not taps:
+        if list(taps) != sorted(set(taps)) or not taps or taps[0] < 1 or taps[-1] > depth:
             raise UserError(
                 f"config.model.taps must increase within 1..{depth} (depth), got {taps}"
             )
@@ -104,6 +107,21 @@ class Data:
     flip: bool = entry(True, "live views: mirror half of them")
     threads: int = entry(8, "reading threads of each worker")
     workers: int = entry(0, "worker processes; 0 reads in threads of the training process")
+    bad_records: str | None = entry(
+        None,
+        "error, or skip: damaged records are named, counted and replaced by the next; default: "
+        "error for token stores, skip for images",
+    )
+    bad_most: float = entry(0.001, "share of bad records from which on skipping them is an error")
+    cache: str = entry(
+        "", "local directory for shards of data on gs:// while they are read; default: temporary"
+    )
+    lanes: int | None = entry(
+        None,
+        "data on gs://: parts of the shards that a batch is drawn from, in equal numbers; divides "
+        "batch_size, best a multiple of the hosts; default: 16, or what of it divides batch_size",
+    )
+    window: int = entry(2, "data on gs://: shards that a lane shuffles at a time")
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,10 @@ class Optim:
     b2: float = entry(0.95, "AdamW beta 2")
     clip_norm: float = entry(0.0, "clip gradients to this global L2 norm; 0: do not")
     mu_dtype: str = entry("float32", "dtype of the first moment: float32 or bfloat16")
+    bad_steps: int = entry(
+        10, "stop after so many updates in a row left out for numbers that are not finite"
+    )
+    spike: float = entry(0.0, "leave out updates at this times the running mean of the loss; 0: no")
 
 
 @dataclass(frozen=True)
@@ -157,6 +179,10 @@ class Hosts:
 class Checkpoint:
     every: str = entry("5 epochs", "duration between checkpoints")
     keep: int = entry(2, "newest checkpoints to keep")
+    keep_every: str = entry("", "duration: those at its multiples are kept for ever")
+    best: str = entry(
+        "", "evaluation metric (heldout/visible, knn/cls, …) whose best checkpoint is kept too"
+    )
 
 
 @dataclass(frozen=True)
@@ -202,12 +228,28 @@ class Train:
         one_of("config.dtype", self.dtype, ("bfloat16", "float32"))
         one_of("config.data.targets", self.data.targets, ("stored", "online", "pixels"))
         one_of("config.data.order", self.data.order, ("random", "raster"))
+        one_of("config.data.bad_records", self.data.bad_records, (None, "error", "skip"))
+        if not 0 <= self.data.bad_most <= 1:
+            raise UserError(f"config.data.bad_most {self.data.bad_most} must be within 0 and 1")
+        _crops("config.data", self.data.crop_scale, self.data.crop_ratio)
+        _positive(self.data, "config.data", "threads", "window")
+        _positive(self, "config", "log_every")
+        _positive(self.checkpoint, "config.checkpoint", "keep")
+        _positive(self.evals, "config.evals", "batch_size", "knn_resize")
+        _seed(self.seed)
+        if self.data.workers < 0:
+            raise UserError(f"config.data.workers must not be negative, got {self.data.workers}")
         if not self.data.path:
             raise UserError("config.data.path is empty: name the token store or image dataset")
         if self.batch_size < 1 or self.accum_steps < 1 or self.batch_size % self.accum_steps:
             raise UserError(
                 f"config.batch_size {self.batch_size} is not divisible by config.accum_steps "
                 f"{self.accum_steps}"
+            )
+        lanes = self.data.lanes
+        if lanes is not None and (lanes < 1 or self.batch_size % lanes):
+            raise UserError(
+                f"config.data.lanes {lanes} does not divide config.batch_size {self.batch_size}"
             )
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             raise UserError(
@@ -255,9 +297,11 @@ class Tokens:
         one_of("config.picture", self.picture, ("jpeg95", "webp-lossless", "png"))
         if not self.source:
             raise UserError("config.source is empty: give the directory of a TFDS image dataset")
-        for name in ("views", "batch_size", "shard_size", "picture_size", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"config.{name} must be positive, got {getattr(self, name)}")
+        _positive(
+            self, "config", "views", "batch_size", "shard_size", "picture_size", "threads", "tensor"
+        )
+        _seed(self.seed)
+        _crops("config", self.crop_scale, self.crop_ratio)
         return self
 
 
@@ -286,7 +330,28 @@ class Evaluate:
         one_of("config.features", self.features, ("cls", "mean"))
         if not self.data:
             raise UserError("config.data is empty: give the directory of a labelled TFDS dataset")
+        _positive(self, "config", "resize", "batch_size")
         return self
+
+
+def _positive(config, prefix: str, *names: str):
+    """Raises UserError about the first of the fields that is less than 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{prefix}.{name} must be positive, got {getattr(config, name)}")
+
+
+def _seed(seed: int):
+    if seed < 0:
+        raise UserError(f"config.seed must not be negative, got {seed}")
+
+
+def _crops(prefix: str, scale: tuple[float, float], ratio: tuple[float, float]):
+    """Raises UserError on bounds of crops that no crop can have."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise UserError(f"{prefix}.crop_scale {scale} must be LEAST, MOST within 0 and 1")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise UserError(f"{prefix}.crop_ratio {ratio} must be LEAST, MOST, both positive")
 
 
 def steps(duration: str, *, batch_size: int, examples: int, total: int | None = None) -> int:
@@ -306,7 +371,7 @@ def steps(duration: str, *, batch_size: int, examples: int, total: int | None = 
         "example": 1 / batch_size,
         "%": (total or 0) / 100,
     }.get(unit.strip().removesuffix("s"))
-    if value < 0 or factor is None or (unit == "%" and total is None):
+    if not 0 <= value < 1e15 or factor is None or (unit == "%" and total is None):
         raise UserError(
             f'cannot read the duration {duration!r}: write "300 epochs", "5000 steps", '
             f'"1000000 examples"' + ("" if total is None else ' or "2%"')

@@ -15,6 +15,8 @@ from clu import metrics as clu_metrics
 from clu import profiler
 
 Metrics = clu_metrics.Collection
+# Counts of pipeline.Examples, in the files but not on the progress line.
+COUNTERS = ("bad_records", "fetched_bytes", "fetch_wait_seconds")
 
 
 def averages(names: Iterable[str]) -> type[Metrics]:
@@ -115,7 +117,7 @@ class Progress:
     def show(self, step: int, total: int, values: dict[str, float]):
         if not self._active:
             return
-        known = ("eta_seconds", "images_per_second", "data_wait", "learning_rate")
+        known = ("eta_seconds", "images_per_second", "data_wait", "learning_rate", *COUNTERS)
         losses = " ".join(f"{n} {v:.4f}" for n, v in values.items() if n not in known)
         line = (
             f"step {step}/{total} eta {duration(values.get('eta_seconds', math.inf))} "

@@ -1,25 +1,30 @@
 """From a TFDS directory to batches: the batch is a function of (seed, step).
 
-Position i of the endless stream is example `shuffle(i)` of epoch i // n; whatever is random about
+Position i of the endless stream is an example of an epoch (see orders.py); whatever is random about
 it (view, segment order) is drawn from (seed, i). Global batch k is positions k·B … (k+1)·B - 1, and
 a process reads just the rows that its devices hold. So nothing here is ever checkpointed.
 """
 
 import contextlib
+import itertools
+import math
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import grain
 import numpy as np
 
-from dgpt_jax import records, segments, token_store, views
+from dgpt_jax import bad_records, gcs, open_files, orders, records, segments, token_store, views
 from dgpt_jax.config import Data, Model
 from dgpt_jax.schema import UserError
 
 # Streams of random numbers that hang on one position: numpy seeds are (seed, stream, position).
 ORDER, VIEW = 0, 1
+REPLACED = "replaced"  # of a batch: whether an example stands in for one that is bad
 
 
 def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
@@ -31,24 +36,42 @@ class Examples:
     """Examples by position of the stream: dict of image uint8 (size, size, 3), order int32 (S,),
     and tokens as stored (1+N, C) where a token store is read. Picklable, for worker processes."""
 
-    sources: records.Views
+    sources: open_files.TwoOpen
     with_tokens: bool
     data: Data
     image_size: int
     segments: tuple[int, int]
     seed: int
+    policy: bad_records.Policy
 
     def __len__(self) -> int:
         return len(self.sources.splits[0])
 
-    def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
-        """The example `index` at `position`; epoch e uses view e mod K."""
-        source = self.sources.begin(position // len(self) % len(self.sources.splits))
+    def counters(self) -> dict[str, float]:
+        """What this process has met so far: bad records that were passed over; where data are far,
+        bytes that came, and seconds that reading threads stood still for them, all together."""
+        found = {"bad_records": self.policy.bad}
+        cache = self.sources.splits[0].cache
+        if cache is None:
+            return found
+        fetched = {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
+        return found | fetched
+
+    def __call__(
+        self, position: int, index: int, epoch: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """The example `index` at `position`; epoch e (default: as data near by count them) uses
+        view e mod K."""
+        return self.read(position, index, position // len(self) if epoch is None else epoch)[0]
+
+    def read(self, position: int, index: int, epoch: int) -> tuple[dict[str, np.ndarray], bool]:
+        """The same, and whether it stands in for one that is bad."""
+        source = self.sources.begin(epoch % len(self.sources.splits))
+        return self.policy.first_good(partial(self._example, source, position), index)
+
+    def _example(self, source: records.Split, position: int, index: int) -> dict[str, np.ndarray]:
         record = source[index]
-        try:
-            image = views.decode_picture(record["image"])
-        except ValueError as e:
-            raise UserError(f"{source}: example {index} ({record['id']}): {e}") from None
+        image = bad_records.picture(source, index, record)
         if self.with_tokens:
             image = views.resize(image, self.image_size, self.image_size)
         else:
@@ -72,8 +95,14 @@ class Examples:
 
 def open_examples(data: Data, model: Model, seed: int) -> Examples:
     """The examples that a training config asks for. Raises UserError where they do not fit it."""
+    gcs.require(data.path)
     token_store.refuse_unfinished(data.path)
-    opened = records.Opened(data.path)
+    opened = records.Opened(data.path, data.cache)
+    if opened.cache is not None and data.workers:
+        raise UserError(
+            f"config.data.workers must be 0 for {data.path}: the training process fetches its "
+            f"shards; config.data.threads read them"
+        )
     stored = token_store.exists(data.path)
     if data.targets == "stored" and not stored:
         raise UserError(
@@ -86,6 +115,7 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         )
     names = [data.split]
     if stored:
+        token_store.refuse_others(data.path, opened.builder.info.features)
         have = len(opened.builder.info.splits)
         if data.views is not None and not 1 <= data.views <= have:
             raise UserError(f"config.data.views {data.views}: {data.path} holds {have} views")
@@ -96,13 +126,18 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
             f"{splits[0]} has {len(splits[0])} examples, the config expects {data.examples} "
             f"(config.data.examples)"
         )
+    default = "error" if stored else "skip"
+    policy = bad_records.Policy(
+        skip=(data.bad_records or default) == "skip", most=data.bad_most, length=len(splits[0])
+    )
     return Examples(
-        sources=records.Views(splits),
+        sources=open_files.TwoOpen(splits),
         with_tokens=stored,
         data=data,
         image_size=model.image_size,
         segments=model.segments,
         seed=seed,
+        policy=policy,
     )
 
 
@@ -111,23 +146,59 @@ class _Local:
     """Example i of the stream of one process, which holds `rows` of every global batch."""
 
     examples: Examples
-    order: grain.MapDataset  # position → index
+    order: orders.Shuffled | orders.Lanes
     batch_size: int
     rows: np.ndarray
 
     def __call__(self, i: int) -> dict[str, np.ndarray]:
         step, row = divmod(int(i), len(self.rows))
         position = step * self.batch_size + int(self.rows[row])
-        return self.examples(position, self.order[position])
+        epoch, index = self.order(position)
+        example, replaced = self.examples.read(position, index, epoch)
+        return example | {REPLACED: np.bool_(replaced)}
 
 
 def train_batches(
     examples: Examples, batch_size: int, *, rows: np.ndarray, start_step: int
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's `rows` (int) of global batches from `start_step` on, endlessly. Close it."""
-    order = grain.MapDataset.range(len(examples)).seed(examples.seed).shuffle().repeat(None)
+    """This process's `rows` (int) of global batches from `start_step` on, endlessly. Close it.
+
+    Raises UserError where the shards of a far store do not fit the cache, or cannot be fetched.
+    """
+    order = _order(examples, batch_size)
+    batches = _batches(examples, order, batch_size, rows, start_step)
+    if isinstance(order, orders.Shuffled):
+        return batches
+    return _fetching(batches, examples, order, rows, start_step)
+
+
+def batch_ids(examples: Examples, batch_size: int, *, rows: np.ndarray, step: int) -> list[str]:
+    """SPLIT/ID of the examples in this process's `rows` of a global batch."""
+    order = _order(examples, batch_size)
+    names = []
+    for row in rows:
+        epoch, index = order(step * batch_size + int(row))
+        split = examples.sources.splits[epoch % len(examples.sources.splits)]
+        name, _ = examples.policy.first_good(partial(_good_id, split), index)
+        names.append(f"{split.split}/{name}")
+    return names
+
+
+def _good_id(source: records.Split, index: int) -> str:
+    record = source[index]
+    bad_records.picture(source, index, record)
+    return record["id"]
+
+
+def _order(examples: Examples, batch_size: int) -> orders.Shuffled | orders.Lanes:
+    if examples.sources.splits[0].cache is None:
+        return orders.Shuffled(len(examples), examples.seed)
+    return _lanes(examples, batch_size)
+
+
+def _batches(examples, order, batch_size: int, rows, start_step: int) -> Generator:
     local = len(rows)
-    stream = grain.MapDataset.range(len(order) // batch_size * local)
+    stream = grain.MapDataset.range(sys.maxsize // batch_size // local * local)
     stream = stream.map(_Local(examples, order, batch_size, rows)).batch(local)[start_step:]
     data = examples.data
     options = grain.ReadOptions(
@@ -139,9 +210,37 @@ def train_batches(
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
     iterator = iter(batches)
     try:
-        yield from iterator
+        for batch in iterator:
+            examples.policy.count(batch.pop(REPLACED))
+            yield batch
     finally:
         iterator.close()  # or its threads and processes complain at interpreter exit
+
+
+def _lanes(examples: Examples, batch_size: int) -> orders.Lanes:
+    lengths = [[shard.take for shard in split.shards] for split in examples.sources.splits]
+    data = examples.data
+    lanes = data.lanes or math.gcd(orders.LANES, batch_size)
+    return orders.Lanes(lengths, batch_size, lanes, data.window, examples.seed)
+
+
+def _fetching(
+    batches: Generator, examples: Examples, order: orders.Lanes, rows, start_step: int
+) -> Generator:
+    """The batches, with the shards of the lanes' present and next windows fetched before them."""
+    splits, lanes = examples.sources.splits, order.lanes_of(rows)
+    cache, most = splits[0].cache, len(lanes) * order.most_shards
+    largest = max(shard.bytes for split in splits for shard in split.shards)
+    cache.refuse_unless_it_fits(most, largest, f"{most} shards of {len(lanes)} lanes")
+    windows = None
+    try:
+        for step in itertools.count(start_step):
+            if windows != (windows := order.current(step, lanes)):
+                cache.keep(splits[e % len(splits)].shards[s] for e, s in order.ahead(windows))
+            yield next(batches)
+    finally:
+        batches.close()
+        cache.stop()
 
 
 def _allow_workers():

@@ -4,14 +4,11 @@ Both are opened by `tfds.builder_from_directory` as well. An image dataset has {
 bytes), label if there are classes}, splits as imported; for the other see token_store.py.
 """
 
-import ctypes
-import functools
+import contextlib
 import os
 import re
-import resource
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,14 +16,12 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from tensorflow_datasets.core import example_serializer, naming, splits
+from tensorflow_datasets.proto import tf_example_pb2
 
-from dgpt_jax import shards
+from dgpt_jax import gcs, open_files, shard_cache, shards
+from dgpt_jax.bad_records import bad_record, one_line
 from dgpt_jax.schema import UserError
 
-# For what else a process opens: checkpoints, libraries, sockets.
-SPARE_FILES = 200
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 UNDECODED = {"image": tfds.decode.SkipDecoding()}
 
 
@@ -92,6 +87,17 @@ def write_metadata(
     )
 
 
+@contextlib.contextmanager
+def _metadata(directory, of: str = ""):
+    """Whatever TFDS finds wrong with its metadata, in its parsers or later, as UserError."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(
+            f"{directory}{of}: dataset_info.json or features.json cannot be read: {one_line(e)}"
+        ) from None
+
+
 def open_builder(directory):
     """The TFDS builder of a directory, or UserError that says what is wrong with it."""
     path = epath.Path(directory)
@@ -99,7 +105,8 @@ def open_builder(directory):
         raise UserError(f"no such directory: {directory}")
     if not (path / "dataset_info.json").exists():
         raise UserError(f"{directory} is not a TFDS dataset: it has no dataset_info.json")
-    builder = tfds.builder_from_directory(directory)
+    with _metadata(directory):
+        builder = tfds.builder_from_directory(directory)
     if (file_format := builder.info.file_format.value) != "array_record":
         raise UserError(
             f"{directory} is stored as {file_format}, training needs array_record: convert it with "
@@ -110,34 +117,42 @@ def open_builder(directory):
 
 
 class Opened:
-    """A TFDS directory as it is found: its builder, one listing, and what its manifest says."""
+    """A TFDS directory as it is found: its builder, one listing, and what its manifest says.
 
-    def __init__(self, directory: str | Path):
+    `cache` is where shards of a far directory go while they are read.
+    """
+
+    def __init__(self, directory: str | Path, cache: str = ""):
+        gcs.require(directory)
         self.directory = os.fspath(directory)
         self.builder = open_builder(directory)
-        self._sizes = shards.sizes(directory)
+        self.sizes = shards.sizes(directory)
+        self.cache = shard_cache.ShardCache(cache) if shards.is_remote(directory) else None
         self._manifest = shards.manifest(directory)
 
     def check(self, split: str):
         """Raises UserError unless every shard of a split is there and whole.
 
-        Its size tells, where a manifest has it; only other files are opened.
+        Its size tells, where a manifest has it. Other files are opened; those that are far, not
+        before they are fetched.
         """
         info = self.builder.info.splits[split]
-        names = [path.name for path in info.filepaths]
+        with _metadata(self.directory):
+            names = [path.name for path in info.filepaths]
         for name in names:
-            if name not in self._sizes:
+            if name not in self.sizes:
                 raise UserError(f"{self.directory}/{name} is missing")
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(self._check_shard, names, info.shard_lengths))
 
     def _check_shard(self, name: str, length: int):
-        path, size = f"{self.directory}/{name}", self._sizes[name]
+        path, size = f"{self.directory}/{name}", self.sizes[name]
         written = self._manifest.get(name)
         same = written is not None and written.bytes == size
-        found = written.records if same else shards.count(path)
-        if found != length:
-            raise UserError(f"{path} holds {found} records, the metadata say {length}")
+        if same or self.cache is None:
+            found = written.records if same else shards.count(path)
+            if found != length:
+                raise UserError(f"{path} holds {found} records, the metadata say {length}")
         if written is not None and not same:
             raise UserError(
                 f"{path} has {size} bytes, and {written.bytes} were written "
@@ -146,10 +161,10 @@ class Opened:
 
 
 class Split:
-    """Random access to the examples of one split, image bytes undecoded. Picklable.
+    """Random access to the examples of one split, image bytes undecoded. Picklable if near.
 
     Opening checks that every shard is whole; `opened` spares looking at the directory again. Files
-    are opened when they are first read from. Raises UserError.
+    are opened when they are first read from. Raises UserError, about one example a BadRecord.
     """
 
     def __init__(self, directory: str | Path, split: str, opened: Opened | None = None):
@@ -161,12 +176,18 @@ class Split:
             have = ", ".join(info.splits)
             raise UserError(f"{directory} has no split {base!r}; it has {have}")
         opened.check(base)
-        self._files = tuple(info.splits[split].file_instructions)
-        self._length = sum(file.take for file in self._files)
+        with _metadata(directory, f", split {split}"):
+            files = info.splits[split].file_instructions
+        self.shards = tuple(
+            shard_cache.Shard(bytes=opened.sizes[os.path.basename(file.filename)], **vars(file))
+            for file in files
+        )
+        self._length = sum(shard.take for shard in self.shards)
         if not self._length:
             raise UserError(f"{directory} has no examples in split {split}")
         self._features = info.features
         self.label = self._features["label"] if "label" in self._features else None
+        self.cache = opened.cache
         self._source = None
         self._allow_files()
 
@@ -177,18 +198,25 @@ class Split:
         return self._length
 
     def __getitem__(self, index) -> dict:
-        return self.parse(self.raw(int(index)))
+        record = self.raw(index := int(index))
+        try:
+            return self.parse(record)
+        except Exception as e:  # of TFDS, protobuf and NumPy
+            reason = f"it is not as features.json has it: {one_line(e)}"
+            raise bad_record(self, index, _id_in(record), reason) from None
 
     def raw(self, index: int) -> bytes:
         """An example as it is stored."""
         source = self._source
         if source is None:
-            self._allow_files()
-            _keep_memory()
-            source = self._source = ArrayRecordDataSource(self._files)
-        return source[index]
+            source = self._source = self._open()
+        try:
+            return source[index]
+        except RuntimeError as e:  # ArrayRecord's: a chunk's hash is another
+            raise bad_record(self, index, "", e) from None
 
     def parse(self, record: bytes) -> dict:
+        """Raises various where the bytes are not what the features say."""
         example = self._features.deserialize_example_np(record, decoders=UNDECODED)
         example["id"] = example_id(example)
         return example
@@ -197,61 +225,22 @@ class Split:
         """Closes the files as soon as nobody reads from them; the next reading opens them again."""
         self._source = None
 
+    def _open(self):
+        open_files.keep_memory()
+        if self.cache is not None:
+            return shard_cache.FarRecords(self.shards, self.cache)
+        self._allow_files()
+        return ArrayRecordDataSource(self.shards)
+
     def _allow_files(self):
-        """Raises the limit of open files to what this split and another one like it need."""
-        needed = len(os.listdir("/dev/fd")) + 2 * len(self._files) + SPARE_FILES
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(
-                f"{self} needs {needed} open files, and a process may have {hard} here: raise "
-                f"that limit (ulimit -Hn)"
-            )
-        if soft != resource.RLIM_INFINITY and soft < needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        if self.cache is None:
+            open_files.allow(2 * len(self.shards), self)
 
     def __getstate__(self):
         return self.__dict__ | {"_source": None}
 
     def __repr__(self) -> str:
         return f"Split({self.directory!r}, {self.split!r})"
-
-
-class Views:
-    """Splits, the views of a store, of which the two that were begun last have open files.
-
-    Two, because threads that read ahead are in the next view while others are in this one.
-    """
-
-    def __init__(self, splits: Iterable[Split]):
-        self.splits = tuple(splits)
-        self._begun: tuple[int, ...] = ()
-        self._lock = threading.Lock()
-
-    def begin(self, view: int) -> Split:
-        """The split of a view, to read from now; closes what was begun before the last one."""
-        if view not in self._begun:
-            with self._lock:
-                if view not in self._begun:
-                    for passed in self._begun[:-1]:
-                        self.splits[passed].close()
-                    self._begun = (*self._begun[-1:], view)
-        return self.splits[view]
-
-    def __reduce__(self):
-        return Views, (self.splits,)
-
-
-@functools.cache
-def _keep_memory():
-    """Tells glibc's malloc to keep what is freed, up to a GiB, instead of handing it back.
-
-    Records of some 100 kB come and go by the thousand; getting their pages anew from the kernel
-    each time is a third of what reading costs.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def example_id(example: Mapping) -> str:
@@ -261,3 +250,12 @@ def example_id(example: Mapping) -> str:
             value = example[key]
             return value.decode() if isinstance(value, bytes) else str(value)
     return f"{zlib.crc32(example['image']):08x}"
+
+
+def _id_in(record: bytes) -> str:
+    """The id in a record of which other parts cannot be read; "" where it cannot either."""
+    try:
+        fields = tf_example_pb2.Example.FromString(record).features.feature
+        return fields["id"].bytes_list.value[0].decode()
+    except Exception:
+        return ""

@@ -12,6 +12,9 @@ import typing
 
 from ml_collections import config_dict
 
+# Numbers are less than these, so that no arithmetic with them overflows.
+LARGEST = {int: 2**63, float: 1e300}
+
 
 class UserError(Exception):
     """Something the user can mend. Commands print its one line, no traceback, and exit with 1."""
@@ -44,12 +47,13 @@ def default(schema) -> config_dict.ConfigDict:
 def parse(schema, config, prefix: str = "config"):
     """A ConfigDict (or plain dict, as JSON gives it) as the frozen dataclass `schema`.
 
-    Absent keys take their defaults. Raises UserError for an unknown key, with the nearest known
-    one, or a value of the wrong type.
+    Absent keys take their defaults; `resolved` fills in absent groups, too. Raises UserError for an
+    unknown key, with the nearest known one, or a value of the wrong type.
     """
     known = {field.name: field for field in dataclasses.fields(schema)}
+    groups = {name: {} for name, field in known.items() if dataclasses.is_dataclass(field.type)}
     values = {}
-    for name, value in dict(config.items()).items():
+    for name, value in (groups | dict(config.items())).items():
         if name not in known:
             raise UserError(_unknown(f"{prefix}.{name}", schema))
         values[name] = _coerce(known[name].type, value, f"{prefix}.{name}")
@@ -137,7 +141,7 @@ def _literal(annotation, text: str):
         return text
     try:
         value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # "{[]: 1}", "((((…"
         value = {"true": True, "false": False}.get(text.lower(), text)
     if _kind(annotation) is tuple and not isinstance(value, (tuple, list)):
         value = (value,)
@@ -158,10 +162,11 @@ def _coerce(annotation, value, path: str):
         if inner[-1] is not Ellipsis and len(value) != len(inner):
             raise UserError(f"{path} takes {len(inner)} values, got {value!r}")
         return tuple(_coerce(inner[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+    if type(value) in (int, float) and kind in (int, float):
+        if not abs(value) < LARGEST[kind]:  # nor is NaN
+            raise UserError(f"{path} is {value!r}, more than any use or not a number")
+        if kind is float or float(value).is_integer():
+            return kind(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{path} must be {kind.__name__}, got {value!r}")
     return value

@@ -5,6 +5,7 @@ after that, says what it holds. `seal` gathers the receipts of a finished direct
 On gs:// a shard is written to a local disk first, then uploaded.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
+from dgpt_jax import gcs
 from dgpt_jax.schema import UserError
 
 MANIFEST = "manifest.json"
@@ -102,25 +103,39 @@ def _sidecar(path) -> epath.Path:
 
 def sizes(directory) -> dict[str, int]:
     """{file name: bytes} of what lies in a directory, by one listing."""
-    system, root = fsspec.core.url_to_fs(os.fspath(directory))
     if is_remote(directory):
-        system.invalidate_cache(root)
-    return {os.path.basename(f["name"]): f["size"] for f in system.ls(root, detail=True)}
+        system, root = gcs.filesystem(directory)
+        return {os.path.basename(f["name"]): f["size"] for f in system.ls(root, detail=True)}
+    found = {}
+    for entry in os.scandir(directory):
+        with contextlib.suppress(FileNotFoundError):  # a writer has renamed it
+            found[entry.name] = entry.stat().st_size
+    return found
+
+
+def _inside(directory) -> list[epath.Path]:
+    """What lies in a directory; nothing where there is none: gs:// has none that is empty."""
+    try:
+        return list(epath.Path(directory).iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def manifest(directory) -> dict[str, Receipt]:
     """{file name: receipt} of the shards of a finished directory; {} where it has no manifest."""
     path = epath.Path(directory) / MANIFEST
-    return _parsed(json.loads(path.read_text())) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return _parsed(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path} is damaged: {type(e).__name__}: {e}") from None
 
 
 def receipts(directory) -> dict[str, Receipt]:
     """{file name: receipt} of the shards that were completed in a directory, finished or not."""
-    directory = epath.Path(directory)
-    if not directory.exists():
-        return {}
     found, retaken = {}, set()
-    names = [p for p in directory.iterdir() if p.name.endswith(".receipt")]
+    names = [p for p in _inside(directory) if p.name.endswith(".receipt")]
     with ThreadPoolExecutor(16) as pool:
         for path, text in zip(names, pool.map(lambda p: p.read_text(), names), strict=True):
             name = path.name[1:].removesuffix(".receipt")
@@ -150,7 +165,7 @@ def forget(path):
 
 def sweep(directory):
     """Removes what writers that were killed have left."""
-    for path in epath.Path(directory).iterdir():
+    for path in _inside(directory):
         if path.name.endswith(".partial"):
             path.unlink(missing_ok=True)
 
@@ -162,7 +177,7 @@ def seal(directory, known: Mapping[str, Receipt]):
     half = directory / f".{MANIFEST}.partial"
     half.write_text(json.dumps(listed, indent=0) + "\n")
     half.replace(directory / MANIFEST)
-    for path in directory.iterdir():
+    for path in _inside(directory):
         if path.name.endswith(".receipt"):
             path.unlink()
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dgpt_jax import sharding
+from dgpt_jax import optim, sharding
 from dgpt_jax.metrics import Metrics
 from dgpt_jax.state import TrainState
 
@@ -18,8 +18,9 @@ def make_train_step(
 
     `loss(params, frozen, batch) → (scalar, {name: (b,) values an example})`. The batch is cut into
     `accum_steps` micro-batches that a scan runs through, and their gradients are averaged: the same
-    update as one big batch.
+    update as one big batch. Metrics leave out steps whose numbers are not finite.
     """
+    tx = optax.with_extra_args_support(tx)
     gradient = sharding.on_mesh(jax.value_and_grad(loss, has_aux=True), mesh)
 
     def accumulate(params, frozen, batch):
@@ -42,10 +43,12 @@ def make_train_step(
 
     def train_step(state: TrainState, metrics: Metrics, batch, frozen):
         (value, values), grads = accumulate(state.params, frozen, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=value)
         params = optax.apply_updates(state.params, updates)
         seen = values | {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        metrics = metrics.merge(type(metrics).single_from_model_output(**seen))
+        merged = metrics.merge(type(metrics).single_from_model_output(**seen))
+        good = optim.is_finite(value, grads)
+        metrics = jax.tree.map(lambda new, old: jnp.where(good, new, old), merged, metrics)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=(0, 1))

@@ -5,6 +5,7 @@ two members for a whole one.
 """
 
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator
 
@@ -70,7 +71,13 @@ def members(
         )  # fmt: skip
         told = {} if is_note else longer
         name = told.get("path", os.fsencode(info.name))
-        length = int(told.get("size", info.size)) if has_data or is_note else 0
+        size = told.get("size", b"%d" % info.size)
+        if not size.isdigit() or len(size) > 20:
+            raise UserError(
+                f"{path} is damaged at byte {position - start}: the size of {os.fsdecode(name)} is "
+                f"{size[:20].decode(errors='backslashreplace')}"
+            )
+        length = int(size) if has_data or is_note else 0
         data = position + BLOCK
         if data + length > end:
             raise UserError(
@@ -104,7 +111,5 @@ def _note(kind: bytes, data: bytes) -> dict[str, bytes]:
 
 
 def _clean(name: bytes) -> bytes:
-    """Without the "./" or "/" that some archives begin every name with."""
-    while name.startswith((b"./", b"/")):
-        name = name.partition(b"/")[2]
-    return name
+    """As a path within the archive: some begin with "./", "/" or, to write elsewhere, "../"."""
+    return posixpath.normpath(b"/" + name.lstrip(b"/"))[1:]

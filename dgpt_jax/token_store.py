@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dgpt_jax import token_codec
+from dgpt_jax.bad_records import one_line
 from dgpt_jax.schema import UserError
 from dgpt_jax.token_codec import Codec
 
@@ -71,23 +72,38 @@ class StoreInfo:
         path = epath.Path(directory) / STORE_FILE
         if not path.exists():
             raise UserError(f"{directory} is not a token store: it has no {STORE_FILE}")
-        values = json.loads(path.read_text())
-        if values["format"] != FORMAT:
-            raise UserError(
-                f"{path} has format {values['format']}, this code reads format {FORMAT}: build "
-                f"the store again"
-            )
-        for name in ("grid", "cosine", "channel_scale"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        try:
+            values = json.loads(path.read_text())
+            format = values["format"]
+            if format == FORMAT:
+                for name in ("grid", "cosine", "channel_scale"):
+                    values[name] = tuple(values[name])
+                return cls(**values)
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{path} is damaged: {type(e).__name__}: {one_line(e)}") from None
+        raise UserError(
+            f"{path} has format {format}, this code reads format {FORMAT}: build the store again"
+        )
 
     def load_codec(self, directory) -> Codec:
         """The codec, with its basis where there is one."""
         basis = None
         if self.is_reduced:
-            with (epath.Path(directory) / BASIS_FILE).open("rb") as file:
-                basis = np.load(file)
+            basis = _basis(epath.Path(directory) / BASIS_FILE)
+            if basis.shape != (self.teacher["width"], self.width):
+                raise UserError(
+                    f"{directory}/{BASIS_FILE} is {basis.shape}, and {STORE_FILE} has "
+                    f"{(self.teacher['width'], self.width)} channels"
+                )
         return Codec(self.codec, np.asarray(self.channel_scale, np.float32), basis)
+
+
+def _basis(path) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path} is no readable array: {one_line(e)}") from None
 
 
 def exists(directory) -> bool:
@@ -114,6 +130,25 @@ def features(info: StoreInfo, label) -> tfds.features.FeaturesDict:
         "flip": tfds.features.Scalar(dtype=np.int32),
     }
     return tfds.features.FeaturesDict(found if label is None else found | {"label": label})
+
+
+def refuse_others(directory, stored: tfds.features.FeaturesDict):
+    """Raises UserError where what TFDS says of a store's examples is not what StoreInfo says."""
+    info = StoreInfo.load(directory)
+    wanted = features(info, None)
+    for name in ("image", "tokens"):
+        have, want = stored[name] if name in stored else None, wanted[name]
+        if have is None or (have.shape, have.np_dtype) != (want.shape, want.np_dtype):
+            raise UserError(
+                f"{directory} is damaged: by {STORE_FILE} its {name} are {want.shape} "
+                f"{np.dtype(want.np_dtype)}, by features.json "
+                + ("absent" if have is None else f"{have.shape} {np.dtype(have.np_dtype)}")
+            )
+    if len(info.channel_scale) != (0 if info.codec == "float16" else info.width):
+        raise UserError(
+            f"{directory}/{STORE_FILE} is damaged: {len(info.channel_scale)} scales for "
+            f"{info.width} channels"
+        )
 
 
 def refuse_unfinished(directory):

@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 from etils import epath
 
-from dgpt_jax import metrics, pipeline, records, shards, token_store, views
+from dgpt_jax import bad_records, metrics, pipeline, records, shards, token_store, views
 from dgpt_jax.config import Tokens
 from dgpt_jax.schema import UserError
 from dgpt_jax.teacher import Teacher
@@ -77,11 +77,14 @@ def draw(config, index: int, view: int, height: int, width: int) -> views.View:
 
 def render(config: Tokens, source: records.Split, view: int, index: int) -> Rendered:
     """A view of an example as it is stored. Raises UserError where it cannot be decoded."""
-    record = source[index]
     try:
-        image = views.decode_picture(record["image"])
-    except ValueError as e:
-        raise UserError(f"{source}: example {index} ({record['id']}): {e}") from None
+        record = source[index]
+        image = bad_records.picture(source, index, record)
+    except bad_records.BadRecord as e:
+        raise UserError(
+            f"{e}. A store has the examples of its source, so none can be left out here: import "
+            f"the images with tools/import_images.py, which leaves out unreadable files"
+        ) from None
     drawn = draw(config, index, view, *image.shape[:2])
     data = views.encode_picture(views.render(image, drawn, config.picture_size), config.picture)
     return Rendered(record["id"], record.get("label"), drawn, data, views.decode_picture(data))

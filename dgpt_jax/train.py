@@ -7,7 +7,6 @@ done, 1 a user's error, 75 stopped by SIGTERM after saving, 130 by Ctrl-C after 
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from functools import partial
@@ -16,7 +15,18 @@ from pathlib import Path
 import jax
 from clu import parameter_overview
 
-from dgpt_jax import checkpoint, cli, hosts, metrics, optim, pipeline, schema, sharding, state
+from dgpt_jax import (
+    checkpoint,
+    cli,
+    hosts,
+    metrics,
+    optim,
+    pipeline,
+    replay,
+    resume,
+    schema,
+    sharding,
+)
 from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
 from dgpt_jax.evals import pretraining
@@ -32,6 +42,7 @@ class Schedule:
     total: int
     warmup: int
     checkpoint_every: int
+    keep_every: int
     eval_every: int
 
 
@@ -43,12 +54,13 @@ def resolve_schedule(config: Train, examples: int) -> Schedule:
         total=total,
         warmup=to_steps(config.optim.warmup, total=total),
         checkpoint_every=max(1, to_steps(config.checkpoint.every, total=total)),
+        keep_every=to_steps(config.checkpoint.keep_every or "0 steps", total=total),
         eval_every=max(1, to_steps(config.evals.every, total=total)),
     )
 
 
-def train(config: Train, workdir: Path) -> int:
-    """Trains to the end or to a signal; returns the exit code."""
+def train(config: Train, workdir: Path, *, allow_config_change: bool = False) -> int:
+    """Trains to the end or to a signal; returns the exit code. Raises UserError."""
     mesh = sharding.make_mesh(config.mesh)
     progress = metrics.Progress()
     progress.say("\n".join(hosts.preflight(workdir, mesh)))
@@ -63,11 +75,18 @@ def train(config: Train, workdir: Path) -> int:
 
     stop = hosts.StopOnSignal()
     with (
-        checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+        checkpoint.Checkpoints(
+            workdir,
+            keep=config.checkpoint.keep,
+            keep_every=schedule.keep_every,
+            best=config.checkpoint.best,
+        ) as checkpoints,
         contextlib.closing(metrics.Writer(workdir)) as writer,
         contextlib.closing(progress),
     ):
-        train_state, first = begin(config, task, tx, mesh, checkpoints, progress)
+        train_state, first = resume.begin(
+            config, task, tx, mesh, checkpoints, progress, allow_config_change
+        )
         writer.config(resolved)
         progress.say(
             parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
@@ -93,9 +112,15 @@ def train(config: Train, workdir: Path) -> int:
                 return
             at, values, computed = pending
             values |= {name: float(v) for name, v in jax.device_get(computed).items()}
+            in_a_row = values.pop("in_a_row")
             writer.scalars(at, values)
             progress.show(at, schedule.total, values)
             pending = None
+            if in_a_row >= config.optim.bad_steps:
+                stop_at_bad_numbers(task, train_state, rows, mesh, workdir)
+
+        def save(results=None):
+            checkpoints.save(train_state, {"config": resolved}, results)
 
         with stop, profile, contextlib.closing(batches):
             while step < schedule.total and not stop.asked(step):
@@ -113,23 +138,36 @@ def train(config: Train, workdir: Path) -> int:
                 last = step == schedule.total
                 if step % config.log_every == 0 or last:
                     flush()
+                    if checkpoints.failed():
+                        progress.say("a checkpoint could not be written: once more")
+                        save()
                     values = {"learning_rate": float(rate(step - 1))} | clock.read(step)
-                    pending = (step, values, running.compute())
+                    values |= task.examples.counters()
+                    pending = (
+                        step,
+                        values,
+                        running.compute() | optim.counts(train_state.opt_state),
+                    )
                     running = collection.empty()
+                results = {}
                 if evaluators and (step % schedule.eval_every == 0 or last):
                     flush()
                     for evaluate in evaluators:
-                        results = evaluate(train_state.params)
-                        writer.scalars(step, results)
-                        shown = " ".join(f"{n} {v:.4f}" for n, v in results.items())
-                        progress.say(f"step {step}: {shown}")
+                        results |= evaluate(train_state.params)
+                    writer.scalars(step, results)
+                    shown = " ".join(f"{n} {v:.4f}" for n, v in results.items())
+                    progress.say(f"step {step}: {shown}")
                     clock.restart(step)
-                if step % schedule.checkpoint_every == 0 or last:
+                measured = config.checkpoint.best in results
+                if step % schedule.checkpoint_every == 0 or measured or last:
                     flush()  # a run killed right after has logged all that it does not repeat
-                    checkpoints.save(train_state, {"config": resolved})
+                    save(results or None)
             flush()
             if stop.exit_code is not None and checkpoints.latest() != step:
-                checkpoints.save(train_state, {"config": resolved})
+                save()
+            while checkpoints.failed(wait=True):
+                progress.say("the last checkpoint could not be written: once more")
+                save()
     if stop.exit_code is not None:
         progress.say(f"stopped by a signal, saved at step {step}: the same command continues")
         return stop.exit_code
@@ -140,24 +178,24 @@ def train(config: Train, workdir: Path) -> int:
     return 0
 
 
-def begin(config, task, tx, mesh, checkpoints, progress) -> tuple[state.TrainState, int]:
-    """State and step of the run's newest checkpoint, else fresh ones.
+def stop_at_bad_numbers(task, train_state, rows, mesh, workdir):
+    """Writes down the first of the steps in a row whose update was left out. Raises UserError.
 
-    Raises UserError where the checkpoint is of another model; other changes are only said.
+    The parameters are those that it met, because none of these steps has changed them.
     """
-    latest = checkpoints.latest()
-    if latest is None:
-        return state.create(task.init, tx, mesh, config.seed), 0
-    before = schema.flatten(checkpoints.metadata(latest)["config"])
-    now = schema.flatten(json.loads(json.dumps(schema.to_dict(config))))
-    for name, value in now.items():
-        if value != (old := before.get(name)):
-            change = f"config.{name} is {value!r}, in the checkpoint of step {latest} {old!r}"
-            if name.startswith("model."):
-                raise UserError(f"{change}: choose another --workdir")
-            progress.say(change)
-    progress.say(f"continuing from step {latest} in {checkpoints.directory}")
-    return checkpoints.restore(latest, state.abstract(task.init, tx, mesh)), latest
+    size = task.config.batch_size
+    in_a_row = int(train_state.opt_state.in_a_row)
+    first = int(train_state.step) - in_a_row
+    batches = pipeline.train_batches(task.examples, size, rows=rows, start_step=first)
+    with contextlib.closing(batches):
+        local = next(batches)
+    ids = pipeline.batch_ids(task.examples, size, rows=rows, step=first)
+    left = replay.write(workdir, task, train_state.params, first, ids, local, mesh)
+    raise UserError(
+        f"loss or gradients were not finite (config.optim.bad_steps) or spiked "
+        f"(config.optim.spike) in all {in_a_row} steps from {first} on, and no update was made: "
+        f"look with python tools/replay.py {left}"
+    )
 
 
 def describe(config, task, schedule, mesh, peak, progress):
@@ -178,9 +216,15 @@ def describe(config, task, schedule, mesh, peak, progress):
 def main():
     made = cli.parser(__doc__, Train)
     made.add_argument("--workdir", required=True, help="directory of the run; made if absent")
+    made.add_argument(
+        "--allow_config_change",
+        action="store_true",
+        help="continue though data, schedule or optimizer of the config are others",
+    )
     arguments, config = cli.parse(made, Train)
     hosts.start(config.hosts, config.platform)
-    sys.exit(train(config, Path(arguments.workdir)))
+    allow = arguments.allow_config_change
+    sys.exit(train(config, Path(arguments.workdir), allow_config_change=allow))
 
 
 if __name__ == "__main__":

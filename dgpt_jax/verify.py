@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from dgpt_jax import config, records, token_codec, token_store, token_writer, views
+from dgpt_jax import bad_records, config, records, token_codec, token_store, token_writer, views
 from dgpt_jax.schema import UserError
 from dgpt_jax.teacher import Teacher
 from dgpt_jax.token_store import StoreInfo
@@ -87,7 +87,12 @@ def verify(
             chosen = start + np.unique(np.linspace(0, length - 1, samples).astype(int))
             start += length
             stored = [examples[i] for i in chosen]
-            pictures = np.stack([views.decode_picture(example["image"]) for example in stored])
+            pictures = np.stack(
+                [
+                    bad_records.picture(examples, i, example)
+                    for i, example in zip(chosen, stored, strict=True)
+                ]
+            )
             live = codec.project(teacher(pictures))
             decoded = codec.decode(np.stack([example["tokens"] for example in stored]))
             found = []
@@ -108,7 +113,7 @@ def _difference(info: StoreInfo, source, view: int, index: int, example, box: vi
     record = source[index]
     if record["id"] != example["id"]:
         return f"id: the source has {record['id']}"
-    image = views.decode_picture(record["image"])
+    image = bad_records.picture(source, index, record)
     drawn = token_writer.draw(SimpleNamespace(**info.views), index, view, *image.shape[:2])
     if drawn != box:
         return f"box: drawn again it is {drawn.box} flip {int(drawn.flip)}"

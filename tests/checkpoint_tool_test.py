@@ -1,6 +1,7 @@
 """tools/checkpoint.py on a work directory with two checkpoints."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def test_inspect(run, monkeypatch, capsys):
     assert "(8, 8)  float32" in kernel and kernel.endswith(" 256")
     size = sum(x.nbytes for x in run[1][7].values())
     assert f"params {size / 1e6:.1f} MB, opt_state {2 * size / 1e6:.1f} MB" in out
+
+
+def test_a_damaged_checkpoint(run, monkeypatch, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    for file in (tmp_path / "run/checkpoints/7/params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(SystemExit, match="error: .*checkpoints/7 is damaged: "):
+        convert(monkeypatch, tmp_path / "run", tmp_path / "out", "--to=timm")
+    assert not (tmp_path / "out").exists()
 
 
 def test_average(run, monkeypatch, tmp_path):

@@ -80,9 +80,23 @@ def test_overrides_are_read_by_the_fields_type():
         ("config.data.targets=pixels", "set loss.visible to 0"),
         ("config.data.targets=online", "needs config.teacher.weights"),
         ("config.accum_steps=3", "not divisible by config.accum_steps"),
+        ("config.data.lanes=3", "config.data.lanes 3 does not divide config.batch_size"),
+        ("config.data.lanes=0", "config.data.lanes 0 does not divide config.batch_size"),
+        ("config.data.window=0", "config.data.window must be positive"),
         ("config.dtype=float16", "must be one of bfloat16, float32"),
         ("config.loss.next=-1", "needs a positive weight"),
         ("config.profile=3", "config.profile takes 2 values"),
+        ("config.batch_size=1" + 20 * "0", "config.batch_size is 100000000000000000000, more"),
+        ("config.optim.blr=1e999", "config.optim.blr is inf, more than any use or not a number"),
+        ("config.optim.blr={[]: 1}", "config.optim.blr must be float, got '{[]: 1}'"),
+        ("config.model.depth=0", "config.model.depth must be positive, got 0"),
+        ("config.model.mlp_ratio=0", "config.model.mlp_ratio must be positive"),
+        ("config.log_every=0", "config.log_every must be positive, got 0"),
+        ("config.data.threads=0", "config.data.threads must be positive"),
+        ("config.data.workers=-1", "config.data.workers must not be negative"),
+        ("config.seed=-1", "config.seed must not be negative, got -1"),
+        ("config.data.crop_scale=0,1", "config.data.crop_scale (0.0, 1.0) must be LEAST, MOST"),
+        ("config.data.crop_ratio=2,1", "config.data.crop_ratio (2.0, 1.0) must be LEAST, MOST"),
         ("config.profile=5,5", "config.profile (5, 5) must be START, STOP"),
         ("config.profile=-1,5", "config.profile (-1, 5) must be START, STOP"),
     ],
@@ -93,6 +107,10 @@ def test_mistakes_are_one_clear_line(text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_absent_groups_are_filled_in_like_others():
+    assert schema.parse(config.Train, {"data": {"path": "x"}}).model.width == 768
+
+
 def test_durations():
     def steps(text, total=None):
         return config.steps(text, batch_size=100, examples=1050, total=total)
@@ -100,7 +118,7 @@ def test_durations():
     assert steps("300 epochs") == 3150 and steps("1 epoch") == 10
     assert steps("5000 steps") == 5000 and steps("1e6 examples") == 10_000
     assert steps("2%", total=400) == 8
-    for text in ("", "5", "epochs", "-1 steps", "3 weeks", "5%", "x%"):
+    for text in ("", "5", "epochs", "-1 steps", "3 weeks", "5%", "x%", "inf steps", "nan epochs"):
         with pytest.raises(UserError, match="cannot read the duration"):
             steps(text)
 

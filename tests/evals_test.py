@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from dgpt_jax.evals import knn, probe
+from dgpt_jax.evals import features, knn, probe
 from dgpt_jax.schema import UserError
 
 
@@ -92,3 +92,8 @@ def test_folds_and_few_labels():
     assert len(probe.few_labels(labels, 0, seed=1)) == 22
     with pytest.raises(UserError, match="class 1 has 3 examples, 4 shots"):
         probe.few_labels(labels, 4, seed=1)
+
+
+def test_pictures_are_not_resized_to_less_than_the_crop():
+    with pytest.raises(UserError, match="to 16 pixels, fewer than the 32 .*config.resize"):
+        features.Extractor(None, None, size=32, resize=16, batch_size=4)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dgpt_jax import pipeline, records, sharding, views
+from dgpt_jax import bad_records, pipeline, records, sharding, views
 from dgpt_jax.schema import UserError
 
 
@@ -13,7 +13,8 @@ class Extractor:
     """(params, source) → (features (N, …) float32, labels (N,)), in order, on every process.
 
     `encode(params, pictures)` is jittable: uint8 (B, size, size, 3) to (B, …). Pictures are centre
-    crops (views.centre_crop). One compile serves all calls.
+    crops (views.centre_crop). One compile serves all calls. Raises UserError where `resize` is less
+    than `size`.
     """
 
     def __init__(
@@ -26,6 +27,11 @@ class Extractor:
         squash: bool = False,
         batch_size: int,
     ):
+        if resize < size:
+            raise UserError(
+                f"pictures are resized to {resize} pixels, fewer than the {size} of the model: set "
+                f"config.resize (config.evals.knn_resize in training) to {size} or more"
+            )
         self._mesh, self._batch_size = mesh, batch_size
         self._rows = sharding.process_rows(mesh, batch_size)
         self._view = {"resize_to": resize, "size": size, "squash": squash}
@@ -41,7 +47,7 @@ class Extractor:
 
         def load(index):
             record = source[index]
-            image = views.decode_picture(record["image"])
+            image = bad_records.picture(source, index, record)
             picture = views.centre_crop(image, **self._view)
             return {"image": picture, "label": np.int32(record["label"])}
 

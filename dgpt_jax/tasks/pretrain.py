@@ -96,7 +96,7 @@ class Pretrain:
         config = self.config
         data = replace(
             config.data, path=config.evals.heldout, split=config.evals.heldout_split, views=None,
-            examples=None,
+            examples=None, workers=0,
         )  # fmt: skip
         examples = pipeline.open_examples(data, config.model, config.seed)
         if data.targets == "stored":

@@ -1,0 +1,143 @@
+"""What a run leaves behind when its numbers go bad, and how that step is run again, alone.
+
+WORKDIR/bad_step_N/ holds step.json (config, targets, ids of the batch, norms of every layer),
+params.safetensors and, of each process, its rows of the batch with tokens as float32.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dgpt_jax import param_rules, schema, sharding
+from dgpt_jax.config import Train
+from dgpt_jax.convert import files, layout
+from dgpt_jax.schema import UserError
+from dgpt_jax.tasks.pretrain import Pretrain, Target, load_teacher
+from dgpt_jax.token_codec import Codec
+
+
+def layer_norms(tree) -> dict[str, list[float]]:
+    """L2 norm of every array of a tree by path; of stacked blocks, one a layer."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = param_rules.path_of(path)
+        stacked = "blocks/" in name
+        axes = tuple(range(int(stacked), leaf.ndim))
+        squares = jnp.square(leaf.astype(jnp.float32)).sum(axis=axes)
+        found[name] = jnp.sqrt(jnp.atleast_1d(squares))
+    return found
+
+
+def measure(task: Pretrain, params, batch, mesh) -> dict:
+    """{"loss", "losses": {decoder: an example's}, "params", "grads": layer_norms}, plain numbers.
+
+    `batch`: global arrays. Every process of the mesh calls it.
+    """
+
+    def run(params, frozen, batch):
+        (loss, parts), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, batch)
+        return {
+            "loss": loss,
+            "losses": parts,
+            "params": layer_norms(params),
+            "grads": layer_norms(grads),
+        }
+
+    frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+    measured = jax.jit(sharding.on_mesh(run, mesh), out_shardings=sharding.replicated(mesh))
+    return jax.tree.map(
+        lambda x: np.asarray(x).tolist(), jax.device_get(measured(params, frozen, batch))
+    )
+
+
+def write(workdir: Path, task: Pretrain, params, step: int, ids: list[str], local, mesh) -> Path:
+    """Writes down step `step`, whose batch (this process's rows `local`, examples `ids`) the
+    parameters met. Every process calls it; returns the directory."""
+    directory = Path(workdir) / f"bad_step_{step:06d}"
+    directory.mkdir(parents=True, exist_ok=True)
+    batch = sharding.global_batch(mesh, task.config.batch_size, local)
+    measured = measure(task, params, batch, mesh)
+    tokens = {}
+    if "tokens" in local:
+        tokens["tokens"] = np.asarray(task.target.codec.decode(local["tokens"]))
+    process = jax.process_index()
+    np.savez(directory / f"batch_{process:04d}.npz", ids=np.array(ids), **local | tokens)
+    whole = params
+    if jax.process_count() > 1:
+        whole = multihost_utils.process_allgather(params, tiled=True)
+    if process == 0:
+        flat = {name: np.asarray(leaf) for name, leaf in layout.flatten(whole).items()}
+        files.write_safetensors(directory / "params.safetensors", flat, {})
+        target = task.target
+        told = {
+            "step": step,
+            "target": {"width": target.width, "grid": target.grid, "cls": target.cls},
+            "config": schema.to_dict(task.config),
+        }
+        text = json.dumps(told | measured, indent=1, default=str)
+        (directory / "step.json").write_text(text + "\n")
+    return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """One step run again: `before` and `now` are what `measure` gives; ids of the examples."""
+
+    step: int
+    ids: list[str]
+    before: dict
+    now: dict
+
+    def bad_examples(self) -> list[str]:
+        """Ids of the examples that alone have a loss that is not finite."""
+        parts = np.array(list(self.now["losses"].values()))
+        return [
+            id_ for id_, bad in zip(self.ids, ~np.isfinite(parts).all(axis=0), strict=True) if bad
+        ]
+
+    def rows(self) -> list[tuple[str, float, float]]:
+        """(array and layer, norm of its parameters, of its gradient), the bad ones first."""
+        found = []
+        for name, norms in self.now["params"].items():
+            for layer, (norm, grad) in enumerate(zip(norms, self.now["grads"][name], strict=True)):
+                label = f"{name} [{layer}]" if len(norms) > 1 else name
+                found.append((label, norm, grad))
+        return sorted(
+            found,
+            key=lambda row: (math.isfinite(row[1]), math.isfinite(row[2]), -row[2]),
+        )
+
+
+def replay(directory, *, dtype: str | None = None) -> Replayed:
+    """Runs a step again on this machine's first device, without its data. Raises UserError.
+
+    dtype: of the matmuls, where it should not be the run's.
+    """
+    directory = Path(directory)
+    if not (directory / "step.json").is_file():
+        raise UserError(f"{directory} has no step.json: give a bad_step_… directory of a run")
+    told = json.loads((directory / "step.json").read_text())
+    config = schema.parse(Train, told["config"])
+    config = dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
+        dtype=dtype or config.dtype,
+    )  # fmt: skip
+    target = told["target"]
+    codec = Codec("float16", np.zeros(0))  # tokens are decoded already
+    target = Target(target["width"], tuple(target["grid"]), target["cls"], codec)
+    task = Pretrain(config, target, teacher=load_teacher(config))
+    pieces = []
+    for file in sorted(directory.glob("batch_*.npz")):
+        with np.load(file, allow_pickle=False) as piece:
+            pieces.append(dict(piece))
+    batch = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    ids = [str(id_) for id_ in batch.pop("ids")]
+    params = layout.unflatten(files.read_state(directory / "params.safetensors"))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    return Replayed(told["step"], ids, told, measure(task, params, batch, mesh))

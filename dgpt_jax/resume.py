@@ -1,0 +1,50 @@
+"""Where a run begins: at its newest checkpoint, if that is of the same run."""
+
+import json
+import re
+
+from dgpt_jax import schema, state
+from dgpt_jax.schema import UserError
+
+# What may be another when a run is continued: it changes neither parameters nor data nor schedule.
+FREE = re.compile(
+    r"(log_every|profile|platform|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
+    r"data\.(path|source|examples|threads|workers|cache|bad_records|bad_most)|teacher\.weights|"
+    r"optim\.bad_steps)$"
+)
+
+
+def begin(config, task, tx, mesh, checkpoints, progress, allow_config_change: bool):
+    """(state, step) of the run's newest checkpoint, else fresh ones.
+
+    Raises UserError where the checkpoint is of another model, or of a config that differs in more
+    than FREE, unless that is allowed. Says all differences.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return state.create(task.init, tx, mesh, config.seed), 0
+    # A field that is younger than the checkpoint had its default.
+    before = schema.flatten(json.loads(json.dumps(schema.to_dict(type(config)()))))
+    before |= schema.flatten(checkpoints.metadata(latest)["config"])
+    now = schema.flatten(json.loads(json.dumps(schema.to_dict(config))))
+    changes = {name: value for name, value in now.items() if value != before.get(name)}
+    for name, value in changes.items():
+        progress.say(
+            f"config.{name} is {value!r}, in the checkpoint of step {latest} {before.get(name)!r}"
+        )
+    refused = [name for name in changes if not FREE.match(name)]
+    if any(name.startswith("model.") for name in refused):
+        of_model = next(name for name in refused if name.startswith("model."))
+        raise UserError(
+            f"config.{of_model} is {now[of_model]!r}, in the checkpoint of step {latest} "
+            f"{before.get(of_model)!r}: choose another --workdir"
+        )
+    if refused and not allow_config_change:
+        raise UserError(
+            f"config.{refused[0]} is {now[refused[0]]!r}, in the checkpoint of step {latest} "
+            f"{before.get(refused[0])!r}"
+            + (f" (and {len(refused) - 1} more, above)" if refused[1:] else "")
+            + ": this is another run. Choose another --workdir, or give --allow_config_change"
+        )
+    progress.say(f"continuing from step {latest} in {checkpoints.directory}")
+    return checkpoints.restore(latest, state.abstract(task.init, tx, mesh)), latest

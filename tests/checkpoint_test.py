@@ -1,0 +1,206 @@
+"""Which checkpoints are kept, what becomes of saves that fail, and who may continue a run."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import numpy as np
+import psutil
+import pytest
+
+from dgpt_jax import checkpoint, optim, sharding, state, train
+from dgpt_jax.config import Optim, Train
+from dgpt_jax.schema import UserError, parse
+from tests import data, processes
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoint")
+    dataset = data.image_dataset(root, per_class=6)
+    return data.token_store(root, dataset, data.random_teacher(root / "teacher"))
+
+
+def make_state(step: int) -> state.TrainState:
+    mesh = sharding.make_mesh(parse(Train, {"data": {"path": "x"}}).mesh, jax.devices()[:1])
+    tx = optim.optimizer(Optim(), 1e-3)
+    made = state.create(lambda key: {"w": jax.random.normal(key, (64, 64))}, tx, mesh, seed=step)
+    return state.TrainState(made.step + step, made.params, made.opt_state)
+
+
+def steps_in(workdir) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_newest_best_and_every_so_many_are_kept(tmp_path):
+    losses = {2: 0.9, 4: 0.3, 6: 0.8}
+    with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=5, best="heldout/next") as kept:
+        for step in range(1, 13):
+            metrics = {"heldout/next": losses[step]} if step in losses else None
+            kept.save(make_state(step), {"config": {}}, metrics)
+    assert steps_in(tmp_path) == [4, 5, 10, 11, 12]
+    with checkpoint.Checkpoints(tmp_path / "knn", keep=1, best="knn/cls") as kept:
+        for step, accuracy in enumerate((10.0, 70.0, 60.0, 50.0), 1):
+            kept.save(make_state(step), {"config": {}}, {"knn/cls": accuracy})
+    assert steps_in(tmp_path / "knn") == [2, 4]
+
+
+def test_a_save_that_failed_in_the_background_is_told_and_the_third_is_fatal(tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(tmp_path, keep=2) as kept:
+        broken = []
+
+        def check():
+            if broken:
+                raise RuntimeError(broken.pop())
+
+        monkeypatch.setattr(kept._manager, "check_for_errors", check)
+        kept.save(make_state(1), {"config": {}})
+        assert not kept.failed(wait=True)
+        broken.append("connection lost")
+        assert kept.failed()  # the loop saves again
+        kept.save(make_state(2), {"config": {}})
+        assert not kept.failed(wait=True)
+        for _ in range(2):
+            broken.append("connection lost")
+            assert kept.failed()
+        broken.append("connection lost")
+        with pytest.raises(RuntimeError, match="connection lost"):
+            kept.failed()
+    older = pytest.raises(RuntimeError, match="step 1 was not saved: .* holds step 2")
+    with checkpoint.Checkpoints(tmp_path, keep=2) as kept, older:
+        kept.save(make_state(1), {"config": {}})
+
+
+def test_the_loop_saves_again_what_failed(store, tmp_path, monkeypatch):
+    saved, failures = [], [False, True, False, False]
+    save = checkpoint.Checkpoints.save
+
+    def counted(self, train_state, *args):
+        saved.append(int(train_state.step))
+        save(self, train_state, *args)
+
+    def failed(self, *, wait=False):
+        return failures.pop(0) if failures else False
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", counted)
+    monkeypatch.setattr(checkpoint.Checkpoints, "failed", failed)
+    run = settings(store, checkpoint={"every": "100 steps"}, log_every=1, total="4 steps")
+    assert train.train(run, tmp_path / "run") == 0
+    assert saved == [2, 4]
+
+
+def settings(store, **changes) -> Train:
+    return parse(Train, {
+        "total": "2 steps", "batch_size": 4, "dtype": "float32", "log_every": 2,
+        "model": data.TINY, "data": {"path": str(store), "threads": 2},
+        "optim": {"warmup": "1 steps"}, "checkpoint": {"every": "2 steps"},
+    } | changes)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory):
+    """The work directory of a finished run."""
+    workdir = tmp_path_factory.mktemp("run")
+    assert train.train(settings(store), workdir) == 0
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "changes,named",
+    [
+        ({"total": "4 steps"}, "config.total is '4 steps', in the checkpoint of step 2 '2 steps'"),
+        ({"seed": 1}, "config.seed is 1"),
+        ({"batch_size": 8}, "config.batch_size is 8"),
+        ({"optim": {"warmup": "1 steps", "blr": 0.1}}, "config.optim.blr is 0.1"),
+        ({"data": {"views": 1}, "loss": {"next": 2.0}}, "config.data.views is 1.*and 1 more"),
+    ],
+)
+def test_another_run_is_refused(store, run, changes, named):
+    changes["data"] = {"path": str(store), "threads": 2} | changes.get("data", {})
+    with pytest.raises(UserError, match=f"{named}.*--allow_config_change"):
+        train.train(settings(store, **changes), run)
+    assert steps_in(run) == [2]
+
+
+def test_what_changes_nothing_is_only_said_and_the_rest_can_be_allowed(store, run, tmp_path, capfd):
+    workdir = shutil.copytree(run, tmp_path / "run")
+    same = {"log_every": 1, "accum_steps": 2, "data": {"path": str(store), "threads": 1}}
+    assert train.train(settings(store, **same), workdir) == 0
+    assert "config.log_every is 1, in the checkpoint of step 2 2" in capfd.readouterr().err
+    longer = settings(store, total="4 steps")
+    assert train.train(longer, workdir, allow_config_change=True) == 0
+    assert steps_in(workdir) == [2, 4]
+    with pytest.raises(UserError, match="config.model.depth is 2.*choose another --workdir"):
+        deeper = settings(store, model=data.TINY | {"depth": 2, "taps": (1, 2)})
+        train.train(deeper, workdir, allow_config_change=True)
+
+
+def test_formats_of_other_versions(store, run, tmp_path):
+    for found, message in ((99, "checkpoint format 99, this code reads 2"),
+                           (1, "training states of format 1, this code continues 2")):  # fmt: skip
+        workdir = shutil.copytree(run, tmp_path / str(found))
+        file = workdir / "checkpoints/2/metadata/metadata"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"format": found}))
+        with pytest.raises(UserError, match=message):
+            train.train(settings(store), workdir)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB of its own, and a function that makes it read-only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], check=False)
+    if made.returncode:
+        pytest.skip("this needs the right to mount")
+    try:
+        yield place, lambda: subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_disk_that_does_not_take_checkpoints(store, small_disk, fault):
+    place, make_read_only = small_disk
+    with checkpoint.Checkpoints(place, keep=5) as kept:
+        kept.save(make_state(1), {"config": {}})
+        assert not kept.failed(wait=True)
+        if fault == "full":
+            (place / "fill").write_bytes(bytes(os.statvfs(place).f_bavail * 4096 - 20_000))
+        else:
+            make_read_only()
+        what = "no space left for" if fault == "full" else "no permission to write"
+        with pytest.raises(UserError, match=rf"{what} a checkpoint in .*step: 1\)"):
+            kept.save(make_state(2), {"config": {}})
+            kept.failed(wait=True)
+    params, metadata = checkpoint.load_params(place)
+    assert metadata["step"] == 1
+    np.testing.assert_array_equal(params["w"], make_state(1).params["w"])
+
+
+def soak():
+    """In a process of its own: fifty saves do not grow it."""
+    process, sizes = psutil.Process(), []
+    big = state.TrainState(
+        jax.numpy.zeros((), "int32"), {"w": jax.numpy.ones((1 << 22,))}, make_state(0).opt_state
+    )  # 16 MB
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        checkpoint.Checkpoints(scratch, keep=2) as kept,
+    ):
+        for step in range(1, 51):
+            saved = state.TrainState(big.step + step, big.params, big.opt_state)
+            kept.save(saved, {"config": {}})
+            assert not kept.failed(wait=True)
+            sizes.append(process.memory_info().rss)
+    grown = (np.median(sizes[-5:]) - np.median(sizes[5:10])) / 2**20
+    print(f"grown by {grown:.0f} MiB from save 10 to save 50")
+    assert grown < 48, sizes
+
+
+@pytest.mark.slow
+def test_fifty_saves_do_not_grow_the_process():
+    processes.on_devices(1, soak)

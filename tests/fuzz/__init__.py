@@ -1,0 +1,1 @@
+"""Properties that fuzz_test.py tries: functions of (draw, directory)."""

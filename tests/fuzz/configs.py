@@ -1,0 +1,134 @@
+"""Configs, overrides and command lines: a config, or UserError (argparse: exit code 2)."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+
+from hypothesis import strategies as st
+
+from dgpt_jax import cli, config, schema
+from dgpt_jax.schema import UserError
+
+SCHEMAS = (config.Train, config.Tokens, config.Evaluate)
+CONFIG = """
+from dgpt_jax.config import Train
+from dgpt_jax.schema import default
+def get_config(size="B/16"):
+    made = default(Train)
+    made.model.size = size
+    return made
+"""
+
+
+def fields_of(kind, prefix=""):
+    for field in dataclasses.fields(kind):
+        yield f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.type):
+            yield from fields_of(field.type, f"{prefix}{field.name}.")
+
+
+NAMES = {kind: list(fields_of(kind)) for kind in SCHEMAS}
+WORDS = sorted({name.rpartition(".")[2] for names in NAMES.values() for name in names})
+SAID = (
+    "stored", "online", "pixels", "random", "raster", "float32", "bfloat16", "int8", "int4", "knn",
+    "S/16", "H/14", "official", "self", "none", "full", "10%", "3 epochs", "skip", "True", "None",
+    "1e4", "(2, 2)", "0.2,1", "[1,2]", "-1", "1" * 5000, "9" * 400, "1e999", "nan", "{[]: 1}",
+    "(" * 200, "x'", "0x10", "1_0", "\0",
+)  # fmt: skip
+NUMBERS = st.one_of(
+    st.integers(-3, 300), st.integers(), st.floats(), st.sampled_from([10**30, 10**400, -(10**400)])
+)
+SCALARS = st.one_of(NUMBERS, st.none(), st.booleans(), st.sampled_from(SAID), st.text(max_size=8))
+VALUES = st.one_of(
+    SCALARS,
+    st.lists(SCALARS, max_size=4),
+    st.tuples(SCALARS, SCALARS),
+    st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), SCALARS, max_size=3),
+)
+
+
+@st.composite
+def dictionaries(draw, kind):
+    """Values by field name, mostly of the right nesting, sometimes of none."""
+    found = {}
+    for name in draw(st.lists(st.sampled_from([f.name for f in dataclasses.fields(kind)]))):
+        inner = next(f.type for f in dataclasses.fields(kind) if f.name == name)
+        nested = dataclasses.is_dataclass(inner) and draw(st.integers(0, 9))
+        found[name] = draw(dictionaries(inner) if nested else VALUES)
+    if draw(st.integers(0, 9)) == 0:
+        found[draw(st.text(max_size=5) | st.sampled_from(WORDS))] = draw(VALUES)
+    return found
+
+
+def parse(draw, _):
+    kind = draw(st.sampled_from(SCHEMAS))
+    values = draw(dictionaries(kind))
+    for name, default in (("data", {"path": "x"}), ("source", "x")):
+        if name in {f.name for f in dataclasses.fields(kind)} and name not in values:
+            values[name] = "x" if kind is config.Evaluate else default
+    with contextlib.suppress(UserError):
+        parsed = schema.parse(kind, values)
+        again = schema.parse(kind, json.loads(json.dumps(schema.to_dict(parsed), allow_nan=False)))
+        assert again == parsed
+
+
+TEXTS = st.one_of(st.sampled_from(SAID), NUMBERS.map(repr), st.text(max_size=10), VALUES.map(repr))
+
+
+def paths(kind):
+    return st.one_of(
+        st.sampled_from(NAMES[kind]),
+        st.lists(st.sampled_from(WORDS) | st.text(max_size=4), max_size=3).map(".".join),
+    )
+
+
+def override(draw, _):
+    kind = draw(st.sampled_from(SCHEMAS))
+    made = schema.default(kind)
+    with contextlib.suppress(UserError):
+        for _ in range(draw(st.integers(1, 3))):
+            schema.override(made, kind, f"config.{draw(paths(kind))}", draw(TEXTS))
+        schema.parse(kind, made)
+
+
+def command_line(draw, directory):
+    file = directory / "config.py"
+    file.write_text(CONFIG)
+    names = st.sampled_from([str(file), f"{file}:L/16", f"{file}:x", "absent.py", str(directory)])
+    word = st.one_of(
+        st.tuples(st.just("--config="), names | st.text(max_size=6)).map("".join),
+        st.tuples(st.just("--config."), paths(config.Train), st.just("="), TEXTS).map("".join),
+        st.sampled_from(["--config", "--workdir=x", "--workdir", "--", "-h", "--config.", "-x"]),
+        st.text(max_size=300),
+    )
+    made = cli.parser("what it is for", config.Train)
+    made.add_argument("--workdir", default="")
+    words = draw(st.lists(word, max_size=4))
+    if draw(st.integers(0, 4)):
+        words = [f"--config={file}", "--config.data.path=x", *words]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            _, parsed = cli.parse(made, config.Train, words)
+        assert isinstance(parsed, config.Train)
+    except UserError as e:
+        assert str(e)
+    except SystemExit as e:
+        assert e.code == 2 or ("usage" in said.getvalue() and e.code == 0), e
+
+
+def duration(draw, _):
+    text = draw(
+        st.one_of(
+            st.tuples(NUMBERS.map(repr), st.sampled_from([" epochs", " steps", "%", " x", ""])).map(
+                "".join
+            ),
+            st.text(max_size=12),
+        )
+    )  # fmt: skip
+    numbers = {"batch_size": draw(st.integers(1, 1 << 20)), "examples": draw(st.integers(1, 10**9))}
+    with contextlib.suppress(UserError):
+        found = config.steps(text, total=draw(st.none() | st.integers(0, 10**9)), **numbers)
+        assert isinstance(found, int) and found >= 0 and math.isfinite(found)

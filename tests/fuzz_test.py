@@ -1,0 +1,70 @@
+"""Whatever comes in, what comes out is right or one clear error: hypothesis looks for exceptions.
+
+A few cases of each property in the ordinary run. `CASES=100000 pytest -m slow tests/fuzz_test.py`
+draws so many in all; the seed is then another each time, and printed with what it finds.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz import configs, geometry, stored
+
+CASES = int(os.environ.get("CASES", "100000"))
+FEW = 25
+# Property → its part of all cases, by what one costs.
+PROPERTIES = {
+    configs.parse: 10,
+    configs.override: 8,
+    configs.command_line: 5,
+    configs.duration: 8,
+    geometry.split_is_a_partition: 9,
+    geometry.takes_follow_the_order: 2,
+    geometry.masks_are_causal: 1,
+    geometry.crops_lie_inside: 14,
+    geometry.pictures_are_rendered: 8,
+    geometry.codecs_keep_their_bound: 10,
+    stored.random_bytes_as_record: 9,
+    stored.mutated_record: 10,
+    stored.mutated_image: 6,
+    stored.mutated_tar: 9,
+    stored.mutated_metadata: 4,
+    stored.mutated_shard: 1,
+}
+
+
+def check(prop, cases: int, scratch, derandomize: bool):
+    """Runs a property, a function of (draw, directory), for so many cases; prints how many ran."""
+    ran = 0
+
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize=derandomize,
+        print_blob=True,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def run(data):
+        nonlocal ran
+        ran += 1
+        prop(data.draw, scratch)
+
+    run()
+    print(f"{prop.__name__}: {ran} cases")
+
+
+@pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.__name__)
+def test_a_few(prop, tmp_path):
+    check(prop, FEW, tmp_path, derandomize=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.__name__)
+def test_many(prop, tmp_path):
+    cases = CASES * PROPERTIES[prop] // sum(PROPERTIES.values()) + 1
+    check(prop, cases, tmp_path, derandomize=False)

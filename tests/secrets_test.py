@@ -1,0 +1,198 @@
+"""Nothing that a file brings along is run, no archive's name is a path, no secret is written."""
+
+import argparse
+import ast
+import gzip
+import io
+import os
+import pickle
+import tarfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dgpt_jax import image_files, images, records, token_store
+from dgpt_jax.convert import files
+from dgpt_jax.schema import UserError
+from tests import processes, stores
+from tests.bad_records_test import jpeg, write_images
+
+ROOT = Path(__file__).parent.parent
+SECRET = "hunter2-not-for-any-log-4f1c"
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_the_bait_works(tmp_path):
+    pickle.loads(pickle.dumps(Touch(tmp_path / "made"))).close()
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("place", ["model", "args", "inside the namespace", "whole"])
+def test_weights_with_code_are_refused_and_not_run(tmp_path, place):
+    torch = pytest.importorskip("torch")
+    bait, weights = Touch(tmp_path / "made"), {"x": torch.ones(2)}
+    content = {
+        "model": {"model": bait},
+        "args": {"model": weights, "args": bait},
+        "inside the namespace": {"model": weights, "args": argparse.Namespace(x=bait)},
+        "whole": bait,
+    }[place]
+    for number, legacy in enumerate((True, False)):
+        path = tmp_path / f"{number}.pth"
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(UserError, match=f"{path} is not plain PyTorch weights"):
+            files.read_state(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_namespace_is_the_one_class_that_weights_may_hold(tmp_path):
+    torch = pytest.importorskip("torch")
+    before = list(torch.serialization.get_safe_globals())
+    for value, allowed in (
+        (argparse.Namespace(lr=1.0, path="x"), True),
+        (types.SimpleNamespace(lr=1.0), False),
+        (Path("x"), False),
+        (np.ones(2), False),
+    ):
+        torch.save({"model": {"x": torch.ones(2)}, "args": value}, tmp_path / "a.pth")
+        if allowed:
+            assert files.read_state(tmp_path / "a.pth").keys() == {"x"}
+        else:
+            with pytest.raises(UserError, match="not plain PyTorch weights"):
+                files.read_state(tmp_path / "a.pth")
+    assert torch.serialization.get_safe_globals() == before
+
+
+def test_a_basis_with_code_is_refused_and_not_run(tmp_path):
+    store = tmp_path / "tokens"
+    store.mkdir()
+    info = stores.store_info(width=4)
+    info.teacher["width"] = 8
+    np.save(store / token_store.BASIS_FILE, np.array([Touch(tmp_path / "made")], object))
+    with pytest.raises(UserError, match="basis.npy is no readable array: Object arrays"):
+        info.load_codec(store)
+    (store / token_store.BASIS_FILE).write_bytes(pickle.dumps(Touch(tmp_path / "made")))
+    with pytest.raises(UserError, match=r"basis.npy is no readable array"):
+        info.load_codec(store)
+    assert not (tmp_path / "made").exists()
+    np.save(store / token_store.BASIS_FILE, np.ones((8, 3), np.float32))
+    with pytest.raises(UserError, match=r"basis.npy is \(8, 3\), and token_store.json ha"):
+        info.load_codec(store)
+    np.save(store / token_store.BASIS_FILE, np.ones((8, 4), np.float32))
+    assert info.load_codec(store).basis.shape == (8, 4)
+
+
+def calls(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+
+
+def test_every_reader_of_pickles_is_told_not_to():
+    """Also of code to come: PyTorch's default has changed between versions."""
+    needed = {"torch.load": ("weights_only", "True"), "np.load": ("allow_pickle", "False")}
+    found = dict.fromkeys(needed, 0)
+    for path in [*ROOT.glob("dgpt_jax/**/*.py"), *ROOT.glob("tools/*.py")]:
+        for name, keywords in calls(path):
+            assert name not in ("pickle.load", "pickle.loads", "joblib.load", "eval", "exec"), path
+            assert not name.endswith(("extract", "extractall")) or name == "extract", path
+            if name in needed:
+                key, value = needed[name]
+                assert keywords.get(key) == value, path
+                found[name] += 1
+    assert min(found.values()) == 1
+
+
+def hostile_tar(path, names):
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for seed, name in enumerate(names):
+            member, content = tarfile.TarInfo(name), jpeg(16, 16, seed)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo(f"link{kind.decode()}.jpg")
+            link.type, link.linkname = kind, "/etc/passwd"
+            archive.addfile(link)
+
+
+def test_names_in_a_tar_are_no_paths(tmp_path):
+    """They are read in place, and their ids stay below the archive."""
+    outside = tmp_path / "outside.jpg"
+    names = {
+        "../../x.jpg": "x.jpg",
+        "/etc/y.jpg": "etc/y.jpg",
+        f"../{outside.name}": outside.name,
+        str(outside.with_name("absolute.jpg")): f"{tmp_path}/absolute.jpg"[1:],
+        "a/../../b/./z.jpg": "b/z.jpg",
+        "//c//d.jpg": "c/d.jpg",
+        "e/" + "f" * 120 + "/../../../g.jpg": "g.jpg",  # in a header of its own
+    }
+    work = tmp_path / "deep/work"
+    work.mkdir(parents=True)
+    hostile_tar(work / "images.tar", names)
+    before = {path for path in tmp_path.rglob("*")}
+    report = images.import_images(
+        work / "images.tar", tmp_path / "out", split="train", say=lambda _: None
+    )
+    made = {path for path in tmp_path.rglob("*")} - before
+    assert all(path.is_relative_to(tmp_path / "out") for path in made)
+    assert not Path("/etc/y.jpg").exists()
+    split = records.Split(tmp_path / "out", "train")
+    assert sorted(example["id"] for example in split) == sorted(names.values())
+    for example in split:
+        assert not example["id"].startswith(("/", "..")) and "/../" not in example["id"]
+    assert [line.partition(":")[0] for line in report.broken] == ["link1.jpg", "link2.jpg"]
+
+
+def test_two_names_that_mean_the_same_are_refused(tmp_path):
+    hostile_tar(tmp_path / "images.tar", ["a/x.jpg", "../a/x.jpg"])
+    with pytest.raises(UserError, match="there twice, the first is a/x.jpg"):
+        image_files.find(tmp_path / "images.tar")
+
+
+def everything_in(directory: Path):
+    """(path, content) of all files, unpacked where they are packed."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            yield path, gzip.decompress(content) if path.suffix == ".gz" else content
+
+
+def test_no_environment_in_what_is_written(tmp_path):
+    """A run with a bad record, a trace, a checkpoint; then one that ends in an error."""
+    encoded = {f"{i}.jpg": jpeg(20, 24, seed=i) for i in range(16)} | {"bad.jpg": b"no image"}
+    dataset = write_images(tmp_path / "set", encoded)
+    workdir, names = tmp_path / "run", ("MY_PASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    words = [
+        "-m", "dgpt_jax.train", "--config=configs/quickstart.py", f"--config.data.path={dataset}",
+        "--config.data.targets=pixels", "--config.loss.visible=0", "--config.data.bad_most=0.5",
+        "--config.model.image_size=16", "--config.model.width=24", "--config.model.depth=1",
+        "--config.model.heads=2", "--config.model.taps=1", "--config.model.decoder_depth=1",
+        "--config.total=6 steps", "--config.batch_size=8", "--config.log_every=1",
+        "--config.profile=2,4", "--config.evals.heldout=", "--config.evals.knn=",
+        f"--workdir={workdir}",
+    ]  # fmt: skip
+    for more, code in (([], 0), (["--config.model.width=48"], 1)):
+        process = processes.start([*words, *more], **dict.fromkeys(names, SECRET))
+        (output,) = processes.outputs_of([process], timeout=300)
+        assert process.returncode == code, output[-2000:]
+        assert SECRET not in output and not any(name in output for name in names)
+        assert ("bad.jpg" in output) == (code == 0)
+    found = dict(everything_in(workdir))
+    kinds = {path.name.rpartition(".")[2] for path in found}
+    assert {"jsonl", "json", "pb"} <= kinds and any("events" in path.name for path in found)
+    for path, content in found.items():
+        for word in (SECRET, *names):
+            assert word.encode() not in content, path
+    assert os.environ.get("MY_PASSWORD") is None
