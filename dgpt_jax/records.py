@@ -218,6 +218,8 @@ class Split:
     def parse(self, record: bytes) -> dict:
         """Raises various where the bytes are not what the features say."""
         example = self._features.deserialize_example_np(record, decoders=UNDECODED)
+        if empty := [name for name, value in example.items() if value is None]:
+            raise ValueError(f"no value of {', '.join(empty)}")
         example["id"] = example_id(example)
         return example
 

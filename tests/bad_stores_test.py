@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from dgpt_jax import records, shards, token_codec
 from dgpt_jax.schema import UserError
@@ -90,6 +91,16 @@ def test_tokens_of_another_length(store):
     assert examples(0, 6)["tokens"].shape == (65, 64)
     with pytest.raises(UserError, match=r"view000'\): example 7 \(0/7\): it is not as features"):
         examples(0, 7)
+
+
+@pytest.mark.parametrize("field", ["id", "image", "box"])
+def test_fields_that_are_missing(store, field):
+    split = records.Split(store, "view000")
+    record = tf_example_pb2.Example.FromString(split.raw(7))
+    del record.features.feature[field]
+    split.raw = lambda _: record.SerializeToString()
+    with pytest.raises(UserError, match=rf"example 7 \(.*\): it is not as .*no value of {field}"):
+        split[7]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -np.nan])

@@ -6,10 +6,12 @@ draws so many in all; the seed is then another each time, and printed with what 
 
 import os
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from dgpt_jax import views
 from tests.fuzz import configs, geometry, stored
 
 CASES = int(os.environ.get("CASES", "100000"))
@@ -61,6 +63,14 @@ def check(prop, cases: int, scratch, derandomize: bool):
 @pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.__name__)
 def test_a_few(prop, tmp_path):
     check(prop, FEW, tmp_path, derandomize=True)
+
+
+@pytest.mark.parametrize("ratio", [1e-300, 1e300])
+def test_crops_of_endless_sides(ratio):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        view = views.draw(rng, 100_000, 90_000, scale=(1, 1), ratio=(ratio, ratio), flip=False)
+        assert sorted((view.height, view.width)) == [1, 100_000 if ratio < 1 else 90_000]
 
 
 @pytest.mark.slow

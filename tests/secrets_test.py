@@ -4,6 +4,7 @@ import argparse
 import ast
 import gzip
 import io
+import itertools
 import os
 import pickle
 import tarfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgpt_jax import image_files, images, records, token_store
+from dgpt_jax import image_files, images, records, tars, token_store
 from dgpt_jax.convert import files
 from dgpt_jax.schema import UserError
 from tests import processes, stores
@@ -159,6 +160,25 @@ def test_two_names_that_mean_the_same_are_refused(tmp_path):
     hostile_tar(tmp_path / "images.tar", ["a/x.jpg", "../a/x.jpg"])
     with pytest.raises(UserError, match="there twice, the first is a/x.jpg"):
         image_files.find(tmp_path / "images.tar")
+
+
+@pytest.mark.parametrize("size", [b"-1024", b"12x", b"9" * 30])
+def test_sizes_that_lead_astray(tmp_path, size):
+    """Back to a member that was read already, for ever; or nowhere."""
+    note = b"%d size=%s\n" % (len(size) + 9, size)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, kind, content in (
+            ("a.jpg", tarfile.REGTYPE, b"x"),
+            ("note", tarfile.XHDTYPE, note),
+            ("b.jpg", tarfile.REGTYPE, b"x"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.size = kind, len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with (tmp_path / "x.tar").open("rb") as file:
+        members = itertools.islice(tars.members(file.fileno(), "x.tar"), 20)
+        with pytest.raises(UserError, match="x.tar is damaged at byte 2048: the size of b.jpg is"):
+            list(members)
 
 
 def everything_in(directory: Path):
