@@ -83,7 +83,7 @@ def test_killed_in_the_middle_and_run_again(made, tmp_path):
     output = run(words, out)
     assert contents(out) == contents(store)
     finished = [name for name, at in stamps.items() if (out / name).stat().st_mtime_ns == at]
-    assert len(finished) >= len(stamps) - 1  # one may have come without its receipt
+    assert len(finished) >= len(stamps) - 2  # each of two writers may lack a receipt
     kept = sum(shards.receipts(out)[name].records for name in finished)
     assert f"{kept} of {EXAMPLES} examples are there" in output
     assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
