@@ -15,7 +15,7 @@ from etils import epath
 
 from dgpt_jax import token_codec
 from dgpt_jax.bad_records import one_line
-from dgpt_jax.schema import UserError
+from dgpt_jax.schema import UserError, one_of, parse
 from dgpt_jax.token_codec import Codec
 
 STORE_FILE = "token_store.json"
@@ -76,9 +76,11 @@ class StoreInfo:
             values = json.loads(path.read_text())
             format = values["format"]
             if format == FORMAT:
-                for name in ("grid", "cosine", "channel_scale"):
-                    values[name] = tuple(values[name])
-                return cls(**values)
+                info = parse(cls, values, str(path))
+                one_of(f"{path}: codec", info.codec, token_codec.CODECS)
+                return info
+        except UserError as e:
+            raise UserError(f"{path} is damaged, or newer than this code: {e}") from None
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{path} is damaged: {type(e).__name__}: {one_line(e)}") from None
         raise UserError(

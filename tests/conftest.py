@@ -5,3 +5,8 @@ import tempfile
 
 # Compiled programs are shared by the tests of one run: half of them compile the same step.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="dgpt_jax_tests_"))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: at the end, one worker would be busy with them alone."""
+    items.sort(key=lambda item: "sharding_test" not in item.nodeid)

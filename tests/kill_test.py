@@ -1,5 +1,6 @@
 """Runs that are killed outright, again and again, end as if nothing had been (`pytest -m slow`)."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -41,9 +42,22 @@ def test_killed_at_any_moment(tmp_path):
         lines = [json.loads(line) for line in lines]
         return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
-    began = time.monotonic()
+    def newest_step(name: str) -> int:
+        file = tmp_path / name / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        try:
+            return json.loads(lines[-1])["step"] if lines else 0
+        except ValueError:  # half a line
+            return 0
+
+    def is_saving(name: str, since: float) -> bool:
+        for path in (tmp_path / name / "checkpoints").glob("*.orbax-checkpoint-tmp"):
+            with contextlib.suppress(FileNotFoundError):  # complete by now
+                if path.stat().st_mtime > since:  # else what an earlier kill has left
+                    return True
+        return False
+
     assert start("whole").wait() == 0
-    duration = time.monotonic() - began
     whole, _ = checkpoint.load_params(tmp_path / "whole")
     expected = losses("whole")
     rng = np.random.default_rng(0)
@@ -51,21 +65,22 @@ def test_killed_at_any_moment(tmp_path):
     while killed < KILLS:
         name, rounds = f"killed{rounds}", rounds + 1
         while True:  # until the run comes to its end
-            process = start(name)
-            try:
-                process.wait(timeout=rng.uniform(0.5, 1) * duration if killed < KILLS else None)
-                break
-            except subprocess.TimeoutExpired:
-                if killed % 2:  # every other one in the middle of a save
-                    saving = tmp_path / name / "checkpoints"
-                    while process.poll() is None and not list(
-                        saving.glob("*orbax-checkpoint-tmp*")
-                    ):
-                        time.sleep(0.0005)
-                    in_a_save += process.poll() is None
-                process.kill()
+            process, began = start(name), time.time()
+            reached = newest_step(name)
+            target = reached + rng.integers(1, STEPS // 3)
+            wanted = killed < KILLS and target < STEPS
+            while wanted and process.poll() is None and newest_step(name) < target:
+                time.sleep(0.001)
+            if killed % 2:  # every other one in the middle of a save
+                while wanted and process.poll() is None and not is_saving(name, began):
+                    time.sleep(0.0002)
+            if not wanted or process.poll() is not None:
                 process.wait()
-                killed += 1
+                break
+            process.kill()
+            process.wait()
+            in_a_save += is_saving(name, began)
+            killed += 1
         assert process.returncode == 0, (tmp_path / f"{name}.log").read_text()[-2000:]
         params, metadata = checkpoint.load_params(tmp_path / name)
         assert metadata["step"] == STEPS
