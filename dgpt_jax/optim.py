@@ -99,6 +99,13 @@ def counts(state: Guarded) -> dict[str, jax.Array]:
     return {"skipped": jnp.copy(state.skipped), "in_a_row": jnp.copy(state.in_a_row)}
 
 
+def recount(state: Guarded) -> Guarded:
+    """The state of a run that continues: bad steps in a row count anew. What stopped the run may be
+    mended, and a checkpoint may be of a step after which no update is made any more."""
+    zero = jnp.zeros((), state.in_a_row.dtype)
+    return state._replace(in_a_row=jax.device_put(zero, state.in_a_row.sharding))
+
+
 def is_finite(loss, grads) -> jax.Array:
     """Whether the loss and all gradients are: their norm is not, where one of them is not."""
     return jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))

@@ -1,9 +1,10 @@
 """Where a run begins: at its newest checkpoint, if that is of the same run."""
 
+import dataclasses
 import json
 import re
 
-from dgpt_jax import schema, state
+from dgpt_jax import optim, schema, state
 from dgpt_jax.schema import UserError
 
 # What may be another when a run is continued: it changes neither parameters nor data nor schedule.
@@ -47,4 +48,5 @@ def begin(config, task, tx, mesh, checkpoints, progress, allow_config_change: bo
             + ": this is another run. Choose another --workdir, or give --allow_config_change"
         )
     progress.say(f"continuing from step {latest} in {checkpoints.directory}")
-    return checkpoints.restore(latest, state.abstract(task.init, tx, mesh)), latest
+    restored = checkpoints.restore(latest, state.abstract(task.init, tx, mesh))
+    return dataclasses.replace(restored, opt_state=optim.recount(restored.opt_state)), latest

@@ -1,6 +1,7 @@
 """Updates from bad numbers are left out; a run of them stops, and can be run again alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -128,8 +129,7 @@ def poisoned(store, indices) -> None:
     examples = list(split)
     for index in indices:
         examples[index]["tokens"] = np.full_like(examples[index]["tokens"], np.inf)
-    lengths = [records.shard_path(store, "view000", i, 1, info.name) for i in range(1)]
-    path = lengths[0]
+    path = records.shard_path(store, "view000", 0, 1, info.name)
     receipt = shards.write(path, map(records.serializer(features), examples))
     shards.seal(store, receipts | {path.name: receipt})
 
@@ -180,6 +180,19 @@ def test_bad_numbers_stop_the_run_and_the_step_runs_again(store, tmp_path, capsy
     words = [sys.executable, "tools/replay.py", left, "--dtype=float32"]
     shown = subprocess.run(words, cwd=processes.ROOT, capture_output=True, text=True, check=True)
     assert "4 of 4 examples are not finite: view000/" in shown.stdout
+
+
+def test_a_run_that_stopped_goes_on_when_its_data_are_mended(store, tmp_path):
+    """A checkpoint that was saved among bad steps does not hold on to their count."""
+    sound = tmp_path / "sound"
+    shutil.copytree(store, sound)
+    poisoned(store, range(12))
+    rarely = {"log_every": 5, "checkpoint": {"every": "4 steps"}}
+    with pytest.raises(UserError, match="tools/replay.py"):
+        train.train(settings(store, **rarely), tmp_path / "run")
+    assert train.train(settings(sound, **rarely), tmp_path / "run") == 0
+    last = [line for line in lines_of(tmp_path / "run") if "skipped" in line][-1]
+    assert last["step"] == 12 and np.isfinite(last["loss"]) and 0 < last["skipped"] < 12
 
 
 def test_replay_of_a_sound_step_gives_its_loss(store, tmp_path):
