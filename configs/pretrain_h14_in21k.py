@@ -11,8 +11,8 @@ By `tools/plan.py` with POD and its topology (libtpu 0.0.42.1; times are lower b
 sheets, beside which nothing has been measured yet):
 
     pod      topology   images a chip   GiB a chip    ms a step, at least   days, at least
-    v5p-128  v5p:4x4x4       64          25.8 of 95.7         119 (compute)      0.72
-    v5e-256  v5e:16x16       16           4.1 of 15.8          70 (compute)      0.42
+    v5p-128  v5p:4x4x4       64          25.4 of 95.7         119 (compute)      0.72
+    v5e-256  v5e:16x16       16           4.0 of 15.8          70 (compute)      0.42
 """
 
 from dgpt_jax.config import Train

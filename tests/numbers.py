@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,14 +20,6 @@ from dgpt_jax.tasks.pretrain import open_pretrain
 from tests.data import TINY
 
 STEPS, BATCH = 20, 16
-
-
-def recorder() -> optax.GradientTransformation:
-    """Leaves the parameters alone; its state is the last gradient."""
-    return optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params),
-        lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads),
-    )
 
 
 def flat(tree, prefix: str) -> dict[str, np.ndarray]:
@@ -66,23 +57,20 @@ def run(layout: str, store: str, fault: str) -> dict[str, np.ndarray]:
                 batch = jax.tree.map(lambda x: np.concatenate([x[: len(x) // 2]] * 2), batch)
             yield sharding.global_batch(mesh, BATCH, batch)
 
-    def steps(tx, count):
-        current = state.create(task.init, tx, mesh, seed=0)
-        step = make_train_step(loss, tx, mesh, accum_steps=run.accum_steps)
-        collection, losses = metrics.averages(task.metric_names), []
-        for _, batch in zip(range(count), batches(), strict=False):
-            current, running = step(current, collection.empty(), batch, {})
-            values = running.compute()
-            losses.append(float(values["next"] + values["visible"]))
-        return current, losses
-
     gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
-    recorded = gather(steps(recorder(), 1)[0].opt_state)
-    norms = {name: np.linalg.norm(g) for name, g in flat(recorded, "gradient").items()}
-    rate = optim.schedule(5e-3, 2, STEPS)
-    final, losses = steps(optim.optimizer(run.optim, rate), STEPS)
-    params = gather(final.params)
-    measured = pretraining.heldout_loss(task, mesh)(final.params)
+    tx = optim.optimizer(run.optim, optim.schedule(5e-3, 2, STEPS))
+    current = state.create(task.init, tx, mesh, seed=0)
+    step = make_train_step(loss, tx, mesh, accum_steps=run.accum_steps)
+    collection, losses = metrics.averages(task.metric_names), []
+    for number, batch in zip(range(STEPS), batches(), strict=False):
+        current, running = step(current, collection.empty(), batch, {})
+        values = running.compute()
+        losses.append(float(values["next"] + values["visible"]))
+        if number == 0:  # AdamW's first moment is (1 - b1) times the only gradient yet
+            moment = flat(gather(optax.tree.get(current.opt_state, "mu")), "gradient")
+            norms = {n: np.linalg.norm(m) / (1 - run.optim.b1) for n, m in moment.items()}
+    params = gather(current.params)
+    measured = pretraining.heldout_loss(task, mesh)(current.params)
     return {"losses": np.array(losses)} | norms | measured | flat(params, "params")
 
 
