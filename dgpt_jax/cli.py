@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from dgpt_jax import hosts
+from dgpt_jax import hosts, signals
 from dgpt_jax import schema as schema_lib
 from dgpt_jax.schema import UserError
 
@@ -28,8 +28,8 @@ def run(main: Callable[[], None]):
         return
     except UserError as e:
         ending = f"error: {e}"
-    except hosts.Terminated:
-        ending = hosts.EXIT_PREEMPTED
+    except signals.Terminated:
+        ending = signals.EXIT_PREEMPTED
     except KeyboardInterrupt:
         ending = 130
     except BrokenPipeError:

@@ -4,7 +4,6 @@ import glob
 import importlib.util
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -20,8 +19,6 @@ from jax.experimental import multihost_utils
 from dgpt_jax.config import Hosts
 from dgpt_jax.schema import UserError
 
-# What a scheduler's signal ends with after saving: "try again", as sysexits has it.
-EXIT_PREEMPTED = 75
 HEARTBEAT_SECONDS = 30  # a host that is silent for so long is dead, and so are then all others
 LAST_WORDS_SECONDS = 5  # for the others to say why they end, before the coordinator is gone
 NAME_BYTES = 64
@@ -221,20 +218,6 @@ def barrier(name: str):
         global_state.client.wait_at_barrier(name, timeout_in_ms=days)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, in a command that keeps what it has done and is run again."""
-
-
-def raise_on_sigterm():
-    """SIGTERM raises Terminated; without it, JAX swallows the signal in one of several processes,
-    and nothing is cleaned up in a single one."""
-
-    def terminate(*_):
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-
-
 def end(code: int):
     """Ends this process and with it, within a minute, all others: without the barrier at exit, in
     which it would wait for hosts that wait for it. Process 0, the coordinator, goes last."""
@@ -243,41 +226,3 @@ def end(code: int):
     if global_state.process_id == 0:
         time.sleep(LAST_WORDS_SECONDS)
     os._exit(code)
-
-
-class StopOnSignal:
-    """Within it, SIGTERM and SIGINT set `exit_code` instead of ending the process.
-
-    The loop asks between steps, saves, and leaves; a second SIGINT leaves at once. One of several
-    processes leaves SIGTERM to JAX, which makes all of them stop after the same step, and turns
-    SIGINT into it: an exception in one would leave the others waiting, or be lost in a callback.
-    """
-
-    def __init__(self):
-        self.exit_code = None
-        self._interrupted = False
-        self._before = {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT,) if together() else (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop before `step`; every process asks for every step and hears the same."""
-        if together() and multihost_utils.reached_preemption_sync_point(step):
-            self.exit_code = 130 if self._interrupted else EXIT_PREEMPTED
-        return self.exit_code is not None
-
-    def _receive(self, number, _):
-        if number == signal.SIGINT and (self._interrupted or self.exit_code is not None):
-            os._exit(130)
-        self._interrupted = number == signal.SIGINT
-        if together():
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.exit_code = 130 if self._interrupted else EXIT_PREEMPTED

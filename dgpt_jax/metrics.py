@@ -1,5 +1,6 @@
 """Metrics: CLU collections on the device; JSONL, TensorBoard and a progress line; traces."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -13,6 +14,8 @@ import jax
 import tensorboardX
 from clu import metrics as clu_metrics
 from clu import profiler
+
+from dgpt_jax.schema import UserError
 
 Metrics = clu_metrics.Collection
 # Counts of pipeline.Examples, in the files but not on the progress line.
@@ -32,17 +35,24 @@ class Writer:
         self._workdir = workdir
         if self._active:
             workdir.mkdir(parents=True, exist_ok=True)
-            self._file = (workdir / "metrics.jsonl").open("a")
+            # Unbuffered: closing is not to write, and fail, once more on a full disk.
+            self._file = (workdir / "metrics.jsonl").open("ab", buffering=0)
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
 
     def scalars(self, step: int, values: dict[str, float]):
+        """Raises UserError where the disk is full."""
         if not self._active:
             return
         values = {name: float(value) for name, value in values.items()}
         # JSON has no NaN; a reader should not need a special parser to find one.
         shown = {n: v if math.isfinite(v) else str(v) for n, v in values.items()}
-        self._file.write(json.dumps({"step": step} | shown) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(f"{json.dumps({'step': step} | shown)}\n".encode())
+        except OSError as e:
+            raise UserError(
+                f"{self._file.name} cannot be written: {e.strerror}: mend that, then the same "
+                f"command continues"
+            ) from e
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -56,7 +66,8 @@ class Writer:
     def close(self):
         if self._active:
             self._file.close()
-            self._board.close()
+            with contextlib.suppress(OSError):  # a full disk: told by then, and only a copy
+                self._board.close()
 
 
 class Clock:

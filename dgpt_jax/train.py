@@ -16,7 +16,6 @@ import jax
 from clu import parameter_overview
 
 from dgpt_jax import (
-    checkpoint,
     cli,
     hosts,
     metrics,
@@ -24,8 +23,10 @@ from dgpt_jax import (
     pipeline,
     replay,
     resume,
+    saving,
     schema,
     sharding,
+    signals,
 )
 from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
@@ -73,9 +74,9 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
     describe(config, task, schedule, mesh, peak, progress)
     resolved = schema.to_dict(config)
 
-    stop = hosts.StopOnSignal()
+    stop = signals.StopOnSignal()
     with (
-        checkpoint.Checkpoints(
+        saving.Checkpoints(
             workdir,
             keep=config.checkpoint.keep,
             keep_every=schedule.keep_every,
@@ -96,7 +97,7 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
         step_fn = make_train_step(task.loss, tx, mesh, accum_steps=config.accum_steps)
         collection = metrics.averages(task.metric_names)
         evaluators = pretraining.periodic(task, mesh)
-        step = first
+        step, results = first, {}
         batches = pipeline.train_batches(
             task.examples, config.batch_size, rows=rows, start_step=first
         )
@@ -167,7 +168,7 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
                 save()
             while checkpoints.failed(wait=True):
                 progress.say("the last checkpoint could not be written: once more")
-                save()
+                save(results or None)
     if stop.exit_code is not None:
         progress.say(f"stopped by a signal, saved at step {step}: the same command continues")
         return stop.exit_code
@@ -222,6 +223,7 @@ def main():
         help="continue though data, schedule or optimizer of the config are others",
     )
     arguments, config = cli.parse(made, Train)
+    signals.raise_on_sigterm()  # until the loop: nothing is lost yet
     hosts.start(config.hosts, config.platform)
     allow = arguments.allow_config_change
     sys.exit(train(config, Path(arguments.workdir), allow_config_change=allow))

@@ -2,16 +2,18 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import portpicker
 import pytest
+import replay as replay_tool
 
 from dgpt_jax import (
+    cli,
     losses,
     optim,
     pipeline,
@@ -19,6 +21,7 @@ from dgpt_jax import (
     replay,
     sharding,
     shards,
+    state,
     token_codec,
     token_store,
     train,
@@ -144,6 +147,13 @@ def store(tmp_path, monkeypatch):
     return data.token_store(tmp_path, dataset, teacher, codec="float16")
 
 
+def initial(config: Train, seed: int):
+    """The parameters that a run begins with, made by its program, which is compiled already."""
+    tx = optim.optimizer(config.optim, 1e-3)
+    mesh = sharding.make_mesh(config.mesh)
+    return state.create(open_pretrain(config).init, tx, mesh, seed).params
+
+
 def lines_of(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -158,7 +168,7 @@ def test_one_bad_example_costs_its_batches(store, tmp_path):
     assert sum(line["loss"] == "nan" for line in logged) == 4
 
 
-def test_bad_numbers_stop_the_run_and_the_step_runs_again(store, tmp_path, capsys):
+def test_bad_numbers_stop_the_run_and_the_step_runs_again(store, tmp_path, monkeypatch, capsys):
     poisoned(store, range(12))
     config = settings(store)
     with pytest.raises(UserError, match="in all .* steps from 0 on.*tools/replay.py") as error:
@@ -172,14 +182,13 @@ def test_bad_numbers_stop_the_run_and_the_step_runs_again(store, tmp_path, capsy
     assert all(id_.startswith("view000/") for id_ in found.ids)
     # The parameters are those of the start, and sound.
     assert all(np.isfinite(norms).all() for norms in found.now["params"].values())
-    task = open_pretrain(config)
-    kernel = np.asarray(task.init(jax.random.key(0))["encoder"]["patch_embed"]["kernel"])
+    kernel = initial(config, seed=0)["encoder"]["patch_embed"]["kernel"]
     assert found.now["params"]["encoder/patch_embed/kernel"] == pytest.approx(
         [np.linalg.norm(kernel)], rel=1e-4
     )
-    words = [sys.executable, "tools/replay.py", left, "--dtype=float32"]
-    shown = subprocess.run(words, cwd=processes.ROOT, capture_output=True, text=True, check=True)
-    assert "4 of 4 examples are not finite: view000/" in shown.stdout
+    monkeypatch.setattr(sys, "argv", ["replay", left, "--dtype=float32"])
+    cli.run(replay_tool.main)
+    assert "4 of 4 examples are not finite: view000/" in capsys.readouterr().out
 
 
 def test_a_run_that_stopped_goes_on_when_its_data_are_mended(store, tmp_path):
@@ -195,13 +204,44 @@ def test_a_run_that_stopped_goes_on_when_its_data_are_mended(store, tmp_path):
     assert last["step"] == 12 and np.isfinite(last["loss"]) and 0 < last["skipped"] < 12
 
 
+TOGETHER = """
+from dgpt_jax import cli, token_codec, train
+token_codec.is_finite = lambda _: True
+cli.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_leave_one_step(store, tmp_path):
+    """Each its rows of the batch, and parameters that no process held whole."""
+    poisoned(store, range(12))
+    words = ["-c", TOGETHER, "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    words += [f"--config.data.path={store}", "--config.total=12 steps", "--config.batch_size=4"]
+    words += ["--config.log_every=1", "--config.optim.bad_steps=3", "--config.mesh.fsdp=2"]
+    words += ["--config.evals.heldout=", "--config.evals.knn=", "--config.hosts.processes=2"]
+    small = data.TINY | {"depth": 1, "taps": 1, "decoder_depth": 1}
+    words += [f"--config.model.{name}={value}" for name, value in small.items()]
+    words += [f"--config.hosts.coordinator=localhost:{portpicker.pick_unused_port()}"]
+    both = [processes.start([*words, f"--config.hosts.process={i}"]) for i in range(2)]
+    outputs = processes.outputs_of(both, timeout=500)
+    assert [process.returncode for process in both] == [1, 1], outputs
+    assert all("look with python tools/replay.py" in output for output in outputs)
+    left = tmp_path / "run/bad_step_000000"
+    assert len(list(left.glob("batch_*.npz"))) == 2
+    found = replay.replay(left)
+    assert found.bad_examples() == found.ids and len(set(found.ids)) == 4
+    before, now = (flat["encoder/blocks/attn/qkv/kernel"] for flat in (
+        found.before["params"], found.now["params"]
+    ))  # fmt: skip
+    assert now == pytest.approx(before, rel=1e-5)
+
+
 def test_replay_of_a_sound_step_gives_its_loss(store, tmp_path):
     """What is written down is enough: no data, no run."""
     config = settings(store)
     task = open_pretrain(config)
     mesh = sharding.make_mesh(config.mesh)
-    params = task.init(jax.random.key(1))
-    rows = np.arange(4)
+    params, rows = initial(config, seed=1), np.arange(4)
     local = next(pipeline.train_batches(task.examples, 4, rows=rows, start_step=2))
     ids = pipeline.batch_ids(task.examples, 4, rows=rows, step=2)
     left = replay.write(tmp_path / "run", task, params, 2, ids, local, mesh)

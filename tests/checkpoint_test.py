@@ -5,13 +5,15 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
 
 import jax
 import numpy as np
 import psutil
 import pytest
 
-from dgpt_jax import checkpoint, optim, sharding, state, train
+from dgpt_jax import checkpoint, optim, saving, sharding, state, train
 from dgpt_jax.config import Optim, Train
 from dgpt_jax.schema import UserError, parse
 from tests import data, processes
@@ -35,61 +37,117 @@ def steps_in(workdir) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
-def test_newest_best_and_every_so_many_are_kept(tmp_path):
+def test_newest_best_and_every_so_many_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     losses = {2: 0.9, 4: 0.3, 6: 0.8}
-    with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=5, best="heldout/next") as kept:
+    with saving.Checkpoints(tmp_path, keep=2, keep_every=5, best="heldout/next") as kept:
         for step in range(1, 13):
             metrics = {"heldout/next": losses[step]} if step in losses else None
             kept.save(make_state(step), {"config": {}}, metrics)
     assert steps_in(tmp_path) == [4, 5, 10, 11, 12]
-    with checkpoint.Checkpoints(tmp_path / "knn", keep=1, best="knn/cls") as kept:
+    with saving.Checkpoints("knn", keep=1, best="knn/cls") as kept:  # Orbax refuses such paths
         for step, accuracy in enumerate((10.0, 70.0, 60.0, 50.0), 1):
             kept.save(make_state(step), {"config": {}}, {"knn/cls": accuracy})
     assert steps_in(tmp_path / "knn") == [2, 4]
 
 
-def test_a_save_that_failed_in_the_background_is_told_and_the_third_is_fatal(tmp_path, monkeypatch):
-    with checkpoint.Checkpoints(tmp_path, keep=2) as kept:
-        broken = []
+@pytest.fixture
+def breaks(monkeypatch):
+    """A list: saves end in the background as it says, from its end: in that error, or well."""
+    plan = []
+    finish = saving.ocp.AsyncCheckpointer._save_step_metadata
 
-        def check():
-            if broken:
-                raise RuntimeError(broken.pop())
+    def finish_or_fail(*args, **kwargs):
+        if threading.current_thread() is not threading.main_thread() and plan and plan.pop():
+            raise RuntimeError("connection lost")
+        return finish(*args, **kwargs)
 
-        monkeypatch.setattr(kept._manager, "check_for_errors", check)
+    monkeypatch.setattr(saving.ocp.AsyncCheckpointer, "_save_step_metadata", finish_or_fail)
+    return plan
+
+
+def test_a_save_that_failed_in_the_background_is_told_without_waiting(tmp_path, breaks):
+    with saving.Checkpoints(tmp_path, keep=2) as kept:
         kept.save(make_state(1), {"config": {}})
-        assert not kept.failed(wait=True)
-        broken.append("connection lost")
-        assert kept.failed()  # the loop saves again
+        assert not kept.failed(wait=True) and not kept.failed()
+        breaks.append(True)
         kept.save(make_state(2), {"config": {}})
-        assert not kept.failed(wait=True)
-        for _ in range(2):
-            broken.append("connection lost")
-            assert kept.failed()
-        broken.append("connection lost")
-        with pytest.raises(RuntimeError, match="connection lost"):
-            kept.failed()
+        deadline = time.monotonic() + 30
+        while not (failed := kept.failed()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert failed and not kept.failed() and kept.latest() == 1
+        kept.save(make_state(2), {"config": {}})  # the same step, as at a run's end
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_the_next_save_takes_the_place_of_one_that_failed_and_the_third_is_fatal(tmp_path, breaks):
+    breaks.extend([True, True, True, False, True, True])
+    fatal = pytest.raises(RuntimeError, match="connection lost")
+    with fatal, saving.Checkpoints(tmp_path, keep=9) as kept:
+        for step in range(1, 9):  # nobody asks in between
+            kept.save(make_state(step), {"config": {}})
+    assert step == 7 and steps_in(tmp_path) == [3]
+
+
+def test_a_save_that_orbax_declines_is_made_again(tmp_path, monkeypatch):
+    with saving.Checkpoints(tmp_path, keep=2) as kept:
+        save, declined = kept._manager.save, [True]
+        monkeypatch.setattr(
+            kept._manager,
+            "save",
+            lambda *a, **k: not (declined and declined.pop()) and save(*a, **k),
+        )
+        kept.save(make_state(1), {"config": {}})
+        kept.save(make_state(2), {"config": {}})
+    assert steps_in(tmp_path) == [1, 2] and not declined
     older = pytest.raises(RuntimeError, match="step 1 was not saved: .* holds step 2")
-    with checkpoint.Checkpoints(tmp_path, keep=2) as kept, older:
+    with saving.Checkpoints(tmp_path, keep=2) as kept, older:
         kept.save(make_state(1), {"config": {}})
 
 
-def test_the_loop_saves_again_what_failed(store, tmp_path, monkeypatch):
-    saved, failures = [], [False, True, False, False]
-    save = checkpoint.Checkpoints.save
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_whatever_ends_a_run_waits_for_the_save_in_flight(tmp_path, monkeypatch, error):
+    closed, finalize = [], saving.ocp.CheckpointManager._finalize
+    close = saving.ocp.CheckpointManager.close
 
-    def counted(self, train_state, *args):
-        saved.append(int(train_state.step))
-        save(self, train_state, *args)
+    def slowly(*args):
+        time.sleep(0.3)
+        finalize(*args)
 
-    def failed(self, *, wait=False):
-        return failures.pop(0) if failures else False
+    monkeypatch.setattr(saving.ocp.CheckpointManager, "_finalize", slowly)
+    monkeypatch.setattr(
+        saving.ocp.CheckpointManager, "close", lambda self: (closed.append(True), close(self))
+    )
+    with pytest.raises(error), saving.Checkpoints(tmp_path, keep=2) as kept:
+        kept.save(make_state(1), {"config": {}})
+        raise error
+    assert closed and not kept._manager.is_saving_in_progress() and steps_in(tmp_path) == [1]
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", counted)
-    monkeypatch.setattr(checkpoint.Checkpoints, "failed", failed)
-    run = settings(store, checkpoint={"every": "100 steps"}, log_every=1, total="4 steps")
+
+def test_the_loop_saves_again_what_failed(store, tmp_path, breaks, monkeypatch, capfd):
+    """One that is noticed in the middle of the run, one of the last step, with what it measured."""
+    saved, save, failed = [], saving.Checkpoints.save, saving.Checkpoints.failed
+
+    def counted(self, train_state, metadata, metrics=None):
+        saved.append((int(train_state.step), metrics))
+        save(self, train_state, metadata, metrics)
+
+    monkeypatch.setattr(saving.Checkpoints, "save", counted)
+    monkeypatch.setattr(saving.Checkpoints, "failed", lambda self, **_: failed(self, wait=True))
+    breaks.extend([False, True, False, True])
+    evaluators = [lambda _: {"heldout/next": 0.5}]
+    monkeypatch.setattr(train.pretraining, "periodic", lambda *_: evaluators)
+    run = settings(
+        store, checkpoint={"every": "2 steps", "best": "heldout/next"}, log_every=1,
+        total="4 steps", evals={"every": "4 steps"},
+    )  # fmt: skip
     assert train.train(run, tmp_path / "run") == 0
-    assert saved == [2, 4]
+    assert [step for step, _ in saved] == [2, 3, 4, 4]
+    assert [bool(metrics) for _, metrics in saved] == [False, False, True, True]
+    assert steps_in(tmp_path / "run") == [3, 4] and not breaks
+    said = capfd.readouterr().err
+    assert "a checkpoint could not be written: once more" in said
+    assert "the last checkpoint could not be written: once more" in said
 
 
 def settings(store, **changes) -> Train:
@@ -165,7 +223,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_disk_that_does_not_take_checkpoints(store, small_disk, fault):
     place, make_read_only = small_disk
-    with checkpoint.Checkpoints(place, keep=5) as kept:
+    with saving.Checkpoints(place, keep=5) as kept:
         kept.save(make_state(1), {"config": {}})
         assert not kept.failed(wait=True)
         if fault == "full":
@@ -189,7 +247,7 @@ def soak():
     )  # 16 MB
     with (
         tempfile.TemporaryDirectory() as scratch,
-        checkpoint.Checkpoints(scratch, keep=2) as kept,
+        saving.Checkpoints(scratch, keep=2) as kept,
     ):
         for step in range(1, 51):
             saved = state.TrainState(big.step + step, big.params, big.opt_state)

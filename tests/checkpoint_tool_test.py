@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dgpt_jax
-from dgpt_jax import checkpoint, cli, config, optim, schema, state
+from dgpt_jax import cli, config, optim, saving, schema, state
 from dgpt_jax.convert import layout, weights
 from tests.convert_test import convert
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     train = schema.parse(config.Train, settings)
     tx = optim.optimizer(train.optim, lambda step: 1e-3)
     shapes, params = weights.full_shapes(train.model, 8), {}
-    with checkpoint.Checkpoints(path, keep=3) as checkpoints:
+    with saving.Checkpoints(path, keep=3) as checkpoints:
         for step in (3, 7):
             rng = np.random.default_rng(step)
             flat = {p: rng.standard_normal(s).astype(np.float32) for p, s in shapes.items()}

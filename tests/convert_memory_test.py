@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 WRITE = """
 import dataclasses, json, sys
 import jax
-from dgpt_jax import checkpoint, config, digpt, optim, schema, sharding, state
+from dgpt_jax import config, digpt, optim, saving, schema, sharding, state
 path, model = sys.argv[1], schema.parse(config.Model, json.loads(sys.argv[2]))
 train = dataclasses.replace(config.Train(), model=model)
 mesh = sharding.make_mesh(config.Mesh(fsdp=4))
@@ -25,7 +25,7 @@ def init(key):
 made = state.create(init, tx, mesh, 0)
 kernel = made.params["encoder"]["blocks"]["mlp"]["fc1"]["kernel"]
 assert len({str(s.index) for s in kernel.addressable_shards}) == 4
-with checkpoint.Checkpoints(path, keep=1) as checkpoints:
+with saving.Checkpoints(path, keep=1) as checkpoints:
     checkpoints.save(made, {"config": schema.to_dict(train)})
 print(sum(x.nbytes for x in jax.tree.leaves(made.params["encoder"])))
 """

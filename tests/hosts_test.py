@@ -65,25 +65,18 @@ def test_missing_processes_are_counted(tmp_path):
     assert f"error: the processes did not meet at {address} {within}" in outputs[1]
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_work_directory_must_be_shared(tmp_path, shared):
+def test_the_work_directory_must_be_shared(tmp_path):
     flags = {"coordinator": free_address(), "processes": 2}
-    directories = [tmp_path / "0", tmp_path / ("0" if shared else "1")]
+    directories = [tmp_path / "0", tmp_path / "1"]
     both = [
         # Process 1 is slower, and has its say all the same.
         meet(directory, devices=2, environment={"SLOWER_BY": str(2 * i)}, process=i, **flags)
         for i, directory in enumerate(directories)
     ]
-    outputs = outputs_of(both, 90)
-    if shared:
-        assert [process.returncode for process in both] == [0, 0], outputs
-        assert "process  host" in outputs[0] and "mesh {'data': 4" in outputs[1]
-        assert not list(directories[0].iterdir())
-    else:
-        assert all(process.returncode for process in both)
-        for output, directory in zip(outputs, directories, strict=True):
-            assert f"writes to {directory}: --workdir must be one directory that all" in output
-            assert "Traceback" not in output
+    for output, directory in zip(outputs_of(both, 90), directories, strict=True):
+        assert f"writes to {directory}: --workdir must be one directory that all" in output
+        assert "Traceback" not in output
+    assert all(process.returncode for process in both)
 
 
 def slurm(process: int, port: int) -> dict[str, str]:
@@ -122,6 +115,7 @@ def test_a_launcher_needs_no_flags(tmp_path, launcher):
     both = [meet(tmp_path, **settings, environment=launcher(i, port)) for i in range(2)]
     outputs = outputs_of(both, 90)
     assert [process.returncode for process in both] == [0, 0], outputs
+    assert not list(tmp_path.iterdir())  # the file by which they saw that they share it
     tables = [output[output.index("process  host") : output.index("GPUs")] for output in outputs]
     assert tables[0] == tables[1] and "mesh {'data': 4" in tables[0]
     rows = [line.split() for line in tables[0].splitlines()[1:3]]
@@ -206,20 +200,20 @@ def test_gpus_of_a_task(monkeypatch, told, all_gpus):
 # A run that fails at its fourth save; one is in flight at every step.
 FAILING = """
 import time
-from dgpt_jax import checkpoint, cli, train
+from dgpt_jax import cli, saving, train
 
-save, saved = checkpoint.Checkpoints.save, []
+save, saved = saving.Checkpoints.save, []
 
 def save_and_fail(self, *args):
     if len(saved) == 3 and FAULT == "before":
         raise RuntimeError("planted")
     if len(saved) == 3:  # writes for ten minutes from here on, in the background
-        checkpoint.ocp.CheckpointManager._finalize = lambda *args: time.sleep(600)
+        saving.ocp.CheckpointManager._finalize = lambda *args: time.sleep(600)
     saved.append(save(self, *args))
     if len(saved) == 4:
         raise RuntimeError("planted")
 
-checkpoint.Checkpoints.save = save_and_fail
+saving.Checkpoints.save = save_and_fail
 cli.run(train.main)
 """
 
@@ -243,6 +237,28 @@ def train(store, workdir, address, process, *words, code=("-m", "dgpt_jax.train"
         ],
         devices=2,
     )  # fmt: skip
+
+
+def steps_of(workdir) -> list[int]:
+    text = (workdir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def goes_on_and_ends_with_all(store, workdir, words):
+    """The same command again continues; a scheduler's signal comes to all processes."""
+    saved, address = steps_of(workdir)[-1], free_address()
+    both = [train(store, workdir, address, process, *words) for process in range(2)]
+    while steps_of(workdir)[-1] < saved + 3:
+        time.sleep(0.5)
+        assert all(process.poll() is None for process in both), outputs_of(both, 90)
+    for process in both:
+        process.send_signal(signal.SIGTERM)
+    outputs = outputs_of(both, 90)
+    assert [process.returncode for process in both] == [75, 75], outputs
+    assert f"continuing from step {saved} in" in outputs[0]
+    steps = steps_of(workdir)
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
@@ -269,6 +285,8 @@ def test_all_hosts_end_together(store, tmp_path, number, victim):
         assert "stopped by a signal, saved at step" in outputs[0]
         traces = [file.name[:5] for file in tmp_path.glob("profile/*/*/step_1/*.xplane.pb")]
         assert sorted(traces) == ["0000.", "0001."]
+        if number == signal.SIGTERM:
+            goes_on_and_ends_with_all(store, tmp_path, words[:2])
     else:
         assert all(codes), codes
 

@@ -1,5 +1,6 @@
 """What the host writes: JSONL, TensorBoard, the progress line and its clock."""
 
+import contextlib
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from dgpt_jax import metrics
+from dgpt_jax.schema import UserError
 
 VALUES = {
     "eta_seconds": 75.0, "images_per_second": 1234.5, "data_wait": 0.04, "learning_rate": 1e-3,
@@ -33,6 +35,13 @@ def test_scalars_reach_jsonl_and_tensorboard(tmp_path):
     assert found[3, "loss"] == 1.5 and math.isnan(found[3, "next"])
     metrics.Writer(tmp_path).close()  # a resumed run appends
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    line = f"{tmp_path}/metrics.jsonl cannot be written: No space left on device: mend that, then"
+    with pytest.raises(UserError, match=line), contextlib.closing(metrics.Writer(tmp_path)) as full:
+        full.scalars(1, {"loss": 1.0})
 
 
 def test_the_clock_leaves_out_the_compile(monkeypatch):

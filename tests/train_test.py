@@ -22,13 +22,14 @@ from dgpt_jax import (
     cli,
     config,
     evaluate,
-    hosts,
     images,
     metrics,
     optim,
     pipeline,
+    saving,
     schema,
     sharding,
+    signals,
     state,
     step,
     train,
@@ -101,7 +102,7 @@ def test_20_steps_are_10_and_10_more(made, whole, tmp_path, monkeypatch):
     run = settings(made[2], profile=(2, 4))
     with monkeypatch.context() as patch:
         stop_after(patch, 10, signal.SIGTERM)
-        assert train.train(run, tmp_path) == hosts.EXIT_PREEMPTED
+        assert train.train(run, tmp_path) == signals.EXIT_PREEMPTED
     assert checkpoint.find(tmp_path)[1] == 10
     assert train.train(run, tmp_path) == 0
     expected, parts = metrics_of(whole), metrics_of(tmp_path)
@@ -123,7 +124,7 @@ def state_of(run, workdir, step: int) -> state.TrainState:
     """Parameters, optimizer state and step of a run."""
     tx = optim.optimizer(run.optim, optim.schedule(1.0, 2, 20))
     abstract = state.abstract(open_pretrain(run).init, tx, sharding.make_mesh(run.mesh))
-    checkpoints = checkpoint.Checkpoints(workdir, keep=2)
+    checkpoints = saving.Checkpoints(workdir, keep=2)
     try:
         return checkpoints.restore(step, abstract)
     finally:

@@ -5,7 +5,7 @@ python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=
 On several hosts or GPUs, start it on all of them; each builds its part.
 """
 
-from dgpt_jax import build, cli, hosts
+from dgpt_jax import build, cli, hosts, signals
 from dgpt_jax.config import Tokens
 
 
@@ -14,7 +14,7 @@ def main():
     made.add_argument("--out", required=True, help="directory of the store; made if absent")
     args, config = cli.parse(made, Tokens)
     hosts.start(config.hosts, config.platform)
-    hosts.raise_on_sigterm()
+    signals.raise_on_sigterm()
     info = build.build(config, args.out)
     least, mean = info.cosine
     kept = f", {info.variance:.2%} of their variance" if info.is_reduced else ""
