@@ -50,6 +50,18 @@ GPUS = {
     )
 }
 
+# How JAX names the kinds of devices; v5p before v5, of which it is a part.
+KINDS = {
+    "TPU v4": TPUS["v4"], "TPU v5 lite": TPUS["v5e"], "TPU v5e": TPUS["v5e"],
+    "TPU v5p": TPUS["v5p"], "TPU v5": TPUS["v5p"], "TPU v6": TPUS["v6e"],
+    "H100": GPUS["h100"], "H200": GPUS["h200"],
+}  # fmt: skip
+
+
+def of(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`, or None where it is not known."""
+    return next((chip for kind, chip in KINDS.items() if kind in device_kind), None)
+
 
 @dataclass(frozen=True)
 class Topology:

@@ -1,0 +1,81 @@
+"""The benchmark: its PyTorch peer is the official model, and does what our step does."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dgpt_jax.convert import digpt as official
+from tests.paths import GOLDEN
+
+torch = pytest.importorskip("torch")
+
+
+def test_the_peer_gives_the_official_losses_and_gradients():
+    import bench_torch
+
+    state = load_file(GOLDEN / "digpt_tiny.safetensors")
+    model = bench_torch.DiGPT(dataclasses.asdict(official.model_of(state, 3, 2)), 1024)
+    model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
+    expected = np.load(GOLDEN / "digpt_tiny_expected.npz")
+    rng = np.random.default_rng(7)
+    images = rng.standard_normal((2, 3, 224, 224)).astype(np.float32)
+    tokens = rng.standard_normal((2, 257, 1024)).astype(np.float32)
+    inputs = (images * 255, tokens, np.ones(1024, np.float32), expected["perm"])
+    generative, seen = model(*map(torch.from_numpy, inputs), 0.0, 1.0)
+    assert generative.item() == pytest.approx(float(expected["next_loss"]), rel=1e-5)
+    assert seen.item() == pytest.approx(float(expected["visible_loss"]), rel=1e-5)
+    (generative + seen).backward()
+    for name, parameter in model.named_parameters():
+        norm = parameter.grad.double().norm()
+        assert norm.item() == pytest.approx(float(expected[f"grad_norm/{name}"]), rel=1e-3), name
+
+
+class Stub:
+    """What bench.beside asks of a peer process."""
+
+    def __init__(self, losses):
+        self._losses = losses
+
+    def ask(self, command: str):
+        kind, *words = command.split()
+        return self._losses if kind == "loss" else 2.0 * int(*words)
+
+    def close(self):
+        pass
+
+
+def test_rounds_against_a_peer(monkeypatch):
+    """The ratio is ours over the peer's images a second; other losses end the run."""
+    import bench
+
+    class Ours:
+        def write(self, work):
+            (work / "bench.json").write_text(json.dumps({}))
+
+        def losses(self):
+            return [2.0, 1.9]
+
+        def run(self, steps):
+            return [0.5] * steps
+
+    monkeypatch.setattr(bench, "Peer", lambda kind, work: Stub([2.0, 1.9]))
+    seconds, found = bench.beside(Ours(), "torch", 3, 4, lambda _: None)
+    assert seconds == [0.5] * 12
+    assert found["ratio_vs_peer"] == 4.0 and found["peer_ms"] == 2000
+    monkeypatch.setattr(bench, "Peer", lambda kind, work: Stub([2.0, 1.8]))
+    with pytest.raises(bench.UserError, match="other losses"):
+        bench.beside(Ours(), "torch", 3, 4, lambda _: None)
+
+
+def test_chips_by_their_kind():
+    from dgpt_jax import chips
+
+    kinds = {
+        "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e", "NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100",
+    }  # fmt: skip
+    assert {kind: chips.of(kind).name for kind in kinds} == kinds
+    assert chips.of("cpu") is None
