@@ -100,20 +100,18 @@ class DiGPT(nn.Module):
         `visible` for places 0..V-1, patch by patch, and then for the teacher's CLS token.
         """
         taps, mask_NN = self.encode(images, order_BS)
-        rows = cols = images.shape[1] // self.encoder.patch
-        positions = segments.sincos_positions(self.decoder_width, rows, cols)
-        positions_BSTE = take(segments.split(positions, self.segments)[None], order_BS)
-        visible = segments.visible_count(self.segments)
-        places = {"next": slice(1, None), "visible": slice(0, visible)}
-        return {
-            name: getattr(self, name)(
-                taps, append_cls(positions_BSTE[:, places[name]], 0.0), mask_NN
-            )
-            for name in self.decoders
-        }
+        positions_BSTE = self.query_positions(order_BS, images.shape[1] // self.encoder.patch)
+        return {name: self.decode(name, taps, positions_BSTE, mask_NN) for name in self.decoders}
 
     def encode(self, images, order_BS):
         """The tapped features, a list of (B, V·T+1, D) with CLS last, and the mask."""
+        x_BND, mask_NN = self.enter(images, order_BS)
+        last_BND, inputs_LBND = self.encoder.transform(x_BND, mask_NN)
+        taps = [last_BND if d == self.encoder.depth else inputs_LBND[d] for d in self.taps]
+        return taps, mask_NN
+
+    def enter(self, images, order_BS):
+        """What the first block gets (B, V·T+1, D), CLS last, and the mask."""
         patches = self.encoder.embed(images)
         _, rows, cols, width = patches.shape
         positions = segments.sincos_positions(width, rows, cols)
@@ -122,10 +120,19 @@ class DiGPT(nn.Module):
         x_BVTD = take(x_BSTD, order_BS[:, :visible])
         # The last segment of the order never enters; CLS has position zero.
         x_BND = append_cls(x_BVTD, self.encoder.cls_token)
-        mask_NN = segments.attention_mask(visible, x_BVTD.shape[2], self.cls_mask)
-        last_BND, inputs_LBND = self.encoder.transform(x_BND, mask_NN)
-        taps = [last_BND if d == self.encoder.depth else inputs_LBND[d] for d in self.taps]
-        return taps, mask_NN
+        return x_BND, segments.attention_mask(visible, x_BVTD.shape[2], self.cls_mask)
+
+    def query_positions(self, order_BS, side: int):
+        """Positions of the decoders' queries on a grid of side² patches, in order (B, S, T, E)."""
+        positions = segments.sincos_positions(self.decoder_width, side, side)
+        return take(segments.split(positions, self.segments)[None], order_BS)
+
+    def decode(self, name: str, taps, positions_BSTE, mask_NN):
+        """What one decoder predicts, (B, V·T+1, C), from what `encode` and the above give."""
+        visible = segments.visible_count(self.segments)
+        places = {"next": slice(1, None), "visible": slice(0, visible)}
+        positions_BNE = append_cls(positions_BSTE[:, places[name]], 0.0)
+        return getattr(self, name)(taps, positions_BNE, mask_NN)
 
 
 def take(x_BSTD, order_BP):

@@ -12,8 +12,9 @@ import pytest
 
 import dgpt_jax
 from dgpt_jax import cli, config, optim, saving, schema, state
-from dgpt_jax.convert import layout, weights
-from tests.convert_test import convert
+from dgpt_jax.convert import formats, layout, weights
+from dgpt_jax.schema import UserError
+from tests.conversions import convert
 
 MODEL = dict(
     width=16, depth=2, heads=2, patch=8, image_size=16, decoder_width=8, decoder_depth=1,
@@ -71,6 +72,19 @@ def test_a_damaged_checkpoint(run, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_of_the_checkpoints(run, tmp_path):
+    for name, step in (("checkpoints/3", 3), ("checkpoints/7", 7), ("checkpoints", 7)):
+        found, one = formats.read(run[0] / name)
+        assert found.name == "flax" and one.run["step"] == step
+        for path, array in one.params.items():
+            np.testing.assert_array_equal(array, run[1][step][path])
+    (tmp_path / "checkpoints/12").mkdir(parents=True)
+    with pytest.raises(UserError, match="12 is neither a work directory with checkpoints nor"):
+        formats.read(tmp_path / "checkpoints/12")
+    with pytest.raises(UserError, match="has 2 heads, 4 are given"):
+        formats.read(run[0], heads=4)
+
+
 def test_average(run, monkeypatch, tmp_path):
     command(monkeypatch, "average", run[0], tmp_path / "mean", "--last=2")
     found = layout.flatten(dgpt_jax.load_digpt(tmp_path / "mean").params)
@@ -81,6 +95,19 @@ def test_average(run, monkeypatch, tmp_path):
     command(monkeypatch, "inspect", tmp_path / "mean")  # it has no optimizer state
     with pytest.raises(SystemExit, match="has 2 checkpoints, not 3"):
         command(monkeypatch, "average", run[0], tmp_path / "other", "--last=3")
+
+
+def test_moving_average(run, monkeypatch, tmp_path):
+    command(monkeypatch, "average", run[0], tmp_path / "ema", "--last=2", "--decay=0.75")
+    found = layout.flatten(dgpt_jax.load_digpt(tmp_path / "ema").params)
+    for path, array in found.items():
+        expected = 0.75 * run[1][3][path].astype(np.float64) + 0.25 * run[1][7][path]
+        np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7)
+    assert (
+        "moving average (decay 0.75) of the steps 3, 7" in (tmp_path / "ema/README.md").read_text()
+    )
+    with pytest.raises(SystemExit, match="decay 1 is not in"):
+        command(monkeypatch, "average", run[0], tmp_path / "other", "--last=2", "--decay=1")
 
 
 def test_extract_and_card(run, monkeypatch, tmp_path, capsys):

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dgpt_jax.convert import export, formats, layout, parity, timm
+from dgpt_jax.convert import dinov2_encoder, export, files, formats, layout, parity, timm
 from dgpt_jax.convert.weights import Preprocess, change
 from dgpt_jax.schema import UserError
 from tests import parity as towers
-from tests.convert_test import convert, random_weights, refused
+from tests.conversions import convert, random_weights, refused
 from tests.paths import GOLDEN
 
 TOKEN = GOLDEN / "timm_vit_tiny_token.safetensors"
+
+
+@pytest.fixture
+def live_timm():
+    pytest.importorskip("torch")
+    return pytest.importorskip("timm")
 
 
 def mae(path, width=768, **changes):
@@ -77,6 +83,60 @@ def test_dinov2_that_no_encoder_here_can_be(tmp_path, monkeypatch, kind, changes
     dinov2(kind, tmp_path / "theirs", **changes)
     assert message in refused(monkeypatch, tmp_path / "theirs", tmp_path / "out", "--to=timm")
     assert not (tmp_path / "out").exists()
+
+
+def own_dinov2(path, depth=2, **more):
+    """Writes weights by the names of DINOv2's own code; returns them, their scales folded in."""
+    weights = random_weights(width=384, heads=6, depth=depth, mlp_width=768)
+    rng = np.random.default_rng(1)
+    params = dict(weights.params)
+    for name, projection in dinov2_encoder.SCALED.items():
+        scale = 2.0 ** rng.integers(-3, 4, (depth, 384)).astype(np.float32)  # exact to divide by
+        params[f"encoder/blocks/{name}"] = scale
+        where = f"encoder/blocks/{projection}"
+        params[f"{where}/kernel"] = params[f"{where}/kernel"] / scale[:, None]
+        params[f"{where}/bias"] = params[f"{where}/bias"] / scale
+    state = layout.write(dinov2_encoder.own_entries(depth), params)
+    files.write_safetensors(path, state | {"mask_token": np.zeros((1, 384), np.float32)} | more, {})
+    return weights
+
+
+def test_dinov2_by_its_own_names(tmp_path, monkeypatch):
+    """As torch.hub has them, and timm."""
+    expected = own_dinov2(tmp_path / "a.safetensors")
+    found, weights = formats.read(tmp_path / "a.safetensors")
+    assert (found.name, weights.model.heads, weights.pooling) == ("dinov2_pth", 6, "cls")
+    for name, array in expected.params.items():
+        np.testing.assert_array_equal(weights.params[name], array, err_msg=name)
+    some = np.zeros((1, 4, 384), np.float32)
+    for more, message in [
+        ({"register_tokens": some}, "cannot have the registers"),
+        ({"blocks.0.mlp.w12.weight": some}, "cannot have the gated MLPs"),
+        ({"surplus": some}, "unknown surplus"),
+    ]:
+        own_dinov2(tmp_path / "a.safetensors", **more)
+        assert message in refused(
+            monkeypatch, tmp_path / "a.safetensors", tmp_path / "out", "--to=timm"
+        )
+
+
+def test_dinov2_in_timm(live_timm, tmp_path):
+    own_dinov2(tmp_path / "a.safetensors")
+    _, weights = formats.read(tmp_path / "a.safetensors")
+    model = live_timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=384, depth=2, num_heads=6, mlp_ratio=2,
+        num_classes=0, init_values=1.0,
+    )  # fmt: skip
+    torch = pytest.importorskip("torch")
+    state = {n: torch.tensor(x) for n, x in load_file(tmp_path / "a.safetensors").items()}
+    state.pop("mask_token")
+    model.load_state_dict(state)
+    images = parity.images(weights.model)
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(images.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(
+        parity.outputs(weights).features, expected, atol=1e-4 * expected.std()
+    )
 
 
 def truncated(path, state):
@@ -152,19 +212,6 @@ def test_l14_at_336(tmp_path):
     _, again = formats.read(path)
     for name, array in weights.params.items():
         np.testing.assert_array_equal(again.params[name], array)
-
-
-@pytest.fixture
-def live_timm():
-    torch = pytest.importorskip("torch")
-    try:  # torchvision's operators are not in every build of torch for the CPU
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        library = None
-    yield pytest.importorskip("timm")
-    del library
 
 
 @pytest.mark.parametrize("pooling,classes", [("mean", 5), ("cls", 0), ("cls", 5), ("mean", 0)])

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 from dgpt_jax.config import SIZES, Model
 from dgpt_jax.convert import formats, layout, timm
 from dgpt_jax.convert.weights import Weights, encoder_shapes
-from dgpt_jax.schema import parse
+from dgpt_jax.schema import UserError, parse
+from tests.conversions import random_weights
 from tests.paths import GOLDEN
 
 
@@ -44,3 +45,35 @@ def test_names_and_shapes_are_timms(size):
     golden = json.loads((GOLDEN / "timm_vit_shapes.json").read_text())
     assert {k: list(v.shape) for k, v in written.items()} == golden[timm.NAMES[size]]
     assert timm.config_json(weights)["architecture"] == timm.NAMES[size]
+
+
+def timm_directory(path, pooling="cls", **told):
+    """A directory as timm's: weights of random_weights with another config.json."""
+    path.mkdir()
+    weights = random_weights(pooling, width=192)
+    formats.LAYOUTS["timm"].save(weights, path)
+    (path / "config.json").write_text(json.dumps(told))
+    return path
+
+
+def test_heads_by_the_name_of_the_architecture(tmp_path):
+    """As in files from the hub, which have no model_args; the words stand for one width each."""
+    path = timm_directory(tmp_path / "a", architecture="vit_tiny_patch16_384.augreg_in21k")
+    assert formats.read(path)[1].model.heads == 3
+    with pytest.raises(UserError, match="4 heads are given, its config.json says 3"):
+        formats.read(path, heads=4)
+    for name in ("vit_base_patch16_384", "vit_little_patch16_256", "eva02_tiny_patch14_224"):
+        path = timm_directory(tmp_path / name, architecture=name)
+        with pytest.raises(UserError, match="give it with --heads"):
+            formats.read(path)
+
+
+@pytest.mark.parametrize("pooling,told,usual", [("cls", "avg", "token"), ("mean", "token", "avg")])
+def test_a_norm_elsewhere_than_the_pooling_says(tmp_path, pooling, told, usual):
+    """timm's fc_norm=True or False with the other pooling: the names alone would mislead."""
+    args = {"num_heads": 3, "dynamic_img_size": True}
+    path = timm_directory(tmp_path / "a", pooling, model_args=args, global_pool=told)
+    with pytest.raises(UserError, match=f"norm with global_pool {told}"):
+        formats.read(path)
+    path = timm_directory(tmp_path / "b", pooling, model_args=args, global_pool=usual)
+    assert formats.read(path)[1].pooling == pooling

@@ -6,9 +6,10 @@
     python tools/convert.py D-iGPT_B.pth DIR --to=flax      a checkpoint directory
     python tools/convert.py SRC --keys                      which array is which parameter
 
-SRC is a work directory, or weights: our safetensors, the official D-iGPT's .pth, timm's ViT,
-Hugging Face's ViT, MAE's .pth, DINOv2 of Hugging Face, big_vision's .npz. Which, is found out; DST
-is a directory, or a file for safetensors, digpt and big_vision. A model card is written beside.
+SRC is a work directory (its newest checkpoint; RUN/checkpoints/STEP is another), or weights: our
+safetensors, the official D-iGPT's .pth, timm's ViT, Hugging Face's ViT, MAE's .pth, DINOv2 (Hugging
+Face's, or its own .pth), big_vision's .npz. Which, is found out; DST is a directory, or a file for
+safetensors, digpt and big_vision, and must not hold weights yet. A model card is written beside.
 Nothing is changed unasked: not positions (--image_size), nor eps or GELU.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from dgpt_jax import cli
+from dgpt_jax import cli, signals
 from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import change
 from dgpt_jax.vit import ACTIVATIONS
@@ -49,6 +50,7 @@ def arguments():
 
 def main():
     args = arguments()
+    signals.raise_on_sigterm()  # nothing half-written is left
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator
     target = formats.LAYOUTS[args.to] if args.to else None
     alone = target is not None and (args.part == "encoder" or not target.full)

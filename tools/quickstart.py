@@ -9,6 +9,7 @@ seen the training labels. Neither it nor any encoder sees the test split.
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -225,6 +226,7 @@ def main():
     if trained or not text.exists():
         words = ("tools/convert.py", out / "runs" / "both", out / "timm", "--to=timm")
         (logs / "export.txt").unlink(missing_ok=True)
+        shutil.rmtree(out / "timm", ignore_errors=True)  # an export is not written over
         run(logs, Command("export", out / "timm", words))
         check_export(out, images)
         pictures_of_runs(out, images)

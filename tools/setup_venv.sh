@@ -18,4 +18,9 @@ stamp="$venv/installed-$(cat setup.py constraints.txt | cksum | cut -d' ' -f1)-$
 echo "installing dgpt_jax[$extras] into $venv …"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check \
   -c constraints.txt -e ".[$extras]"
+case ",$extras," in
+  *,parity,*)  # without what they ask for, which is there, or another build of PyTorch
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps \
+      -c constraints.txt timm torchvision onnx onnx_ir onnxscript ;;
+esac
 touch "$stamp"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing and runs the linter and the ordinary tests; arguments go to pytest.
 #     tools/test.sh [-k NAME …]
-# EXTRAS=test,parity adds the parity tests that need PyTorch and transformers.
+# EXTRAS=test,parity adds the parity tests that need PyTorch, transformers, timm and ONNX.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${EXTRAS:-test}

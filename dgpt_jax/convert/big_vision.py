@@ -1,9 +1,14 @@
 """big_vision's ViT (`models/vit.py`) with pool_type "tok", as .npz of its parameters.
 
-CLS has no position there: ours is added to the token itself. Its GELU is the tanh form.
+CLS has no position there: ours is added to the token itself. Its GELU is the tanh form. Of its
+other pool_types, `gap` and `map` have no CLS token, so that no encoder here can be one of them.
+
+Read are stacked blocks (`scan`) and the names of before 2022 too, which AugReg's files have; their
+CLS has a position.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +26,32 @@ from dgpt_jax.convert.weights import (
 from dgpt_jax.schema import UserError
 
 BLOCK = "Transformer/encoderblock_"
+# Names of before 2022, by what `fix_old_checkpoints` there makes of them.
+OLDER = {
+    "Transformer/posembed_input/pos_embedding": "pos_embedding",
+    "Transformer/pos_embedding": "pos_embedding",
+    "/MultiHeadDotProductAttention_1/": "/MultiHeadDotProductAttention_0/",
+    "/LayerNorm_2/": "/LayerNorm_1/",
+    "/MlpBlock_3/": "/MlpBlock_0/",
+}
+STACKED = "Transformer/encoderblock/"
+# Where files have the parameters, and the state of their training.
+PREFIXES = ("params/", "opt/target/")
+TRAINING = ("opt/", "chrono/", "extra/")
 # Pictures in [-1, 1].
 PREPROCESS = Preprocess(
     mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear", crop_mode="center"
 )
 
 
-def entries(model, *, head: bool) -> list[Entry]:
-    """The table for heads.Classifier's parameters with positions of the patches alone."""
+def entries(model, *, head: bool, cls_position: bool = False) -> list[Entry]:
+    """The table for heads.Classifier's parameters, positions of the patches alone by default."""
     width, heads = model.width, model.heads
     split = (heads, width // heads)
     kernel = (model.patch, model.patch, 3, width)
     table = [
         Entry("cls", "encoder/cls_token"),
-        Entry("pos_embedding", "pos_embed", shape=(1, model.grid**2, width)),
+        Entry("pos_embedding", "pos_embed", shape=(1, cls_position + model.grid**2, width)),
         Entry("embedding/kernel", "encoder/patch_embed/kernel", shape=kernel),
         Entry("embedding/bias", "encoder/patch_embed/bias"),
     ]
@@ -65,21 +82,44 @@ def entries(model, *, head: bool) -> list[Entry]:
     return table + [Entry(theirs, ours) for theirs, ours in pairs]
 
 
+def modern(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters of a file by today's names, blocks one by one."""
+    prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in state)), "")
+    found = {}
+    for name, array in state.items():
+        if name.startswith(TRAINING) and not (prefix and name.startswith(prefix)):
+            continue
+        name = name.removeprefix(prefix)
+        for old, new in OLDER.items():
+            name = name.replace(old, new)
+        if name.startswith(STACKED):
+            rest = name.removeprefix(STACKED)
+            found |= {f"{BLOCK}{i}/{rest}": layer for i, layer in enumerate(array)}
+        else:
+            found[name] = array
+    return found
+
+
 def _table(weights: Weights) -> list[Entry]:
     return entries(weights.model, head=weights.num_classes > 0)
 
 
 def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
-    """Weights from an .npz, whose names may begin with params/."""
-    state = {n.removeprefix("params/"): x for n, x in state.items()}
+    """Weights from an .npz."""
+    state = modern(state)
     if "cls" not in state:
-        raise UserError(f"{path}: an encoder here has a CLS token, this big_vision ViT has none")
+        kind = "map" if any(name.startswith("MAPHead_0/") for name in state) else "gap"
+        raise UserError(
+            f"{path}: an encoder here has a CLS token, a big_vision ViT with pool_type {kind} has "
+            f"none"
+        )
     attention = f"{BLOCK}0/MultiHeadDotProductAttention_0/query/kernel"
     names = ("embedding/kernel", "pos_embedding", attention, f"{BLOCK}0/MlpBlock_0/Dense_0/bias")
     kernel, positions, query, hidden = needed(state, names, path)
     patch, _, _, width = kernel.shape
     side = math.isqrt(positions.shape[1])
-    if side * side != positions.shape[1]:
+    cls_position = positions.shape[1] - side * side
+    if cls_position > 1:
         raise UserError(f"{path}: {positions.shape[1]} positions are not those of a square grid")
     if heads not in (None, query.shape[1]):
         raise UserError(f"{path}: {heads} heads are given, the weights have {query.shape[1]}")
@@ -93,10 +133,11 @@ def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
         activation="gelu_tanh",
     )
     classes = state["head/bias"].size if "head/bias" in state else 0
-    shapes = encoder_shapes(model, "cls", classes)
-    shapes["pos_embed"] = (1, side * side, width)
-    params = layout.read(entries(model, head=classes > 0), state, shapes, what=str(path))
-    params["pos_embed"] = np.pad(params["pos_embed"], ((0, 0), (1, 0), (0, 0)))
+    shapes = {**encoder_shapes(model, "cls", classes), "pos_embed": (1, positions.shape[1], width)}
+    table = entries(model, head=classes > 0, cls_position=cls_position == 1)
+    params = layout.read(table, state, shapes, what=str(path))
+    if not cls_position:
+        params["pos_embed"] = np.pad(params["pos_embed"], ((0, 0), (1, 0), (0, 0)))
     notes = (f"{path} does not tell its preprocessing: pictures in [-1, 1] are taken",)
     return Weights(model, params, "cls", str(path), PREPROCESS, notes=notes)
 
@@ -126,9 +167,7 @@ def save(weights: Weights, path: Path):
 
 LAYOUT = Layout(
     "big_vision",
-    found=lambda state, path: (
-        state is not None and any(n.removeprefix("params/").startswith(BLOCK) for n in state)
-    ),
+    found=lambda state, path: state is not None and any(n.startswith(BLOCK) for n in modern(state)),
     read=read,
     table=_table,
     save=save,

@@ -1,5 +1,6 @@
 """Writing an export: beside its place, checked, and only then moved to it."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -29,30 +30,64 @@ def prepare(weights: Weights, layout: Layout, part: str | None, pooling: str | N
 def write(weights: Weights, layout: Layout, dst: Path) -> tuple[Path, str]:
     """Writes weights and their card to `dst`; (file or directory, what the check says).
 
-    Raises UserError, with nothing left, where the layout cannot hold them or computes otherwise.
+    Raises UserError, with nothing left, where the layout cannot hold them or computes otherwise,
+    where weights lie there already, and where the disk does not take them.
     """
     target = formats.target(layout, dst)
-    if layout.name == "flax" and (target / "checkpoints").exists():
-        raise UserError(f"{target} has checkpoints: name another directory")
     folder = target.parent if layout.suffixes else target
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # On the file system of its place: a move, not a copy.
-    near = folder if folder.is_dir() else folder.parent
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=near))
-    try:
+    near = _free(target, folder)
+    size, space = sum(x.nbytes for x in weights.params.values()), shutil.disk_usage(near).free
+    if space < size:
+        raise UserError(f"{dst} needs {size / 1e6:.1f} MB, its disk has {space / 1e6:.1f} MB left")
+    with _writing(dst):  # on the file system of its place: a move, not a copy
+        scratch = tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", dir=near, ignore_cleanup_errors=True
+        )
+    with scratch:
+        staging = Path(scratch.name) / "export"
         written = staging / target.name if layout.suffixes else staging
-        layout.save(weights, written)
+        with _writing(dst):
+            staging.mkdir()
+            layout.save(weights, written)
         expected = parity.outputs(weights)
         verified = parity.check(layout.name, written, weights, expected)
         arrays = written if layout.suffixes else staging / "model.safetensors"
         text = card.text(weights, layout.name, target, arrays, verified=verified)
-        (staging / card_name(target, layout)).write_text(text)
-        folder.mkdir(parents=True, exist_ok=True)
-        for made in staging.iterdir():
-            os.replace(made, folder / made.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with _writing(dst):
+            (staging / card_name(target, layout)).write_text(text)
+            _move(staging, folder, last=arrays.name)
     return target, verified
+
+
+@contextlib.contextmanager
+def _writing(dst: Path):
+    """What the system refuses is the user's to mend."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{dst} cannot be written: {e.strerror or e}") from e
+
+
+def _free(target: Path, folder: Path) -> Path:
+    """The nearest directory that exists. Raises UserError where weights would be written over."""
+    taken = [target] if target != folder else [folder / n for n in (*formats.FILES, "checkpoints")]
+    for path in taken:
+        if path.exists():
+            raise UserError(f"{path} is there already: name another place, or remove it")
+    near = next(path for path in (folder, *folder.parents) if path.exists())
+    if not near.is_dir():
+        raise UserError(f"{near} is a file, {target} needs a directory there")
+    return near
+
+
+def _move(staging: Path, folder: Path, *, last: str):
+    """All of it to a new directory at once; else file by file, the weights at the end."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging, folder)
+        return
+    for made in sorted(staging.iterdir(), key=lambda path: path.name == last):
+        os.replace(made, folder / made.name)
 
 
 def card_name(target: Path, layout: Layout) -> str:

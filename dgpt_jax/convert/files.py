@@ -160,7 +160,10 @@ def write_torch(path, content: Mapping[str, Mapping[str, np.ndarray]]):
         for key, state in content.items()
     }
     with replacing(path) as temporary:
-        torch.save(tensors, temporary)
+        try:
+            torch.save(tensors, temporary)
+        except RuntimeError as e:  # what it makes of a full disk
+            raise UserError(f"{path} cannot be written: {_line(e)}") from e
 
 
 def read_metadata(path) -> dict[str, str]:

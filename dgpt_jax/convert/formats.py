@@ -15,8 +15,9 @@ LAYOUTS: dict[str, Layout] = {
         ours.FILE,
         digpt.LAYOUT,
         mae.LAYOUT,
-        timm.LAYOUT,
+        dinov2_encoder.OWN,
         dinov2_encoder.LAYOUT,
+        timm.LAYOUT,
         hf.LAYOUT,
         big_vision.LAYOUT,
     )
@@ -38,6 +39,7 @@ def read(
 ) -> tuple[Layout, Weights]:
     """The layout at a path (found, where `name` is None) and the weights. Raises UserError.
 
+    Of a work directory DIR these are its newest checkpoint; DIR/checkpoints/STEP is another.
     encoder_only: decoders are left unread where that spares memory.
     """
     path = Path(path)
@@ -47,12 +49,17 @@ def read(
     if state is None and encoder_only:
         given["parts"] = ENCODER_PARTS
     try:
-        return layout, layout.read(state, file, **given)
+        weights = layout.read(state, file, **given)
     except (AttributeError, IndexError, KeyError, TypeError) as e:
         # Sizes are taken from arrays and JSON before the table is compared with them.
         raise UserError(
             f"{path} is no weights of layout {layout.name}: {type(e).__name__} {e}"
         ) from e
+    told = {"heads": heads, "decoder_heads": decoder_heads if weights.full else None}
+    for name, count in told.items():
+        if count not in (None, getattr(weights.model, name)):
+            raise UserError(f"{path} has {getattr(weights.model, name)} {name}, {count} are given")
+    return layout, weights
 
 
 def _open(path: Path) -> tuple[Mapping | None, Path]:
@@ -61,11 +68,13 @@ def _open(path: Path) -> tuple[Mapping | None, Path]:
         if not path.exists():
             raise UserError(f"{path} is neither a work directory with checkpoints nor weights")
         return files.read_state(path), path
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() or ours.is_checkpoint(path):
         return None, path
     for name in FILES:
         if (path / name).is_file():
             return files.read_state(path if name == files.INDEX else path / name), path / name
+    if path.name == "checkpoints":
+        return None, path.parent
     raise UserError(
         f"{path} is neither a work directory with checkpoints nor holds {', '.join(FILES)}"
     )
@@ -80,6 +89,11 @@ def _layout(state, file: Path, name: str | None) -> Layout:
     for layout in LAYOUTS.values():
         if layout.found(state, file):
             return layout
+    if state is not None and any(n.startswith(("visual.", "vision_model.")) for n in state):
+        raise UserError(
+            f"{file} holds a tower of CLIP or SigLIP: a teacher (--config.teacher.weights), which "
+            f"an encoder here cannot be (a norm before its blocks, or another pooling)"
+        )
     raise UserError(f"{file} is in none of the layouts {', '.join(LAYOUTS)}")
 
 

@@ -4,6 +4,7 @@ They norm every token and classify CLS: pooling "cls", and no other.
 """
 
 import json
+import math
 from pathlib import Path
 
 from dgpt_jax.convert import files, layout
@@ -110,9 +111,20 @@ def _preprocess(file: Path, image_size: int) -> Preprocess:
         mean=tuple(told.get("image_mean", (0.5, 0.5, 0.5))),
         std=tuple(told.get("image_std", (0.5, 0.5, 0.5))),
         interpolation=filters[resample],
-        crop_pct=image_size / edge if told.get("do_center_crop") else 1.0,
+        crop_pct=_crop_pct(image_size, edge) if told.get("do_center_crop") else 1.0,
         crop_mode="center" if "shortest_edge" in size else "squash",
     )
+
+
+def _edge(size: int, crop_pct: float) -> int:
+    """To how many pixels pictures are resized before they are cropped; rounded as timm does it."""
+    return math.floor(size / crop_pct)
+
+
+def _crop_pct(size: int, edge: int) -> float:
+    """The largest number of which `_edge` makes the edge."""
+    exact = size / edge
+    return exact if _edge(size, exact) == edge else math.nextafter(exact, 0)
 
 
 def config_json(weights: Weights) -> dict:
@@ -144,7 +156,7 @@ def preprocessor_json(weights: Weights) -> dict:
     size, how = weights.model.image_size, weights.preprocess
     if how.crop_mode not in ("center", "squash") or how.interpolation not in FILTERS:
         raise UserError(f"Hugging Face's ViTImageProcessor cannot prepare pictures by {how}")
-    edge = round(size / how.crop_pct)
+    edge = _edge(size, how.crop_pct)
     squash = {"height": edge, "width": edge}
     return {
         "image_processor_type": "ViTImageProcessor",

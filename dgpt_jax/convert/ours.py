@@ -62,9 +62,18 @@ def save_file(weights: Weights, path: Path):
     files.write_safetensors(path, state, {KEY: json.dumps(_about(weights))})
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is one of a work directory's checkpoints."""
+    named = path.parent.name == "checkpoints" and path.name.isdigit()
+    return named and (path / "params").is_dir()
+
+
 def read_directory(state, path: Path, heads=None, decoder_heads=None, parts=None) -> Weights:
-    """Weights of the newest checkpoint; `parts` as in checkpoint.load_params."""
-    params, metadata = checkpoint.load_params(path, parts=parts)
+    """Weights of the newest checkpoint, or of path's own; `parts` as in checkpoint.load_params."""
+    step = None
+    if is_checkpoint(path):
+        step, path = int(path.name), path.parent.parent
+    params, metadata = checkpoint.load_params(path, step, parts=parts)
     about = metadata.get(KEY)
     source = f"{path}, step {metadata['step']}"
     if about:
@@ -85,7 +94,7 @@ def save_directory(weights: Weights, path: Path):
 
 DIRECTORY = Layout(
     "flax",
-    found=lambda state, path: state is None and (path / "checkpoints").is_dir(),
+    found=lambda state, path: state is None,
     read=read_directory,
     table=table,
     save=save_directory,

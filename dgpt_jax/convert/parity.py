@@ -5,14 +5,15 @@ All is float32 on the CPU. No framework is imported before it is asked for.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from dgpt_jax import vit
-from dgpt_jax.convert import digpt, files, formats, layout
-from dgpt_jax.convert.weights import Weights, encoder
+from dgpt_jax import segments, vit
+from dgpt_jax.convert import digpt, digpt_torch, files, formats, layout
+from dgpt_jax.convert.weights import Weights
 from dgpt_jax.schema import UserError
 
 # Of features, in units of their standard deviation where that is above 1.
@@ -21,9 +22,10 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Outputs:
-    """blocks: residuals after every block (L, B, 1+N, D), CLS first.
+    """blocks: residuals after every block (L, B, N, D), CLS first in use, last in pretraining.
 
-    features: (B, D), or logits where there is a head.
+    features: (B, D); logits where there is a head; of a pretraining model, what its decoders
+    predict, (decoders, B, V·T+1, C).
     """
 
     blocks: np.ndarray
@@ -36,31 +38,64 @@ def images(model) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
 
 
-def outputs(weights: Weights) -> Outputs:
-    """What weights compute here; of a pretraining model, its encoder.
+def orders(model) -> np.ndarray:
+    """The fixed orders of segments (2, S), for a pretraining model."""
+    rng = np.random.default_rng(0)
+    return np.stack([segments.sample_order(rng, model.segments) for _ in range(2)])
 
-    A block after the other: JAX copies what it is given, and must not be given all at once.
+
+def outputs(weights: Weights) -> Outputs:
+    """What weights compute here.
+
+    A block, or a decoder, after the other: JAX copies what it is given, and must not be given all
+    at once.
     """
-    weights = encoder(weights, None)
     module, model = weights.module(), weights.model
     block = vit.Block(model.heads, model.mlp_ratio, model.activation, model.eps)
-    prefix = "encoder/blocks/"
-    outside = {p: x for p, x in weights.params.items() if not p.startswith(prefix)}
-    outside = {"params": layout.unflatten(outside)}
-    step = jax.jit(block.apply)
-    blocks = []
+    outside = _outside(weights)
     with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
-        x = module.apply(outside, images(model), method="enter")
+        if weights.full:
+            x, mask = module.apply(outside, images(model), orders(model), method="enter")
+        else:
+            x, mask = module.apply(outside, images(model), method="enter"), None
+        blocks = []
         for i in range(model.depth):
-            params = {
-                p.removeprefix(prefix): leaf[i]
-                for p, leaf in weights.params.items()
-                if p.startswith(prefix)
-            }
-            x = step({"params": layout.unflatten(params)}, x)
+            x = _step(block, {"params": _part(weights, "encoder/blocks/", i)}, x, mask)
             blocks.append(np.asarray(x))
-        features = module.apply(outside, x, method="leave")
-    return Outputs(np.stack(blocks), np.asarray(features))
+        if not weights.full:
+            return Outputs(np.stack(blocks), np.asarray(module.apply(outside, x, method="leave")))
+        taps = [blocks[tap - 1] for tap in model.taps]
+        places = module.apply({}, orders(model), model.grid, method="query_positions")
+        predicted = []
+        for name in module.decoders:
+            params = {"params": {name: _part(weights, f"{name}/")}}
+            predicted.append(np.asarray(_decode(module, name, params, taps, places, mask)))
+    return Outputs(np.stack(blocks), np.stack(predicted))
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(block, params, x, mask):
+    return block.apply(params, x, mask)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(module, name, params, taps, places, mask):
+    return module.apply(params, name, taps, places, mask, method="decode")
+
+
+def _outside(weights: Weights) -> dict:
+    """Variables without blocks and decoders."""
+    inside = ("encoder/blocks/", "next/", "visible/")
+    flat = {p: x for p, x in weights.params.items() if not p.startswith(inside)}
+    return {"params": layout.unflatten(flat)}
+
+
+def _part(weights: Weights, prefix: str, layer=...) -> dict:
+    """Nested parameters under a prefix, of one layer where it is told."""
+    flat = {
+        p.removeprefix(prefix): x[layer] for p, x in weights.params.items() if p.startswith(prefix)
+    }
+    return layout.unflatten(flat)
 
 
 def check(name: str, path: Path, weights: Weights, expected: Outputs) -> str:
@@ -75,15 +110,19 @@ def check(name: str, path: Path, weights: Weights, expected: Outputs) -> str:
         return f"not verified: {framework} is not installed"
     except Exception as e:  # a package that is there and broken
         return f"not verified: {framework} cannot be imported: {e}"
-    found = compute(path, weights)
+    try:
+        found = compute(path, weights)
+    except ImportError as e:  # transformers imports its parts, and theirs, when they are used
+        return f"not verified: {framework} cannot be used: {e.__cause__ or e}"
     if found.blocks.shape != expected.blocks.shape:
         raise UserError(f"{framework} computes {found.blocks.shape}, not {expected.blocks.shape}")
     scale = max(1.0, float(expected.features.std()))
     worst = float(np.abs(found.features - expected.features).max()) / scale
     by_block = np.abs(found.blocks - expected.blocks).max(axis=(1, 2, 3))
     block = int(by_block.argmax())
+    what = "predictions of the decoders" if weights.full else "features"
     told = (
-        f"features in {framework} {version} differ by at most {worst:.1e}, the worst block is "
+        f"{what} in {framework} {version} differ by at most {worst:.1e}, the worst block is "
         f"{block} ({by_block[block]:.1e})"
     )
     if not worst <= TOLERANCE:  # NaN is too far, too
@@ -114,6 +153,7 @@ def _hf(path: Path, weights: Weights) -> Outputs:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     kind, more = transformers.ViTForImageClassification, {}
     if not weights.num_classes:
         kind, more = transformers.ViTModel, {"add_pooling_layer": False}
@@ -130,38 +170,11 @@ def _hf(path: Path, weights: Weights) -> Outputs:
 
 
 def _official(path: Path, weights: Weights) -> Outputs:
-    """The encoder of the official file in plain torch; its decoders are not run."""
-    import torch
-    from torch.nn import functional
-
-    state = {n: torch.from_numpy(np.array(x)) for n, x in files.read_state(path).items()}
-    model = weights.model
+    model, state = weights.model, files.read_state(path)
     assert set(state) == {e.name for e in digpt.entries(model)} | {
         copy for e in digpt.entries(model) for copy in e.copies
     } | set(digpt.FIXED)
-
-    def linear(name, x):
-        return functional.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def norm(name, x):
-        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-        return functional.layer_norm(x, x.shape[-1:], weight, bias, model.eps)
-
-    kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
-    x = functional.conv2d(_torch_images(weights), kernel, bias, stride=model.patch)
-    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x.flatten(2).mT], dim=1)
-    x = x + state["pos_embed"]
-    blocks = []
-    for i in range(model.depth):
-        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
-        q, k, v = qkv.unflatten(-1, (3, model.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + linear(f"blocks.{i}.attn.proj", mixed)
-        hidden = functional.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x)))
-        x = x + linear(f"blocks.{i}.mlp.fc2", hidden)
-        blocks.append(x.numpy())
-    features = functional.layer_norm(x[:, 0], x.shape[-1:], eps=model.eps)
-    return Outputs(np.stack(blocks), features.numpy())
+    return Outputs(*digpt_torch.predictions(state, model, images(model), orders(model)))
 
 
 def _torch_images(weights: Weights):

@@ -5,6 +5,7 @@ with the weights, config.json beside it.
 """
 
 import json
+import re
 from pathlib import Path
 
 from dgpt_jax.config import SIZES, Model
@@ -31,6 +32,9 @@ NAMES = {
     "L/14": "vit_large_patch14_224",
     "H/14": "vit_huge_patch14_224",
 }
+# Heads by the width that timm's words for sizes stand for, whatever patch and image.
+WORDS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16),
+         "huge": (1280, 16)}  # fmt: skip
 POOLS = {"mean": "avg", "cls": "token"}
 NORMS = {"mean": "fc_norm", "cls": "norm"}
 PREPROCESS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -55,19 +59,30 @@ def _table(weights: Weights) -> list[Entry]:
     return entries(weights.model.depth, weights.pooling, head=weights.num_classes > 0)
 
 
-def pooling_of(state, what) -> str:
-    """Which pooling a state dict was made for: it has `fc_norm`, or `norm`."""
+def pooling_of(state, config: dict, what) -> str:
+    """Which pooling a state dict was made for: it has `fc_norm`, or `norm`.
+
+    Raises UserError where its config.json pools otherwise, as with timm's fc_norm=False.
+    """
     found = [pooling for pooling, name in NORMS.items() if f"{name}.weight" in state]
     if len(found) != 1:
         raise UserError(f"{what}: timm's ViT has either fc_norm or norm, this has {len(found)}")
+    usual = POOLS[found[0]]
+    told = (config.get("model_args") or {}).get("global_pool", config.get("global_pool", usual))
+    if told != usual:
+        raise UserError(
+            f"{what}: an encoder here cannot have {NORMS[found[0]]} with global_pool {told}, as "
+            f"its config.json says"
+        )
     return found[0]
 
 
-def heads_of(config: dict, given: int | None, what) -> int:
+def heads_of(config: dict, width: int, given: int | None, what) -> int:
     """From the caller, from model_args, or by the architecture's name."""
-    sizes = {name: size for size, name in NAMES.items()}
-    size = sizes.get(config.get("architecture", ""))
-    told = (config.get("model_args") or {}).get("num_heads") or (size and SIZES[size][2])
+    told = (config.get("model_args") or {}).get("num_heads")
+    name = re.match(r"(?:vit|deit)_([a-z]+)_patch", config.get("architecture", ""))
+    if not told and name and WORDS.get(name[1], (0, 0))[0] == width:
+        told = WORDS[name[1]][1]
     if given and told and given != told:
         raise UserError(f"{what}: {given} heads are given, its config.json says {told}")
     if not (given or told):
@@ -90,7 +105,7 @@ def model_of(state, config: dict, heads: int | None, what) -> Model:
     return encoder_model(
         width=width,
         patch=patch,
-        heads=heads_of(config, heads, what),
+        heads=heads_of(config, width, heads, what),
         depth=depth_of(state, "blocks.", what),
         mlp_width=len(hidden),
         image_size=image_side(positions.shape[1], patch, what),
@@ -102,14 +117,20 @@ def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     """Weights from a state dict and the config.json beside its file."""
     file = path.parent / "config.json"
     config = read_json(file) if file.is_file() else {}
-    model, pooling = model_of(state, config, heads, path), pooling_of(state, path)
+    model, pooling = model_of(state, config, heads, path), pooling_of(state, config, path)
     classes = len(state["head.bias"]) if "head.bias" in state else 0
     table = entries(model.depth, pooling, head=classes > 0)
     params = layout.read(table, state, encoder_shapes(model, pooling, classes), what=str(path))
-    told = config.get("pretrained_cfg") or {}
-    how = Preprocess.of({name: told[name] for name in PREPROCESS if name in told})
-    notes = () if told else (f"{path}: no JSON tells the preprocessing: ImageNet's is taken",)
+    notes = (f"{path}: no JSON tells the preprocessing: ImageNet's is taken",)
+    how = preprocess_of(config)
+    notes = () if config.get("pretrained_cfg") else notes
     return Weights(model, params, pooling, str(path), how, notes=notes)
+
+
+def preprocess_of(config: dict) -> Preprocess:
+    """From a config.json; ImageNet's where it does not tell."""
+    told = config.get("pretrained_cfg") or {}
+    return Preprocess.of({name: told[name] for name in PREPROCESS if name in told})
 
 
 def config_json(weights: Weights) -> dict:

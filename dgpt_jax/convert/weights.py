@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -65,18 +67,26 @@ class Weights:
     def num_classes(self) -> int:
         return len(self.params["head/bias"]) if "head/bias" in self.params else 0
 
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        return tuple(name for name in DECODERS if f"{name}/token" in self.params)
+
+    @property
+    def out_width(self) -> int:
+        """What the decoders predict."""
+        return self.params[f"{self.decoders[0]}/pred/kernel"].shape[1]
+
     def module(self):
         """The Flax module of the parameters."""
         if not self.full:
             return heads.classifier(self.model, self.pooling, self.num_classes)
-        decoders = tuple(n for n in DECODERS if f"{n}/token" in self.params)
-        width = self.params[f"{decoders[0]}/pred/kernel"].shape[1]
-        return digpt.build(self.model, out_width=width, decoders=decoders)
+        return digpt.build(self.model, out_width=self.out_width, decoders=self.decoders)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """{path: shape} that the parameters of such a module have."""
-        inputs = digpt.dummy_inputs(self.model)
-        return _shapes(self.module(), inputs if self.full else inputs[:1])
+        if not self.full:
+            return encoder_shapes(self.model, self.pooling, self.num_classes)
+        return full_shapes(self.model, self.out_width, self.decoders)
 
 
 @dataclass(frozen=True)
@@ -139,20 +149,25 @@ def needed(state: Mapping, names, what) -> list[np.ndarray]:
     return [state[name] for name in names]
 
 
-def encoder_shapes(model: Model, pooling: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+@lru_cache
+def encoder_shapes(model: Model, pooling: str, num_classes: int) -> Mapping[str, tuple[int, ...]]:
     """{path: shape} of heads.Classifier's parameters."""
     module = heads.classifier(model, pooling, num_classes)
     return _shapes(module, digpt.dummy_inputs(model)[:1])
 
 
-def full_shapes(model: Model, out_width: int) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of digpt.DiGPT's parameters, with both decoders."""
-    return _shapes(digpt.build(model, out_width=out_width), digpt.dummy_inputs(model))
+@lru_cache
+def full_shapes(
+    model: Model, out_width: int, decoders: tuple[str, ...] = DECODERS
+) -> Mapping[str, tuple[int, ...]]:
+    """{path: shape} of digpt.DiGPT's parameters."""
+    module = digpt.build(model, out_width=out_width, decoders=decoders)
+    return _shapes(module, digpt.dummy_inputs(model))
 
 
-def _shapes(module, inputs) -> dict[str, tuple[int, ...]]:
+def _shapes(module, inputs) -> Mapping[str, tuple[int, ...]]:
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    return {path: leaf.shape for path, leaf in layout.flatten(params).items()}
+    return MappingProxyType({p: leaf.shape for p, leaf in layout.flatten(params).items()})
 
 
 def encoder(weights: Weights, pooling: str | None) -> Weights:

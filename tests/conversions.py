@@ -1,0 +1,67 @@
+"""Small encoders to convert, and tools/convert.py as tests call it."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from dgpt_jax import cli
+from dgpt_jax.config import Model
+from dgpt_jax.convert.weights import (
+    Preprocess,
+    Weights,
+    encoder_model,
+    encoder_shapes,
+    full_shapes,
+)
+from dgpt_jax.schema import parse
+
+HEADS = {"heads": 3, "decoder_heads": 2}
+HALF = (0.5, 0.5, 0.5)
+SQUASH = Preprocess(HALF, HALF, "bilinear", 1.0, "squash")
+
+
+def random_weights(pooling="cls", classes=0, preprocess=SQUASH, **changes) -> Weights:
+    """An encoder with all parameters random."""
+    sizes = dict(width=24, patch=4, heads=3, depth=2, mlp_width=40, image_size=16) | changes
+    model = encoder_model(**sizes)
+    rng = np.random.default_rng(0)
+    params = {
+        path: rng.standard_normal(shape).astype(np.float32) * (0.3 if len(shape) > 1 else 1)
+        for path, shape in encoder_shapes(model, pooling, classes).items()
+    }
+    return Weights(model, params, pooling, "random", preprocess)
+
+
+def pretrained() -> Weights:
+    """A pretraining model, all parameters random; heads and decoder_heads of it are HEADS."""
+    sizes = dict(width=24, patch=4, depth=4, image_size=16, decoder_width=16, decoder_depth=2)
+    model = parse(Model, sizes | HEADS)
+    rng = np.random.default_rng(0)
+    params = {
+        path: 0.3 * rng.standard_normal(shape).astype(np.float32)
+        for path, shape in full_shapes(model, 8).items()
+    }
+    return Weights(model, params, None, "random")
+
+
+def convert(monkeypatch, *words):
+    import convert as tool
+
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
+    cli.run(tool.main)
+
+
+def refused(monkeypatch, *words) -> str:
+    with pytest.raises(SystemExit) as ended:
+        convert(monkeypatch, *words)
+    message = ended.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def same(a: Weights, b: Weights):
+    assert (a.model, a.pooling, a.preprocess) == (b.model, b.pooling, b.preprocess)
+    assert set(a.params) == set(b.params)
+    for path in a.params:
+        np.testing.assert_array_equal(a.params[path], b.params[path])
