@@ -1,6 +1,5 @@
 """The benchmark: its PyTorch peer is the official model, and does what our step does."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -16,15 +15,16 @@ torch = pytest.importorskip("torch")
 def test_the_peer_gives_the_official_losses_and_gradients():
     import bench_torch
 
+    from dgpt_jax.convert import digpt_torch
+
     state = load_file(GOLDEN / "digpt_tiny.safetensors")
-    model = bench_torch.DiGPT(dataclasses.asdict(official.model_of(state, 3, 2)), 1024)
-    model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
+    model = digpt_torch.build(official.model_of(state, 3, 2), state)
     expected = np.load(GOLDEN / "digpt_tiny_expected.npz")
     rng = np.random.default_rng(7)
     images = rng.standard_normal((2, 3, 224, 224)).astype(np.float32)
     tokens = rng.standard_normal((2, 257, 1024)).astype(np.float32)
     inputs = (images * 255, tokens, np.ones(1024, np.float32), expected["perm"])
-    generative, seen = model(*map(torch.from_numpy, inputs), 0.0, 1.0)
+    generative, seen = bench_torch.Losses(model)(*map(torch.from_numpy, inputs), 0.0, 1.0)
     assert generative.item() == pytest.approx(float(expected["next_loss"]), rel=1e-5)
     assert seen.item() == pytest.approx(float(expected["visible_loss"]), rel=1e-5)
     (generative + seen).backward()

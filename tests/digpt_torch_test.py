@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dgpt_jax.convert import digpt, digpt_torch, export, formats, weights
+from dgpt_jax.convert import digpt, export, formats, weights
 from dgpt_jax.schema import UserError
 from tests.conversions import HEADS, pretrained
 from tests.paths import GOLDEN
@@ -14,6 +14,8 @@ from tests.paths import GOLDEN
 
 def test_official_predictions():
     pytest.importorskip("torch")
+    from dgpt_jax.convert import digpt_torch
+
     state = load_file(GOLDEN / "digpt_tiny.safetensors")
     model = digpt.model_of(state, heads=3, decoder_heads=2)
     expected = np.load(GOLDEN / "digpt_tiny_expected.npz")

@@ -158,7 +158,7 @@ class Ours:
         visible = segments.visible_count(model.segments)
         count = model.segments[0] * model.segments[1]
         told = {
-            "model": dataclasses.asdict(model), "out_width": self.task.target.width,
+            "model": dataclasses.asdict(model),
             "dtype": self.config.dtype, "timm": timm.NAMES[model.size],
             "tokens": visible * model.grid**2 // count + 1,
         }  # fmt: skip

@@ -1,117 +1,175 @@
-"""What a file of the official layout computes: its pretraining forward pass in plain torch.
+"""The official pretraining model in plain PyTorch: what a file of its layout computes.
 
-Source: `models_digpt.py` and `vit.py` of the official code. Positions and mask are read from the
-file, as it does. Shape suffixes are those of digpt.py.
+Source: `models_digpt.py` and `vit.py` of the official code, whose names the modules have: official
+weights fit, with positions and mask, which the file holds too. It is what parity.py compares an
+export with, and what tools/bench.py times beside ours. Imported only where torch is asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dgpt_jax import segments
 
 # `forward_encoder` returns the `kd` features first, and `forward` takes them as those of `ar`.
 FEATURES = {"ar": "kd", "kd": "ar"}
 
 
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Self-attention with a fused projection (`kv` False), or from queries to features."""
+
+    def __init__(self, width: int, heads: int, cross: bool = False):
+        super().__init__()
+        self.heads = heads
+        if cross:
+            self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, features=None, mask=None):
+        parts = [self.qkv(x)] if features is None else [self.q(x), self.kv(features)]
+        heads = []
+        for part in parts:
+            batch, tokens, width = part.shape
+            split = part.view(batch, tokens, width // x.shape[-1], self.heads, -1)
+            heads += split.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width, hidden)
+
+    def forward(self, x, mask):
+        x = x + self.attn(self.norm1(x), mask=mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        for name in ("norm1", "norm2_1", "norm2_2", "norm2"):
+            setattr(self, name, nn.LayerNorm(width, eps=1e-6))
+        self.attn1, self.attn2 = Attention(width, heads), Attention(width, heads, cross=True)
+        self.mlp = Mlp(width, hidden)
+
+    def forward(self, q, features, mask):
+        q = q + self.attn1(self.norm1(q), mask=mask)
+        q = q + self.attn2(self.norm2_1(q), self.norm2_2(features), mask)
+        return q + self.mlp(self.norm2(q))
+
+
+class DiGPT(nn.Module):
+    """The pretraining model of a resolved `config.Model`; C = `out_width`."""
+
+    def __init__(self, model: dict, out_width: int):
+        super().__init__()
+        width, wide, ratio = model.width, model.decoder_width, model.mlp_ratio
+        self.grid = (model.image_size // model.patch,) * 2
+        self.segments, self.taps = tuple(model.segments), model.taps
+        self.visible = segments.visible_count(self.segments)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, model.patch, model.patch)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.ModuleList(
+            Block(width, model.heads, int(width * ratio)) for _ in range(model.depth)
+        )
+        for name in ("ar", "kd"):
+            depth = model.decoder_depth
+            shared = nn.LayerNorm(width, eps=1e-5)
+            made = {
+                "token": nn.Parameter(torch.zeros(1, 1, wide)),
+                "enc_norm": nn.ModuleList([shared] * len(self.taps)),
+                "enc2dec": nn.Linear(width * len(self.taps), wide * depth),
+                "blocks": nn.ModuleList(
+                    DecoderBlock(wide, model.decoder_heads, int(wide * ratio)) for _ in range(depth)
+                ),
+                "norm": nn.LayerNorm(wide, eps=1e-6),
+                "pred": nn.Linear(wide, out_width),
+            }
+            for part, value in made.items():
+                setattr(self, f"{name}_{part}", value)
+        count = 1 + self.grid[0] * self.grid[1]
+        tokens = self.visible * (count - 1) // segments.count(self.segments) + 1
+        self.register_buffer("mask", torch.zeros(tokens, tokens))
+        self.register_buffer("pos_embed", torch.zeros(1, count, width))
+        self.register_buffer("decoder_pos_embed", torch.zeros(1, count, wide))
+
+    def place(self, table, order, places: slice):
+        """Rows of a raster (B or 1, N, D) in the segments at some places of each image's order."""
+        split = self.split(table)
+        index = order[:, places, None, None].expand(-1, -1, *split.shape[2:])
+        return torch.gather(split.expand(len(order), -1, -1, -1), 1, index).flatten(1, 2)
+
+    def split(self, table, grid=None):
+        """(B, N, D) in raster order to (B, S, T, D)."""
+        rows, cols = grid or self.grid
+        down, across = self.segments
+        x = table.view(len(table), down, rows // down, across, cols // across, -1)
+        return x.transpose(2, 3).reshape(len(table), down * across, -1, table.shape[-1])
+
+    def forward(self, images, order):
+        """Of normalised images (B, 3, size, size) and orders (B, S), the residuals of all blocks
+        (B, N, D), and what `ar` and `kd` predict (B, N, C)."""
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        seen, unseen = slice(0, self.visible), slice(1, None)
+        cls = self.cls_token.expand(len(x), -1, -1) + self.pos_embed[:, :1]
+        x = torch.cat([self.place(x, order, seen), cls], dim=1)
+        mask, blocks = self.mask == 0, []
+        for block in self.blocks:
+            x = block(x, mask)
+            blocks.append(x)
+        taps = [blocks[depth - 1] for depth in self.taps]
+        places = {"ar": unseen, "kd": seen}
+        return blocks, [self.decode(name, taps, order, places[name], mask) for name in FEATURES]
+
+    def decode(self, name, taps, order, places, mask):
+        """What one decoder predicts, (B, N, C) float32."""
+        source = FEATURES[name]
+        norms = getattr(self, f"{source}_enc_norm")
+        features = torch.cat([norm(tap) for norm, tap in zip(norms, taps, strict=True)], dim=-1)
+        features = getattr(self, f"{source}_enc2dec")(features)
+        blocks = getattr(self, f"{name}_blocks")
+        features = features.unflatten(-1, (-1, len(blocks)))
+        positions = self.place(self.decoder_pos_embed[:, 1:], order, places)
+        cls = self.decoder_pos_embed[:, :1].expand(len(order), -1, -1)
+        q = getattr(self, f"{name}_token") + torch.cat([positions, cls], dim=1)
+        for i, block in enumerate(blocks):
+            q = block(q, features[..., i], mask)
+        return getattr(self, f"{name}_pred")(getattr(self, f"{name}_norm")(q)).float()
+
+
+def build(model, state: Mapping[str, np.ndarray]) -> DiGPT:
+    """The module of a resolved `config.Model` with an official state dict, which is copied once."""
+    with torch.device("meta"):
+        made = DiGPT(model, len(state["ar_pred.weight"]))
+    tensors = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
+    made.load_state_dict(tensors, assign=True)
+    return made
+
+
 def predictions(state: Mapping[str, np.ndarray], model, images, orders):
     """(residuals of all blocks (L, B, N, D), predictions of `ar` and `kd` (2, B, N, C)).
 
-    state: an official state dict, of a resolved `config.Model`. images: normalised (B, size, size,
-    3). orders: int (B, S).
+    images: normalised (B, size, size, 3). orders: int (B, S).
     """
-    import torch
-
-    tensors = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
-    inputs = (torch.from_numpy(np.array(x)) for x in (images, orders.astype(np.int64)))
+    images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+    orders = torch.from_numpy(np.array(orders, np.int64))
     with torch.no_grad():
-        blocks, decoded = _forward(tensors, model, *inputs)
+        blocks, decoded = build(model, state)(images, orders)
     return torch.stack(blocks).numpy(), torch.stack(decoded).numpy()
-
-
-def _forward(state, model, images, orders):
-    import torch
-    from torch.nn import functional
-
-    linear, norm = _layers(state)
-    mask, visible = state["mask"], orders.shape[1] - 1
-    kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
-    x = functional.conv2d(images.permute(0, 3, 1, 2), kernel, bias, stride=model.patch)
-    x = x.flatten(2).mT + state["pos_embed"][:, 1:]
-    cls = state["cls_token"] + state["pos_embed"][:, :1]
-    x = _joined(_ordered(x, orders, model)[:, :visible], cls)
-    blocks = []
-    for i in range(model.depth):
-        name = f"blocks.{i}"
-        x = x + _attend(linear, f"{name}.attn", norm(f"{name}.norm1", x), model.heads, mask)
-        x = x + _mlp(linear, f"{name}.mlp", norm(f"{name}.norm2", x))
-        blocks.append(x)
-    positions = state["decoder_pos_embed"]
-    places = _ordered(positions[:, 1:].expand(len(x), -1, -1), orders, model)
-    decoded = []
-    for one, queried in (("ar", places[:, 1:]), ("kd", places[:, :visible])):
-        source = FEATURES[one]
-        taps = [
-            norm(f"{source}_enc_norm.{i}", blocks[tap - 1], eps=1e-5)
-            for i, tap in enumerate(model.taps)
-        ]
-        kv = linear(f"{source}_enc2dec", torch.cat(taps, -1))
-        kv = kv.unflatten(-1, (model.decoder_width, model.decoder_depth))
-        token = state[f"{one}_token"]
-        q = _joined(queried + token[:, None], token + positions[:, :1])
-        for i in range(model.decoder_depth):
-            name, heads = f"{one}_blocks.{i}", model.decoder_heads
-            q = q + _attend(linear, f"{name}.attn1", norm(f"{name}.norm1", q), heads, mask)
-            features = norm(f"{name}.norm2_2", kv[..., i])
-            queries = norm(f"{name}.norm2_1", q)
-            q = q + _attend(linear, f"{name}.attn2", queries, heads, mask, features)
-            q = q + _mlp(linear, f"{name}.mlp", norm(f"{name}.norm2", q))
-        decoded.append(linear(f"{one}_pred", norm(f"{one}_norm", q)))
-    return blocks, decoded
-
-
-def _layers(state) -> tuple[Callable, Callable]:
-    """Linear and LayerNorm by the name of their weights."""
-    from torch.nn import functional
-
-    def linear(name, x):
-        return functional.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def norm(name, x, eps=1e-6):
-        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-    return linear, norm
-
-
-def _attend(linear, name: str, x, heads: int, mask, features=None):
-    """Attention of x to itself (one projection `qkv`) or to features (`q` and `kv`)."""
-    from torch.nn import functional
-
-    if features is None:
-        q, k, v = linear(f"{name}.qkv", x).chunk(3, -1)
-    else:
-        q, (k, v) = linear(f"{name}.q", x), linear(f"{name}.kv", features).chunk(2, -1)
-    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return linear(f"{name}.proj", mixed.transpose(1, 2).flatten(2))
-
-
-def _mlp(linear, name: str, x):
-    from torch.nn import functional
-
-    return linear(f"{name}.fc2", functional.gelu(linear(f"{name}.fc1", x)))
-
-
-def _ordered(x_BND, orders, model):
-    """Patches (B, rows·cols, D) as segments in each image's order (B, S, T, D)."""
-    rows, cols = model.segments
-    x = x_BND.unflatten(1, (rows, model.grid // rows, cols, model.grid // cols))
-    x_BSTD = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x_BSTD.take_along_dim(orders[:, :, None, None], dim=1)
-
-
-def _joined(x_BVTD, cls):
-    """Segments and CLS behind them as one sequence (B, V·T+1, D)."""
-    import torch
-
-    x_BND = x_BVTD.flatten(1, 2)
-    return torch.cat([x_BND, cls.expand(len(x_BND), -1, -1)], dim=1)

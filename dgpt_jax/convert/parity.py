@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dgpt_jax import segments, vit
-from dgpt_jax.convert import digpt, digpt_torch, files, formats, layout
+from dgpt_jax.convert import digpt, files, formats, layout
 from dgpt_jax.convert.weights import Weights
 from dgpt_jax.schema import UserError
 
@@ -170,6 +170,8 @@ def _hf(path: Path, weights: Weights) -> Outputs:
 
 
 def _official(path: Path, weights: Weights) -> Outputs:
+    from dgpt_jax.convert import digpt_torch
+
     model, state = weights.model, files.read_state(path)
     assert set(state) == {e.name for e in digpt.entries(model)} | {
         copy for e in digpt.entries(model) for copy in e.copies
