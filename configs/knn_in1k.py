@@ -1,10 +1,10 @@
 """kNN on ImageNet-1K by DINOv2's protocol: L2-normalised features, k 10/20/100/200, T 0.07.
 
-    python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint=DIR_OR_SAFETENSORS \
+    python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint=DIR_OR_WEIGHTS \
         --config.data=imagenet2012
 
-Resize 256 (bicubic, shorter side), centre crop 224, CLS features. The paper reports no such number
-for D-iGPT; ours: not run.
+Resize 256 (bicubic, shorter side), centre crop 224; CLS features and the mean of the patch
+tokens, each with its own results. The paper reports no such number for D-iGPT; ours: not run.
 """
 
 from dgpt_jax.config import Evaluate
@@ -17,5 +17,4 @@ def get_config():
     config.data = "imagenet2012"
     config.train = "train"
     config.test = "validation"
-    config.features = "cls"
     return config

@@ -1,7 +1,7 @@
 """D-iGPT (arXiv 2312.02147) in JAX: pretrain vision transformers from stored CLIP tokens."""
 
 __version__ = "0.1.0"
-__all__ = ["load_digpt", "load_encoder"]
+__all__ = ["load_classifier", "load_digpt", "load_encoder"]
 
 
 def __getattr__(name: str):

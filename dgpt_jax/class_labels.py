@@ -32,8 +32,8 @@ def apply(
         elif b"" not in tops:
             names = [text(top) for top in tops]
         elif all(VALIDATION.fullmatch(path) for path in members.each_path()):
-            labels = _imagenet("validation_labels.txt")
-            names = _imagenet("labels.txt")
+            labels = imagenet("validation_labels.txt")
+            names = imagenet("labels.txt")
             place = {name: i for i, name in enumerate(names)}
             numbers = (int(VALIDATION.fullmatch(path)[1]) for path in members.each_path())
             index = np.fromiter((place[labels[n - 1]] for n in numbers), np.int32, len(members))
@@ -50,7 +50,7 @@ def apply(
     return splits, classes
 
 
-def _imagenet(file: str) -> list[str]:
+def imagenet(file: str) -> list[str]:
     """Class names as TFDS has them: of the 1000 classes, of the 50,000 validation images."""
     return tfds.core.tfds_path(f"datasets/imagenet2012/{file}").read_text().split()
 

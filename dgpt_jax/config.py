@@ -309,28 +309,41 @@ class Tokens:
 class Evaluate:
     """`python -m dgpt_jax.evaluate`"""
 
-    protocol: str = entry("knn", "knn or linear")
-    data: str = entry("", "labelled TFDS image dataset")
+    protocol: str = entry("knn", "knn, linear, fewshot or robustness")
+    data: str = entry(
+        "", "labelled TFDS image dataset; robustness: the directory that holds the test sets"
+    )
     train: str = entry("train", "split with the labelled examples, slices allowed")
     test: str = entry("test", "split that is classified, slices allowed")
-    features: str = entry("cls", "cls or mean (of the patch tokens)")
+    features: tuple[str, ...] = entry(
+        ("cls", "mean"), "cls, mean (of the patch tokens), or both, each with its own results"
+    )
     resize: int = entry(256, "shorter side after resizing, in pixels; then a centre crop")
     squash: bool = entry(False, "resize to a square instead, as the official fine-tuning does")
     shots: tuple[int, ...] = entry((0,), "labels a class; 0: all")
     seeds: tuple[int, ...] = entry((0,), "draws of the labelled examples, where shots > 0")
     k: tuple[int, ...] = entry((10, 20, 100, 200), "kNN: neighbours")
     temperature: float = entry(0.07, "kNN: a neighbour votes exp(similarity / temperature)")
+    l2: float = entry(2.0**10, "fewshot: weight of the squared norm of the weights")
     batch_size: int = entry(256, "images a step")
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
     hosts: Hosts = Hosts()
 
     def resolved(self) -> "Evaluate":
         """Itself. Raises UserError on values that mean nothing."""
-        one_of("config.protocol", self.protocol, ("knn", "linear"))
-        one_of("config.features", self.features, ("cls", "mean"))
+        one_of("config.protocol", self.protocol, ("knn", "linear", "fewshot", "robustness"))
+        for name in self.features:
+            one_of("config.features", name, ("cls", "mean"))
         if not self.data:
             raise UserError("config.data is empty: give the directory of a labelled TFDS dataset")
         _positive(self, "config", "resize", "batch_size")
+        if self.temperature <= 0 or self.l2 <= 0:
+            raise UserError("config.temperature and config.l2 must be positive")
+        for name in ("features", "shots", "seeds", "k"):
+            if not getattr(self, name):
+                raise UserError(f"config.{name} is empty: name at least one")
+        if min(self.k) < 1 or min(*self.shots, *self.seeds) < 0:
+            raise UserError("config.k must be positive, config.shots and seeds not negative")
         return self
 
 

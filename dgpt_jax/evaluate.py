@@ -1,103 +1,159 @@
 """Measures an encoder: `python -m dgpt_jax.evaluate --config=configs/… --checkpoint=PATH`.
 
-PATH is a work directory, or safetensors that tools/convert.py wrote. Prints a table and, with
---out, writes the results as JSON.
+PATH is a work directory, or weights that tools/convert.py reads. Prints a table and adds the
+results, with 95 % intervals and all that the protocol asks, to one JSON file a model: --out, or
+results_stepN.json in a work directory, or NAME.results.json beside weights. --untrained=SEED
+measures the same encoder as training would start it, and only prints. tools/report.py puts such
+files beside published numbers.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from dgpt_jax import cli, config, hosts, load, records, schema, sharding
+from dgpt_jax import cli, config, hosts, load, records, sharding
 from dgpt_jax.config import Evaluate
-from dgpt_jax.evals import features, knn, probe
+from dgpt_jax.evals import features, fewshot, knn, probe, results, robustness
+from dgpt_jax.schema import UserError
+
+SOURCES = {
+    "knn": "facebookresearch/dinov2 dinov2/eval/knn.py",
+    "linear": "L-BFGS on standardised features; not a published protocol",
+    "fewshot": "google-research/big_vision evaluators/fewshot_lsr.py",
+}
 
 
 def evaluate(settings: Evaluate, encoder: load.Encoder) -> list[dict]:
-    """One result a row: protocol, features, shots, seed, test examples, accuracy in percent."""
+    """Rows of results (evals/results.py) of a protocol on frozen features."""
     mesh = sharding.make_mesh(config.Mesh())
-    pooling = settings.features
     extract = features.Extractor(
-        lambda params, pictures: dataclasses.replace(encoder, params=params).features(
-            pictures, pooling
+        lambda params, pictures: dataclasses.replace(encoder, params=params).pooled(
+            pictures, settings.features
         ),
         mesh,
-        size=encoder.model.image_size,
-        resize=settings.resize,
-        squash=settings.squash,
         batch_size=settings.batch_size,
     )
+    view = features.centre_view(encoder.model.image_size, settings.resize, settings.squash)
+    train, test = (
+        features.Records(records.Split(settings.data, split))
+        for split in (settings.train, settings.test)
+    )
     params = jax.device_put(encoder.params, sharding.replicated(mesh))
-    train = extract(params, records.Split(settings.data, settings.train))
-    test = extract(params, records.Split(settings.data, settings.test))
-    return [result | {"features": pooling} for result in measure(settings, train, test)]
+    train, test = extract(params, train, view), extract(params, test, view)
+    how = {
+        "source": SOURCES[settings.protocol],
+        "path": settings.data,
+        **preprocessing(settings, encoder),
+    }
+    rows, name = [], records.open_builder(settings.data).info.name
+    for pooling in settings.features:
+        for found in measure(settings, train[pooling], test[pooling]):
+            rows.append(found | {"data": name, "features": pooling, "how": found["how"] | how})
+    return rows + results.mean_over_seeds(rows)
 
 
-def measure(settings: Evaluate, train, test) -> list[dict]:
-    """Results of a protocol on (features, labels) pairs, for every number of shots and seed."""
-    train_x, train_y = train
-    test_x, test_y = test
-    results = []
+def preprocessing(settings: Evaluate, encoder: load.Encoder) -> dict:
+    """How a picture becomes the encoder's input, for the record."""
+    return {
+        "crop": encoder.model.image_size,
+        "filter": "bicubic, antialiased",
+        "mean": list(encoder.preprocess.mean),
+        "std": list(encoder.preprocess.std),
+    }
+
+
+def measure(settings: Evaluate, train: features.Bank, test: features.Bank) -> list[dict]:
+    """Rows of a protocol, for every number of shots and seed. Raises UserError where `train` lacks
+    classes that `test` has."""
+    _refuse_missing_classes(settings, train.labels, test.labels)
+    rows = []
+    whole = settings.protocol != "knn" and [(b.gathered(), b.labels) for b in (train, test)]
     for shots in settings.shots:
         for seed in settings.seeds if shots else settings.seeds[:1]:
-            chosen = probe.few_labels(train_y, shots, seed)
-            data = (train_x[chosen], train_y[chosen], test_x, test_y)
-            if settings.protocol == "knn":
-                by_k = knn.knn_accuracy(*data, ks=settings.k, temperature=settings.temperature)
-                found = [{"k": k, "accuracy": 100 * accuracy} for k, accuracy in by_k.items()]
-            else:
-                result = probe.linear_probe(*data)
-                found = [{"l2": result.l2, "accuracy": 100 * result.accuracy}]
-            row = {
+            chosen = probe.few_labels(train.labels, shots, seed)
+            what = {
                 "protocol": settings.protocol,
+                "data": settings.data,
+                "splits": f"{settings.train} → {settings.test}",
+                "features": "",
                 "shots": shots or "all",
                 "seed": seed if shots else None,
+                "resize": settings.resize,
+                "squash": settings.squash,
                 "train": len(chosen),
-                "test": len(test_y),
             }
-            results += [row | one for one in found]
-    return results
+            for found, correct, selection, how in _counts(settings, train, test, whole, chosen):
+                rows.append(
+                    results.row(what | found, correct, len(test), selection=selection, how=how)
+                )
+    return rows
 
 
-def table(results: list[dict]) -> str:
-    """Results as a Markdown table."""
-    columns = list(results[0])
+def _counts(settings: Evaluate, train, test, whole, chosen):
+    """(what it is, number of correct ones, its selection, more about how) of a protocol's results
+    on the `chosen` training examples; `whole`: features and labels of both, where it needs them."""
+    if settings.protocol == "knn":
+        how = {"temperature": settings.temperature}
+        hits = knn.correct(
+            train, test, ks=settings.k, temperature=settings.temperature, chosen=chosen
+        )
+        return [({"k": k}, correct, "none", how) for k, correct in hits.items()]
+    some = [x[chosen] for x in whole[0]]
+    if settings.protocol == "fewshot":
+        correct = fewshot.correct(some, whole[1], l2=settings.l2)
+        return [({}, correct, "none", {"l2": settings.l2})]
+    found = probe.linear_probe(*some, *whole[1])
+    correct = round(found.accuracy * len(test))
+    return [({}, correct, "l2 by cross-validation on the training labels", {"l2": found.l2})]
 
-    def cell(value) -> str:
-        if value is None:
-            return ""
-        return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
 
-    rows = [columns, ["---"] * len(columns)]
-    rows += [[cell(result[c]) for c in columns] for result in results]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def _refuse_missing_classes(settings: Evaluate, train: np.ndarray, test: np.ndarray):
+    if len(missing := np.setdiff1d(test, train)):
+        raise UserError(
+            f"{settings.data}: split {settings.test} has {len(missing)} classes that "
+            f"{settings.train} has not: it is not mixed (imported folders are sorted by class), so "
+            f"take all of it (config.train)"
+        )
+
+
+def open_weights(settings: Evaluate, path: str, untrained: int | None) -> load.Encoder:
+    """What a protocol measures. Raises UserError."""
+    if settings.protocol == "robustness":
+        if untrained is not None:
+            raise UserError("--untrained has no head, and robustness needs one")
+        return load.load_classifier(path)
+    encoder = load.load_encoder(path)
+    return encoder if untrained is None else load.untrained(encoder.model, untrained)
 
 
 def main():
     made = cli.parser(__doc__, Evaluate)
-    made.add_argument("--checkpoint", required=True, help="work directory or .safetensors")
-    made.add_argument("--out", help="write the results to this JSON file too")
+    made.add_argument("--checkpoint", required=True, help="work directory or weights")
+    made.add_argument("--out", help="JSON file that the results are added to")
+    made.add_argument("--untrained", type=int, metavar="SEED", help="measure its initialisation")
     arguments, settings = cli.parse(made, Evaluate)
     hosts.start(settings.hosts, settings.platform)
-    encoder = load.load_encoder(arguments.checkpoint)
-    results = evaluate(settings, encoder)
-    print(f"{encoder.source} on {settings.data}")
-    print(table(results))
-    if arguments.out:
-        report = {
-            "checkpoint": encoder.source,
-            "config": schema.to_dict(settings),
-            "results": results,
-        }
-        Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")
-    print(
-        f"next: python tools/convert.py {arguments.checkpoint} DIR --to=timm"
-        if not arguments.checkpoint.endswith(".safetensors")
-        else f"next: load it in timm with the config.json beside {arguments.checkpoint}"
-    )
+    weights = open_weights(settings, arguments.checkpoint, arguments.untrained)
+    out = None
+    if arguments.untrained is None or arguments.out:
+        step = weights.run.get("step")
+        out = arguments.out or results.default_path(arguments.checkpoint, step)
+        results.refuse_another(out, weights.source)
+    if settings.protocol == "robustness":
+        say = (lambda line: None) if jax.process_index() else print
+        rows = robustness.evaluate(settings, weights, preprocessing(settings, weights), say)
+    else:
+        rows = evaluate(settings, weights)
+    if jax.process_index():
+        return
+    print(f"{weights.source} on {settings.data}")
+    print(results.table(rows))
+    print("low, high: 95 % interval of the accuracy over draws of the test examples (Wilson)")
+    if out:
+        results.merge(out, weights.source, dataclasses.asdict(weights.model), rows)
+        print(f"added to {out}")
+    print(f"next: python tools/report.py {out or 'RESULTS.json…'}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,12 @@ class Classifier(nn.Module):
 
     def features(self, images):
         """(B, D) float32: what is measured and exported."""
-        return self._pool(self.encoder(images, self.pos_embed))
+        return self._pool(self.encoder(images, self.pos_embed), self.pooling)
+
+    def pooled(self, images, poolings):
+        """{pooling: (B, D) float32} of several poolings, from one pass through the encoder."""
+        residual = self.encoder(images, self.pos_embed)
+        return {pooling: self._pool(residual, pooling) for pooling in poolings}
 
     def enter(self, images):
         """What the first block gets (B, 1+N, D)."""
@@ -46,11 +51,11 @@ class Classifier(nn.Module):
 
     def leave(self, residual):
         """What a call gives, from what the last block gives (B, 1+N, D)."""
-        features = self._pool(residual)
+        features = self._pool(residual, self.pooling)
         return self.head(features) if self.num_classes else features
 
-    def _pool(self, residual):
-        if self.pooling == "cls":
+    def _pool(self, residual, pooling: str):
+        if pooling == "cls":
             return self.norm(residual)[:, 0]
         return self.norm(residual[:, 1:].mean(axis=1))
 

@@ -1,5 +1,6 @@
 """Weights by path, ready to use: what notebooks, `evaluate` and `convert` open."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,15 @@ from dgpt_jax.schema import UserError
 class Encoder:
     """An encoder for use: full attention, CLS first, final norm (heads.Classifier without head).
 
-    Attributes: model (config.Model), params, where they came from, and how pictures are prepared.
+    Attributes: model (config.Model), params, where they came from, how pictures are prepared, and
+    {"config", "step"} of the training, where it is known.
     """
 
     model: Model
     params: Any
     source: str
     preprocess: Preprocess = field(default_factory=Preprocess)
+    run: Mapping[str, Any] = field(default_factory=dict)
 
     def features(self, pictures, pooling: str = "cls"):
         """uint8 RGB (B, size, size, 3) to features (B, D) float32; jittable."""
@@ -34,11 +37,27 @@ class Encoder:
         """uint8 RGB (B, size, size, 3) to normed tokens (B, 1+N, D) float32, CLS first."""
         return self._apply(pictures, "cls", method="tokens")
 
-    def _apply(self, pictures, pooling: str, **kwargs):
+    def pooled(self, pictures, poolings: Sequence[str]) -> dict[str, jax.Array]:
+        """{pooling: features (B, D) float32} of several poolings in one pass; jittable."""
+        return self._apply(pictures, "cls", poolings, method="pooled")
+
+    def _apply(self, pictures, pooling: str, *args, classes: int = 0, **kwargs):
         how = self.preprocess
         images = vit.normalise(jnp.asarray(pictures), how.mean, how.std)
-        module = heads.classifier(self.model, pooling)
-        return module.apply({"params": self.params}, images, **kwargs)
+        module = heads.classifier(self.model, pooling, classes)
+        return module.apply({"params": self.params}, images, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Classifier(Encoder):
+    """An encoder with its classification head: fine-tuned weights."""
+
+    pooling: str = "mean"
+    num_classes: int = 0
+
+    def logits(self, pictures):
+        """uint8 RGB (B, size, size, 3) to logits (B, classes) float32; jittable."""
+        return self._apply(pictures, self.pooling, classes=self.num_classes)
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,31 @@ def load_encoder(path, *, heads: int | None = None) -> Encoder:
     _, weights = formats.read(path, heads=heads, encoder_only=True)
     weights = encoder_of(weights, None)
     params = {p: x for p, x in weights.params.items() if not p.startswith("head/")}
-    return Encoder(weights.model, layout.unflatten(params), weights.source, weights.preprocess)
+    return Encoder(
+        weights.model, layout.unflatten(params), weights.source, weights.preprocess, weights.run
+    )
+
+
+def load_classifier(path, *, heads: int | None = None) -> Classifier:
+    """Fine-tuned weights with their head: a work directory, or any layout that holds heads.
+
+    Raises UserError, also where there is no head.
+    """
+    _, weights = formats.read(path, heads=heads, encoder_only=True)
+    if not weights.num_classes:
+        raise UserError(
+            f"{path} has no classification head: give fine-tuned weights, or measure frozen "
+            f"features (configs/knn_in1k.py, fewshot_in1k.py, linear_in1k.py)"
+        )
+    return Classifier(
+        weights.model,
+        layout.unflatten(weights.params),
+        weights.source,
+        weights.preprocess,
+        weights.run,
+        pooling=weights.pooling,
+        num_classes=weights.num_classes,
+    )
 
 
 def untrained(model: Model, seed: int) -> Encoder:

@@ -185,8 +185,8 @@ class Split:
         self._length = sum(shard.take for shard in self.shards)
         if not self._length:
             raise UserError(f"{directory} has no examples in split {split}")
-        self._features = info.features
-        self.label = self._features["label"] if "label" in self._features else None
+        self.features = info.features
+        self.label = self.features["label"] if "label" in self.features else None
         self.cache = opened.cache
         self._source = None
         self._allow_files()
@@ -217,7 +217,7 @@ class Split:
 
     def parse(self, record: bytes) -> dict:
         """Raises various where the bytes are not what the features say."""
-        example = self._features.deserialize_example_np(record, decoders=UNDECODED)
+        example = self.features.deserialize_example_np(record, decoders=UNDECODED)
         if empty := [name for name, value in example.items() if value is None]:
             raise ValueError(f"no value of {', '.join(empty)}")
         example["id"] = example_id(example)

@@ -132,6 +132,20 @@ def per_shard(function: Callable, arrays: Sequence[jax.Array], whole: Sequence[j
     )(tuple(arrays), tuple(whole))
 
 
+def each_part(function: Callable, mesh: jax.sharding.Mesh, whole, parts):
+    """function(whole, part) on every device, where `part` is what the device holds of `parts`, a
+    tree of arrays as microbatch_sharding lays them. A result has a leading axis of 1 on each
+    device; together they have one of devices, split like a batch."""
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(P(), P(None, *BATCH)), out_specs=BATCH, check_vma=False
+    )(whole, parts)
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 @functools.lru_cache  # asked for every batch
 def process_rows(
     mesh: jax.sharding.Mesh, batch_size: int, process: int | None = None
@@ -140,7 +154,7 @@ def process_rows(
 
     They need not be next to each other: a mesh follows the wires of a pod, not its hosts.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if batch_size % shards:
         raise UserError(
             f"a batch of {batch_size} is not divisible by the {shards} devices of data × fsdp"

@@ -1,11 +1,21 @@
-"""kNN against NumPy, the linear probe against scikit-learn."""
+"""Extraction and kNN against NumPy on 1, 2 and 8 devices, the linear probe against scikit-learn."""
 
+import socket
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from dgpt_jax import chips, config, evaluate, load, plan, schema, sharding
+from dgpt_jax.convert import layout
+from dgpt_jax.convert.weights import encoder_shapes
 from dgpt_jax.evals import features, knn, probe
 from dgpt_jax.schema import UserError
+from tests.data import tiny_model
+from tests.processes import on_devices, outputs_of, start
 
 
 def clusters(n, seed, classes=5, width=16, spread=2.5):
@@ -17,6 +27,7 @@ def clusters(n, seed, classes=5, width=16, spread=2.5):
 
 
 def direct_knn(x, y, x_test, y_test, k, temperature):
+    """How many are right."""
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     x_test = x_test / np.linalg.norm(x_test, axis=1, keepdims=True)
     hits = 0
@@ -25,20 +36,169 @@ def direct_knn(x, y, x_test, y_test, k, temperature):
         near = np.argsort(-similarity)[:k]
         votes = np.zeros(y.max() + 1)
         np.add.at(votes, y[near], np.exp(similarity[near] / temperature))
-        hits += votes.argmax() == answer
-    return hits / len(y_test)
+        hits += int(votes.argmax() == answer)
+    return hits
 
 
-@pytest.mark.parametrize("chunk", [32, 1024])
-def test_knn_is_the_direct_computation(chunk):
-    x, y = clusters(203, seed=1)
-    x_test, y_test = clusters(77, seed=2)
+def mesh_of(devices: int):
+    return sharding.make_mesh(config.Mesh(), jax.devices()[:devices])
+
+
+def knn_is_direct(devices: int, length: int, queries: int):
+    x, y = clusters(length, seed=1)
+    x_test, y_test = clusters(queries, seed=2)
+    mesh = mesh_of(devices)
+    banks = [
+        features.Bank.of(x, y, mesh, batch_size=48),
+        features.Bank.of(x_test, y_test, mesh, batch_size=32),
+    ]
+    for bank in banks:
+        assert {s.data.shape[1] for s in bank.rows.addressable_shards} == {
+            bank.rows.shape[1] // devices
+        }
     ks = (1, 10, 20, 150, 300)
     for temperature in (0.07, 1.0):
-        found = knn.knn_accuracy(x, y, x_test, y_test, ks=ks, temperature=temperature, chunk=chunk)
-        direct = {k: direct_knn(x, y, x_test, y_test, k, temperature) for k in ks}
-        assert found == pytest.approx(direct, abs=1e-9)
-    assert len(set(found.values())) > 2  # the ks really differ here
+        found = knn.correct(*banks, ks=ks, temperature=temperature)
+        assert found == {k: direct_knn(x, y, x_test, y_test, k, temperature) for k in ks}
+    assert len(set(found.values())) > 2 or queries < 50  # the ks really differ here
+    chosen = probe.few_labels(y, 7, seed=0)
+    found = knn.correct(*banks, ks=(3, 20, 100), chosen=chosen)
+    direct = partial(direct_knn, x[chosen], y[chosen], x_test, y_test, temperature=0.07)
+    assert found == {k: direct(k=k) for k in (3, 20, 100)}
+
+
+class Fake:
+    """Pictures whose pixels tell their number."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def read(self, index):
+        image = np.full((4, 4, 3), index % 251, np.uint8)
+        image[0, 0, 0] = index // 251
+        return image, np.int32(index % 7)
+
+
+def extraction_is_exact(devices: int, length: int):
+    """Every example once, in order, whatever the padding, and split over the devices."""
+
+    def encode(params, pictures):
+        x = pictures.astype(jnp.float32)
+        number = x[:, 1, 1, 0] + 251 * x[:, 0, 0, 0]
+        return {"number": number, "pair": params * jnp.stack([number, -number], axis=1)}
+
+    mesh = mesh_of(devices)
+    extract = features.Extractor(encode, mesh, batch_size=16)
+    found = extract(jnp.float32(2), Fake(length), view=lambda image: image)
+    numbers = np.arange(length)
+    np.testing.assert_array_equal(found["number"].gathered(), numbers)
+    np.testing.assert_array_equal(found["pair"].gathered(), 2 * np.stack([numbers, -numbers], 1))
+    np.testing.assert_array_equal(found["pair"].labels, numbers % 7)
+    rows = found["pair"].rows
+    assert rows.sharding.is_equivalent_to(sharding.microbatch_sharding(mesh), rows.ndim)
+    assert {s.data.shape[1] for s in rows.addressable_shards} == {16 // devices}
+
+
+def many_devices():
+    """In a process with 8 of them; a group of rows is small, so that there are several."""
+    features.ROWS = 20
+    knn_is_direct(8, 203, 77)
+    knn_is_direct(8, 250, 5)
+    knn_is_direct(2, 203, 77)
+    extraction_is_exact(8, 130)
+    extraction_is_exact(8, 15)
+    extraction_is_exact(2, 33)
+
+
+def two_processes(address: str, process: int):
+    """Each reads and holds its own half."""
+    jax.distributed.initialize(address, 2, process)
+    features.ROWS = 20
+    knn_is_direct(4, 203, 77)
+    extraction_is_exact(4, 131)
+
+
+def search_on_a_pod():
+    """The search of ImageNet-1K's ViT-H features, compiled for 64 chips."""
+    mesh = sharding.make_mesh(config.Mesh(), plan.devices_of(chips.topology("v5e:8x8")))
+    batch, length, width = 256, 1_281_167, 1280
+    steps, _ = features.groups(-(-length // batch), batch // 64)
+    split, everywhere = sharding.microbatch_sharding(mesh), sharding.replicated(mesh)
+    rows = jax.ShapeDtypeStruct((steps, batch, width), np.float32, sharding=split)
+    labels = jax.ShapeDtypeStruct((steps, batch), np.int32, sharding=split)
+    queries = jax.ShapeDtypeStruct((batch, width), np.float32, sharding=everywhere)
+    memory = knn._nearest.lower(queries, (rows, labels), 200, mesh).compile().memory_analysis()
+    assert memory.argument_size_in_bytes < 105e6 and memory.temp_size_in_bytes < 25e6
+
+
+@pytest.mark.tpu_aot
+def test_memory_on_a_pod(monkeypatch):
+    """What knn.py says of a v5e-64."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    on_devices(1, search_on_a_pod)
+
+
+@pytest.mark.slow
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    call = "import tests.evals_test as t; t.two_processes({!r}, {})"
+    processes = [start(["-c", call.format(address, i)], devices=2) for i in range(2)]
+    outputs = outputs_of(processes)
+    assert all(p.returncode == 0 for p in processes), "\n".join(o[-2000:] for o in outputs)
+
+
+def test_many_devices():
+    on_devices(8, many_devices)
+
+
+@pytest.mark.parametrize("rows", [32, 8192])
+def test_knn_is_the_direct_computation(monkeypatch, rows):
+    monkeypatch.setattr(features, "ROWS", rows)
+    knn_is_direct(1, 203, 77)
+
+
+def test_extraction_on_one_device():
+    for length in (1, 16, 37):
+        extraction_is_exact(1, length)
+
+
+def test_both_poolings_come_from_one_pass():
+    model, rng = tiny_model(), np.random.default_rng(0)
+    shapes = encoder_shapes(model, "cls", 0).items()
+    flat = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes}
+    encoder = load.Encoder(model, layout.unflatten(flat), "random")
+    pictures = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    found = jax.jit(lambda x: encoder.pooled(x, ("mean", "cls")))(pictures)
+    assert set(found) == {"mean", "cls"} and np.abs(found["mean"] - found["cls"]).max() > 0.1
+    for pooling, x in found.items():
+        one = jax.jit(lambda x, pooling=pooling: encoder.features(x, pooling))(pictures)
+        np.testing.assert_allclose(x, one, atol=1e-5)
+
+
+def test_groups_are_found_again():
+    for steps in (1, 2, 7, 100, 5005):
+        for rows in (1, 4, 256, 9000):
+            padded, size = features.groups(steps, rows)
+            assert features.groups(padded, rows) == (padded, size)
+            assert padded >= steps and padded % size == 0
+            assert padded - steps < padded // size  # less than a step of each group is padding
+            assert size == 1 or size * rows <= features.ROWS
+
+
+def test_a_split_that_lacks_classes_is_refused():
+    """As train[:65000] of a folder import would: its examples are sorted by class."""
+    settings = schema.parse(config.Evaluate, dict(data="d", protocol="fewshot", shots=(1,)))
+    x, mesh = np.zeros((4, 2), np.float32), mesh_of(1)
+    train, test = (features.Bank.of(x, np.array(y), mesh) for y in ([0, 0, 1, 1], [0, 1, 2, 3]))
+    with pytest.raises(UserError, match="test has 2 classes that train has not: .*config.train"):
+        evaluate.measure(settings, train, test)
 
 
 @pytest.mark.parametrize("l2", [1e-3, 1e-1])
@@ -96,4 +256,4 @@ def test_folds_and_few_labels():
 
 def test_pictures_are_not_resized_to_less_than_the_crop():
     with pytest.raises(UserError, match="to 16 pixels, fewer than the 32 .*config.resize"):
-        features.Extractor(None, None, size=32, resize=16, batch_size=4)
+        features.centre_view(32, 16, squash=False)

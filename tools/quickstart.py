@@ -4,7 +4,8 @@ scikit-learn's 1,797 handwritten digits become image files, a dataset, and a tok
 from a small CLIP-shaped teacher that is trained on the spot. Four tiny encoders are pretrained:
 D-iGPT with both losses, with `next` and with `visible` alone, and iGPT's pixel target. Then kNN and
 linear probes on held-out digits, the export, and pictures. The teacher is a supervised one: it has
-seen the training labels. Neither it nor any encoder sees the test split.
+seen the training labels. Neither it nor any encoder sees the test split. With --images=glyphs the
+same is done with characters in many fonts (tools/glyphs.py), tested on fonts that were not seen.
 """
 
 import dataclasses
@@ -19,18 +20,21 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import digits
+import glyphs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import plot
 import visualize
 
-from dgpt_jax import cli, config, evaluate, load, metrics, schema, towers
+from dgpt_jax import cli, config, evaluate, load, metrics, schema, sharding, towers
 from dgpt_jax.convert import teacher as teacher_weights
+from dgpt_jax.evals.features import Bank
 from dgpt_jax.schema import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("both", "next", "visible", "pixels")
+IMAGES = {"digits": digits.write_digits, "glyphs": glyphs.write_glyphs}
 
 
 def say(text: str):
@@ -100,11 +104,11 @@ def run(logs: Path, *commands: Command, cores=(None,)) -> bool:
 
 def pretraining(out: Path, name: str, steps: int | None) -> Command:
     """The training `name` of configs/quickstart.py."""
-    data = "digits" if name == "pixels" else "tokens"
+    data = "images" if name == "pixels" else "tokens"
     words = [
         "-m", "dgpt_jax.train", f"--config=configs/quickstart.py:{name}",
         f"--workdir={out / 'runs' / name}", f"--config.data.path={out / data}",
-        f"--config.evals.heldout={out / ('digits' if name == 'pixels' else 'tokens_test')}",
+        f"--config.evals.heldout={out / ('images' if name == 'pixels' else 'tokens_test')}",
     ]  # fmt: skip
     if steps:
         words.append(f"--config.total={steps} steps")
@@ -115,13 +119,13 @@ def token_store(out: Path, name: str, *overrides: str) -> Command:
     """A store of the teacher's tokens, by configs/quickstart_tokens.py."""
     words = (
         "tools/build_tokens.py", "--config=configs/quickstart_tokens.py", f"--out={out / name}",
-        f"--config.source={out / 'digits'}", f"--config.teacher.weights={out / 'teacher'}",
+        f"--config.source={out / 'images'}", f"--config.teacher.weights={out / 'teacher'}",
     )  # fmt: skip
     return Command(name, out / name / "dataset_info.json", words + overrides)
 
 
 def feature_sets(out: Path, images: dict) -> dict:
-    """{name: {split: (features, labels)}} of everything that is compared."""
+    """{name: {split: Bank}} of everything that is compared."""
     teacher = teacher_weights.load(str(out / "teacher"))
     trained = {name: load.load_encoder(out / "runs" / name) for name in RUNS}
     students = {
@@ -136,11 +140,11 @@ def feature_sets(out: Path, images: dict) -> dict:
         **{name: partial(student.features, pooling="mean") for name, student in students.items()},
         "the teacher": lambda x: towers.teacher_tokens(teacher.tower, teacher.params, x)[:, 0],
     }
-    found = {}
+    found, mesh = {}, sharding.make_mesh(config.Mesh())
     for name, encode in encoders.items():
         encode = jax.jit(encode)
         found[name] = {
-            split: (np.asarray(encode(pictures)), labels)
+            split: Bank.of(np.asarray(encode(pictures)), labels, mesh)
             for split, (pictures, labels) in images.items()
         }
     return found
@@ -155,7 +159,7 @@ def measure(features: dict) -> dict:
             settings = schema.parse(
                 config.Evaluate,
                 dict(
-                    data="digits",
+                    data="images",
                     protocol=protocol,
                     shots=(5, 50, 0),
                     seeds=(0, 1, 2),
@@ -178,7 +182,8 @@ def pictures_of_runs(out: Path, images: dict):
     runs = [out / "runs" / name for name in RUNS]
     plot.curves(runs, ["next", "visible", "heldout/next", "heldout/visible"], out / "losses.png")
     pictures, labels = images["test"]
-    pictures = pictures[[np.flatnonzero(labels == label)[0] for label in range(10)]]
+    shown = np.unique(labels)[:: max(1, len(np.unique(labels)) // 10)][:10]
+    pictures = pictures[[np.flatnonzero(labels == label)[0] for label in shown]]
     rows = {"image": pictures}
     encoders = {name: load.load_encoder(out / "runs" / name) for name in ("both", "pixels")}
     encoders = {"untrained": load.untrained(encoders["both"].model, seed=0)} | encoders
@@ -200,20 +205,21 @@ def check_export(out: Path, images: dict):
 def main():
     made = cli.parser(__doc__)
     made.add_argument("--out", default="quickstart_run", help="directory for everything")
+    made.add_argument("--images", default="digits", choices=IMAGES, help="which images")
     made.add_argument("--steps", type=int, help="steps of each training; default: the configs'")
     args = made.parse_args()
     out, started = Path(args.out).resolve(), time.monotonic()
     logs, pictures = out / "logs", out / "pictures"
     say(f"everything goes to {out}")
     if not pictures.exists():
-        digits.write_digits(out / "pictures.part")
+        IMAGES[args.images](out / "pictures.part")
         (out / "pictures.part").rename(pictures)
-    words = ("tools/import_images.py", pictures, f"--out={out / 'digits'}")
-    run(logs, Command("import", out / "digits" / "dataset_info.json", words))
-    images = {split: digits.read_pictures(out / "digits", split) for split in ("train", "test")}
+    words = ("tools/import_images.py", pictures, f"--out={out / 'images'}")
+    run(logs, Command("import", out / "images" / "dataset_info.json", words))
+    images = {split: digits.read_pictures(out / "images", split) for split in ("train", "test")}
     if not (out / "teacher").exists():
         say("training the teacher (supervised: it sees the training labels)")
-        digits.train_teacher(out / "digits", out / "teacher.part", steps=args.steps or 600)
+        digits.train_teacher(out / "images", out / "teacher.part", steps=args.steps or 600)
         (out / "teacher.part").rename(out / "teacher")
     run(logs, token_store(out, "tokens"))
     held_out = ("--config.split=test", "--config.views=1", f"--config.like={out / 'tokens'}")
@@ -234,9 +240,8 @@ def main():
         table = measure(feature_sets(out, images))
         plot.accuracies(table, out / "accuracy.png")
         text.write_text(plot.table(table) + "\n")
-    print(
-        f"\nAccuracy on {digits.TEST} held-out digits, %, by labels a class:\n\n{text.read_text()}"
-    )
+    shown = f"Accuracy on {len(images['test'][1])} held-out {args.images}, %, by labels a class:"
+    print(f"\n{shown}\n\n{text.read_text()}")
     say(f"done in {metrics.duration(time.monotonic() - started)}: tables and pictures in {out}")
     print(f"next: look at {out}/accuracy.png, losses.png, tokens.png; load {out}/timm in timm")
 

@@ -1,61 +1,182 @@
-"""Frozen features of a labelled image dataset."""
+"""What a model makes of every picture of a dataset, kept split over all devices."""
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax import bad_records, pipeline, records, sharding, views
 from dgpt_jax.schema import UserError
 
+# Rows that a device compares with at a time (see `groups`): 8 MB of similarities to 256 queries.
+ROWS = 8192
 
-class Extractor:
-    """(params, source) → (features (N, …) float32, labels (N,)), in order, on every process.
 
-    `encode(params, pictures)` is jittable: uint8 (B, size, size, 3) to (B, …). Pictures are centre
-    crops (views.centre_crop). One compile serves all calls. Raises UserError where `resize` is less
-    than `size`.
+class Pictures(Protocol):
+    """A dataset to evaluate on; its str() names it."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """RGB uint8 (height, width, 3), and its int32 label or labels, equally many for all."""
+        ...
+
+
+class Records:
+    """The labelled examples of a TFDS split. Raises UserError on a dataset without labels."""
+
+    def __init__(self, split: records.Split):
+        if split.label is None:
+            raise UserError(f"{split} has no labels")
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __str__(self) -> str:
+        return str(self._split)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        record = self._split[index]
+        return bad_records.picture(self._split, index, record), np.int32(record["label"])
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Rows of N examples that stay where they were computed: no host and no device has them all.
+
+    rows: (steps, B, …), the i-th at [i // B, i % B], each device with its own part of every B
+    (sharding.microbatch_sharding); what is beyond N means nothing. labels: int (N, …), on every
+    host.
     """
 
-    def __init__(
-        self,
-        encode: Callable,
-        mesh,
-        *,
-        size: int,
-        resize: int,
-        squash: bool = False,
-        batch_size: int,
-    ):
-        if resize < size:
-            raise UserError(
-                f"pictures are resized to {resize} pixels, fewer than the {size} of the model: set "
-                f"config.resize (config.evals.knn_resize in training) to {size} or more"
-            )
+    rows: jax.Array
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.rows.sharding.mesh
+
+    @staticmethod
+    def of(rows: np.ndarray, labels: np.ndarray, mesh, batch_size: int = 256) -> "Bank":
+        """From arrays (N, …) that every host has."""
+        shards = sharding.batch_shards(mesh)
+        batch_size = -(-batch_size // shards) * shards
+        steps, _ = groups(-(-len(rows) // batch_size), batch_size // shards)
+        padding = [(0, steps * batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+        padded = np.pad(rows, padding).reshape(steps, batch_size, *rows.shape[1:])
+        return Bank(_split(padded, mesh), np.asarray(labels))
+
+    def like(self, values: np.ndarray, fill) -> jax.Array:
+        """Values (N,) laid as the rows are, (steps, B); `fill` stands beyond N."""
+        shape = self.rows.shape[:2]
+        padded = np.full(shape[0] * shape[1], fill, values.dtype)
+        padded[: len(values)] = values
+        return _split(padded.reshape(shape), self.mesh)
+
+    def batches(self):
+        """(rows (B, …) on every device, labels of those of them that count), in order."""
+        size = self.rows.shape[1]
+        for step in range(-(-len(self) // size)):
+            labels = self.labels[step * size : (step + 1) * size]
+            yield _take(self.rows, step, sharding.replicated(self.mesh)), labels
+
+    def gathered(self) -> np.ndarray:
+        """All rows (N, …), on every host."""
+        return np.concatenate([np.asarray(x)[: len(y)] for x, y in self.batches()])
+
+
+def groups(steps: int, rows: int) -> tuple[int, int]:
+    """(steps, steps a group): `steps` of `rows` rows on a device, made a multiple of the group, of
+    about ROWS rows, by which the rows are gone through. Of the result it gives the same again."""
+    largest = max(1, ROWS // rows)
+    number = -(-steps // largest)
+    size = -(-steps // number)
+    return number * size, size
+
+
+def _split(array: np.ndarray, mesh) -> jax.Array:
+    where = sharding.microbatch_sharding(mesh)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+@partial(jax.jit, static_argnums=2)
+def _take(rows, step, where):
+    return jax.lax.with_sharding_constraint(rows[step], where)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _zeros(found, steps, where):
+    """What holds `steps` times what was found."""
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(jnp.zeros((steps, *x.shape), x.dtype), where),
+        found,
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(memory, found, step):
+    return jax.tree.map(
+        lambda m, x: jax.lax.dynamic_update_index_in_dim(m, x, step, 0), memory, found
+    )
+
+
+class Extractor:
+    """(params, pictures, view) → {name: Bank}.
+
+    `encode(params, pictures)` is jittable: uint8 (B, size, size, 3) to {name: (B, …)}; it is
+    compiled once. `view` makes the picture of an image. Each process reads its own part of every
+    batch. On a host are the labels and the batches on their way, on a device its part of the rows.
+    """
+
+    def __init__(self, encode: Callable, mesh, *, batch_size: int):
         self._mesh, self._batch_size = mesh, batch_size
         self._rows = sharding.process_rows(mesh, batch_size)
-        self._view = {"resize_to": resize, "size": size, "squash": squash}
-        self._gather = jax.jit(
-            lambda params, batch: (encode(params, batch["image"]), batch["label"], batch["valid"]),
-            out_shardings=sharding.replicated(mesh),
+        where = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self._encode = jax.jit(
+            lambda params, batch: (encode(params, batch["image"]), batch["label"]),
+            out_shardings=where,
         )
 
-    def __call__(self, params, source: records.Split) -> tuple[np.ndarray, np.ndarray]:
-        """Raises UserError on a dataset without labels."""
-        if source.label is None:
-            raise UserError(f"{source} has no labels")
-
+    def __call__(self, params, source: Pictures, view: Callable) -> dict[str, Bank]:
         def load(index):
-            record = source[index]
-            image = bad_records.picture(source, index, record)
-            picture = views.centre_crop(image, **self._view)
-            return {"image": picture, "label": np.int32(record["label"])}
+            image, label = source.read(index)
+            return {"image": view(image), "label": label}
 
-        features, labels = [], []
+        memory, labels, waiting = None, [], deque()
         batches = pipeline.eval_batches(load, len(source), self._batch_size, rows=self._rows)
-        for local in batches:
+        for step, local in enumerate(batches):
+            del local["valid"]  # what pads the last batch is beyond the end of the bank
             batch = sharding.global_batch(self._mesh, self._batch_size, local)
-            x, y, valid = jax.device_get(self._gather(params, batch))
-            features.append(x[valid])
-            labels.append(y[valid])
-        return np.concatenate(features), np.concatenate(labels)
+            found, label = self._encode(params, batch)
+            if memory is None:
+                memory = self._empty(found, len(source))
+            memory = _put(memory, found, step)
+            waiting.append(label)
+            if len(waiting) > 1:  # one step late, so that host and devices work side by side
+                labels.append(np.asarray(waiting.popleft()))
+        labels = np.concatenate([*labels, *map(np.asarray, waiting)])[: len(source)]
+        return {name: Bank(rows, labels) for name, rows in memory.items()}
+
+    def _empty(self, found, length: int):
+        steps = -(-length // self._batch_size)
+        steps, _ = groups(steps, self._batch_size // sharding.batch_shards(self._mesh))
+        return _zeros(found, steps, sharding.microbatch_sharding(self._mesh))
+
+
+def centre_view(size: int, resize: int, squash: bool) -> Callable:
+    """views.centre_crop for a model of `size` pixels. Raises UserError on a smaller `resize`."""
+    if resize < size:
+        raise UserError(
+            f"pictures are resized to {resize} pixels, fewer than the {size} of the model: set "
+            f"config.resize (config.evals.knn_resize in training) to {size} or more"
+        )
+    return partial(views.centre_crop, resize_to=resize, size=size, squash=squash)

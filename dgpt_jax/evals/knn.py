@@ -1,4 +1,14 @@
-"""Weighted k-nearest-neighbour classification, by DINOv2's protocol (`dinov2/eval/knn.py`)."""
+"""Weighted k-nearest-neighbour classification, by DINOv2's protocol (`dinov2/eval/knn.py`).
+
+The training features stay split over all devices (features.Bank). A batch of queries goes to all of
+them, each finds the nearest of its own rows, and of what all found the nearest are taken: exact.
+
+What ImageNet-1K (1,281,167 rows) of ViT-H (D = 1280, float32) needs on a v5e-64, for each kind of
+features: 103 MB of rows a chip and 4 MB of its part of the 50,000 queries; the search, compiled for
+it, 17 MB more. On a host: 5 MB of labels. Measured on a CPU with 200,000 rows of 256: 205 MB of
+rows, 8 MB more at the most while they are extracted, 83 MB more while 2,000 queries are answered on
+one device, 217 MB on eight in one process.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,72 +17,85 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgpt_jax import sharding
+from dgpt_jax.evals import features
 
-def knn_accuracy(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    test_features: np.ndarray,
-    test_labels: np.ndarray,
+
+def correct(
+    train: features.Bank,
+    test: features.Bank,
     *,
     ks: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
-    chunk: int = 1024,
-) -> dict[int, float]:
-    """{k: accuracy in [0, 1]} of features (N, D) with labels (N,).
+    chosen: np.ndarray | None = None,
+) -> dict[int, int]:
+    """{k: how many of `test` are classified correctly}; rows (steps, B, D), labels (N,).
 
-    Features are L2-normalised; each of the k most similar training examples votes for its class
-    with exp(similarity / temperature). A k above N uses all N. Exact; holds chunk² similarities.
+    Rows are L2-normalised; each of the k most similar training examples, of those `chosen` (int),
+    votes for its class with exp(similarity / temperature). A k above their number uses all.
     """
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    train, train_y = _padded(_unit(train_features), train_labels, chunk)
-    test, test_y = _padded(_unit(test_features), test_labels, chunk)
-    k = min(max(ks), len(train_features))
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    labels = np.full(len(train), -1, np.int32)
+    chosen = slice(None) if chosen is None else chosen
+    labels[chosen] = train.labels[chosen]
+    memory = train.rows, train.like(labels, -1)
     hits = dict.fromkeys(ks, 0)
-    for queries, answers in zip(test, test_y, strict=True):
-        near, labels = _nearest(queries, train, train_y, len(train_features), k)
-        for wanted in ks:
-            votes = _votes(near[:, :wanted], labels[:, :wanted], temperature, classes)
-            hits[wanted] += int((np.asarray(votes.argmax(axis=1)) == answers).sum())
-    return {k: hits[k] / len(test_labels) for k in ks}
+    for queries, answers in test.batches():
+        near, found = _nearest(queries, memory, min(max(ks), len(train)), train.mesh)
+        for k in ks:
+            voted = np.asarray(_vote(near[:, :k], found[:, :k], temperature, classes))
+            hits[k] += int((voted[: len(answers)] == answers).sum())
+    return hits
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
-    features = np.asarray(features, np.float32)
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, 1e-12)
+def _unit(rows):
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
-def _padded(features: np.ndarray, labels: np.ndarray, chunk: int):
-    """(chunks, chunk, D) and (chunks, chunk); what pads has label -1, which no class has."""
-    missing = -len(features) % chunk
-    features = np.pad(features, ((0, missing), (0, 0)))
-    labels = np.pad(np.asarray(labels, np.int32), (0, missing), constant_values=-1)
-    return features.reshape(-1, chunk, features.shape[1]), labels.reshape(-1, chunk)
+@partial(jax.jit, static_argnums=(2, 3))
+def _nearest(queries, memory, k: int, mesh):
+    """Similarities and labels (Q, k) of the nearest rows, nearest first.
+
+    memory: rows (steps, B, D) and labels (steps, B), -1 where a row does not count. Where fewer
+    than k count, the rest have similarity -inf and label -1.
+    """
+    near, labels = sharding.each_part(
+        partial(_nearest_on_device, k=k), mesh, _unit(queries), memory
+    )
+    near, labels = (jnp.moveaxis(x, 0, 1).reshape(len(queries), -1) for x in (near, labels))
+    found = _top((near, labels), min(k, near.shape[1]))
+    return jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
 
 
-@partial(jax.jit, static_argnames="k")
-def _nearest(queries, train, train_labels, length, k: int):
-    """Similarities and labels (Q, k) of the nearest of `length` examples, nearest first."""
-    chunk = train.shape[1]
+def _nearest_on_device(queries, memory, k: int):
+    """The same of the device's rows, with a leading axis of 1."""
+    steps, batch = memory[1].shape
+    _, size = features.groups(steps, batch)
+    memory = tuple(x.reshape(steps // size, size * batch, *x.shape[2:]) for x in memory)
 
     def merge(best, part):
-        start, features, labels = part
-        similarity = jnp.matmul(queries, features.T, precision="highest")
-        real = start + jnp.arange(chunk) < length
-        similarity = jnp.where(real[None], similarity, -jnp.inf)
+        rows, labels = part
+        similarity = jnp.matmul(queries, _unit(rows).T, precision="highest")
+        similarity = jnp.where(labels >= 0, similarity, -jnp.inf)
         labels = jnp.broadcast_to(labels, similarity.shape)
-        near = jnp.concatenate([best[0], similarity], axis=1)
-        near, index = jax.lax.top_k(near, k)
-        labels = jnp.concatenate([best[1], labels], axis=1)
-        return (near, jnp.take_along_axis(labels, index, axis=1)), None
+        both = (jnp.concatenate(x, axis=1) for x in zip(best, (similarity, labels), strict=True))
+        return _top(both, k), None
 
-    none = (jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32))
-    starts = jnp.arange(len(train)) * chunk
-    return jax.lax.scan(merge, none, (starts, train, train_labels))[0]
+    none = jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32)
+    near, labels = jax.lax.scan(merge, none, memory)[0]
+    return near[None], labels[None]
+
+
+def _top(candidates, k: int):
+    near, labels = candidates
+    near, index = jax.lax.top_k(near, k)
+    return near, jnp.take_along_axis(labels, index, axis=1)
 
 
 @partial(jax.jit, static_argnames="classes")
-def _votes(near, labels, temperature, classes: int):
-    # The largest similarity is taken out, which no argmax sees: exp cannot overflow.
+def _vote(near, labels, temperature, classes: int):
+    # The largest similarity is taken out, which no argmax sees: exp cannot overflow. What does not
+    # count has the weight 0.
     weights = jnp.exp((near - near[:, :1]) / temperature)
-    return (jax.nn.one_hot(labels, classes) * weights[..., None]).sum(axis=1)
+    queries = jnp.arange(len(near))[:, None]
+    return jnp.zeros((len(near), classes)).at[queries, labels].add(weights).argmax(axis=1)

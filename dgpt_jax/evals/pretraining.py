@@ -45,33 +45,23 @@ def heldout_loss(task, mesh) -> Callable:
 def knn_accuracy(task, mesh) -> Callable:
     """kNN accuracy (k = 20) of frozen CLS and mean features on a labelled image dataset."""
     config, model = task.config.evals, task.config.model
-    train = records.Split(config.knn, config.knn_train)
-    test = records.Split(config.knn, config.knn_test)
-    modules = {
-        pooling: heads.classifier(model, pooling, dtype=task.config.dtype)
-        for pooling in ("cls", "mean")
-    }
+    train = features.Records(records.Split(config.knn, config.knn_train))
+    test = features.Records(records.Split(config.knn, config.knn_test))
+    module = heads.classifier(model, "cls", dtype=task.config.dtype)
 
     def encode(encoder_params, pictures):
         variables = {"params": heads.from_pretrained(encoder_params, model)}
         images = vit.normalise(pictures)
-        return jnp.stack([module.apply(variables, images) for module in modules.values()], axis=1)
+        return module.apply(variables, images, ("cls", "mean"), method="pooled")
 
-    extract = features.Extractor(
-        encode,
-        mesh,
-        size=model.image_size,
-        resize=config.knn_resize,
-        batch_size=config.batch_size,
-    )
+    extract = features.Extractor(encode, mesh, batch_size=config.batch_size)
+    view = features.centre_view(model.image_size, config.knn_resize, squash=False)
 
     def evaluate(params) -> dict[str, float]:
-        train_x, train_y = extract(params["encoder"], train)
-        test_x, test_y = extract(params["encoder"], test)
-        found = {}
-        for i, pooling in enumerate(modules):
-            result = knn.knn_accuracy(train_x[:, i], train_y, test_x[:, i], test_y, ks=(20,))
-            found[f"knn/{pooling}"] = result[20]
-        return found
+        banks = [extract(params["encoder"], source, view) for source in (train, test)]
+        return {
+            f"knn/{pooling}": knn.correct(banks[0][pooling], test_bank, ks=(20,))[20] / len(test)
+            for pooling, test_bank in banks[1].items()
+        }
 
     return evaluate

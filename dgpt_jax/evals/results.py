@@ -1,0 +1,136 @@
+"""Results of a model: rows of JSON with intervals, one file a model, as Markdown.
+
+A row says what was measured (IDENTITY), the count and the accuracy with its interval, by what it
+was selected, and in `how` the protocol, its source and the preprocessing. Runs add to the file; a
+row that was measured before is replaced.
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from dgpt_jax.schema import UserError
+
+FORMAT = 1
+# Rows that differ in one of these are different results.
+IDENTITY = (
+    "protocol", "data", "splits", "features", "k", "shots", "seed", "squash", "resize", "epoch",
+)  # fmt: skip
+HIDDEN = ("how", "date", "detail", "train")  # of a row, in a table
+
+
+def wilson(correct: float, of: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a proportion, `correct` of `of`, within 0 and 1."""
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share, scale = correct / of, 1 + z * z / of
+    centre = (share + z * z / (2 * of)) / scale
+    half = z / scale * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def row(what: Mapping, correct: float, of: int, *, selection: str, how: Mapping) -> dict:
+    """A row: accuracy, low and high in percent, with 95 % between the last two.
+
+    The interval is about the draw of the `of` test examples, not about seeds of training.
+    selection: by what the number was chosen among others ("none" where it was not).
+    """
+    low, high = wilson(correct, of)
+    return {
+        **what,
+        "test": of,
+        "correct": correct,
+        "accuracy": 100 * correct / of,
+        "low": 100 * low,
+        "high": 100 * high,
+        "selection": selection,
+        "how": dict(how),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def mean_over_seeds(rows: Sequence[Mapping]) -> list[dict]:
+    """A row more for each group of rows that differ in nothing but the seed: mean accuracy, the
+    standard deviation `sd` over the seeds, and the interval of the mean as if of one draw."""
+    found: dict[str, list] = {}
+    for one in rows:
+        found.setdefault(_key(one, without="seed"), []).append(one)
+    means = []
+    for group in found.values():
+        if len(group) > 1:
+            correct = float(np.mean([one["correct"] for one in group]))
+            first, name = group[0], f"mean of {len(group)}"
+            what = {k: first[k] for k in (*IDENTITY, "train") if k in first} | {"seed": name}
+            mean = row(what, correct, first["test"], selection="none", how=first["how"])
+            means.append(mean | {"sd": float(np.std([one["accuracy"] for one in group], ddof=1))})
+    return means
+
+
+def _key(row: Mapping, without: str = "") -> str:
+    return json.dumps({name: row.get(name) for name in IDENTITY if name != without})
+
+
+def default_path(checkpoint, step: int | None) -> Path:
+    """Where results of a checkpoint go: into a work directory, or beside weights."""
+    path = Path(checkpoint)
+    name = "results.json" if step is None else f"results_step{step}.json"
+    return path / name if path.is_dir() else path.with_name(f"{path.stem}.{name}")
+
+
+def read(path) -> dict:
+    """{"format", "weights", "model", "results": rows}. Raises UserError."""
+    try:
+        found = json.loads(Path(path).read_text())
+        good = {"format", "weights", "model", "results"} <= found.keys()
+    except (OSError, ValueError, AttributeError):
+        good = False
+    if not good:
+        raise UserError(f"{path} is no file of results that `python -m dgpt_jax.evaluate` wrote")
+    if found["format"] > FORMAT:
+        raise UserError(f"{path} has format {found['format']}, this code reads {FORMAT}")
+    return found
+
+
+def refuse_another(path, weights: str):
+    """Raises UserError where `path` holds results of other weights."""
+    if Path(path).exists() and (before := read(path)["weights"]) != weights:
+        raise UserError(f"{path} holds results of {before}, not of {weights}: give another --out")
+
+
+def merge(path, weights: str, model: Mapping, rows: Sequence[Mapping]) -> list[dict]:
+    """Adds rows to the file, replacing those of the same IDENTITY; all rows that it then holds.
+
+    weights: where they come from, with the step. Raises UserError where the file is of others.
+    """
+    path = Path(path)
+    refuse_another(path, weights)
+    before = read(path)["results"] if path.exists() else []
+    new = {_key(one): dict(one) for one in rows}
+    kept = [one for one in before if _key(one) not in new]
+    found = {
+        "format": FORMAT, "weights": weights, "model": dict(model), "results": [*kept, *rows],
+    }  # fmt: skip
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    half.write_text(json.dumps(found, indent=1) + "\n")
+    half.replace(path)
+    return found["results"]
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """Rows as Markdown, but for those that are a `detail`."""
+    rows = [one for one in rows if not one.get("detail")]
+    columns = [c for c in dict.fromkeys(c for one in rows for c in one) if c not in HIDDEN]
+    columns = [c for c in columns if any(one.get(c) not in (None, "") for one in rows)]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_cell(one.get(c)) for c in columns] for one in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

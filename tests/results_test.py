@@ -1,0 +1,141 @@
+"""Intervals against SciPy, files of results that are merged, and the report."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from dgpt_jax import cli, published, report
+from dgpt_jax.evals import results
+from dgpt_jax.schema import UserError
+
+
+@pytest.mark.parametrize("of", [1, 7, 360, 50_000])
+def test_intervals_are_scipys(of):
+    for correct in sorted({0, 1, of // 3, of - 1, of}):
+        for level in (0.95, 0.99):
+            theirs = binomtest(correct, of).proportion_ci(level, method="wilson")
+            np.testing.assert_allclose(results.wilson(correct, of, level), theirs, atol=1e-12)
+
+
+def knn_row(correct=30, **what):
+    what = {"protocol": "knn", "data": "d", "features": "cls", "k": 20, "shots": "all"} | what
+    return results.row(what, correct, 40, selection="none", how={"source": "x"})
+
+
+def test_a_row_has_all():
+    row = knn_row(seed=None)
+    assert row["accuracy"] == 75 and row["correct"] == 30 and row["test"] == 40
+    low, high = binomtest(30, 40).proportion_ci(method="wilson")
+    assert (row["low"], row["high"]) == pytest.approx((100 * low, 100 * high))
+    assert row["selection"] == "none" and row["how"] == {"source": "x"} and row["date"]
+
+
+def test_mean_over_seeds():
+    rows = [knn_row(c, seed=s, shots=5, train=10) for s, c in enumerate((20, 30, 34))]
+    rows += [knn_row(c, seed=s, shots=1) for s, c in enumerate((4, 8))] + [knn_row(seed=None)]
+    five, one = results.mean_over_seeds(rows)
+    assert five["accuracy"] == pytest.approx(100 * 28 / 40) and five["seed"] == "mean of 3"
+    assert five["sd"] == pytest.approx(np.std([50, 75, 85], ddof=1))
+    assert (five["shots"], five["train"], one["shots"], one["seed"]) == (5, 10, 1, "mean of 2")
+
+
+def test_results_are_merged(tmp_path):
+    path, model = tmp_path / "r.json", {"width": 8}
+    results.merge(path, "RUN, step 5", model, [knn_row(20), knn_row(21, k=10)])
+    results.merge(path, "RUN, step 5", model, [knn_row(22, protocol="fewshot", k=None)])
+    rows = results.merge(path, "RUN, step 5", model, [knn_row(23)])  # k = 20 again
+    assert [(r["protocol"], r["k"], r["correct"]) for r in rows] == [
+        ("knn", 10, 21), ("fewshot", None, 22), ("knn", 20, 23),
+    ]  # fmt: skip
+    found = results.read(path)
+    assert found["results"] == rows and found["model"] == model
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+    with pytest.raises(UserError, match="results of RUN, step 5, not of RUN, step 6.*--out"):
+        results.merge(path, "RUN, step 6", model, [])
+    assert results.read(path) == found
+    path.write_text("[]")
+    with pytest.raises(UserError, match="r.json is no file of results"):
+        results.read(path)
+
+
+def test_where_results_go(tmp_path):
+    assert results.default_path(tmp_path, 7) == tmp_path / "results_step7.json"
+    file = tmp_path / "model.safetensors"
+    assert results.default_path(file, None) == tmp_path / "model.results.json"
+
+
+def test_tables_leave_details_out():
+    rows = [knn_row(), knn_row(k=10) | {"detail": True}, knn_row(protocol="linear", k=None)]
+    lines = results.table(rows).splitlines()
+    assert len(lines) == 4 and "source" not in lines[0]
+    columns = [x.strip() for x in lines[0].split("|")[1:-1]]
+    assert {"protocol", "k", "accuracy", "low", "high", "selection"} <= set(columns)
+    cells = [x.strip() for x in lines[3].split("|")[1:-1]]
+    assert cells[columns.index("k")] == "" and cells[columns.index("accuracy")] == "75"
+
+
+def whole(protocol, correct, **what):
+    what = {"protocol": protocol, "data": "imagenet2012"} | what
+    return results.row(what, correct, 50_000, selection="none", how={})
+
+
+def test_the_report(tmp_path, monkeypatch, capsys):
+    model = {"width": 768, "depth": 12, "heads": 12, "patch": 16}
+    robust = {"data": "imagenet", "squash": False}
+    rows = [
+        whole("knn", 38_000, features="cls", k=20, shots="all"),
+        whole("knn", 10, features="cls", k=10, shots="all"),
+        whole("knn", 20, features="cls", k=20, shots=5),
+        whole("finetune", 43_100, epoch=100),
+        whole("robustness", 43_000, **robust),
+        whole("robustness", 42_900, **robust | {"squash": True}),
+        whole("robustness", 5, data="imagenet_a", squash=False) | {"incomplete": "7 of 7500"},
+        {"protocol": "robustness", "data": "imagenet_c", "test": 1, "accuracy": 69.0,
+         "mean error": 31.0, "mCE": 40.0, "selection": "none"},
+        knn_row(39),  # another dataset
+    ]  # fmt: skip
+    results.merge(tmp_path / "r.json", "RUN, step 5", model, rows)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "r.json")])
+    import report as tool
+
+    cli.run(tool.main)
+    shown = capsys.readouterr().out
+    tables = [part.strip().splitlines() for part in shown.split("## ")[1:]]
+    ours = [[line for line in table if "RUN" in line] for table in tables]
+    start, end = (
+        "| RUN, step 5 (B/16) | ours | not run | ",
+        " | not run | not run | selection: none",
+    )
+    assert ours[0] == [
+        f"{start}**86.2** [85.9, 86.5]{end} |",
+        f"{start}**86.0** [85.7, 86.3]{end} |",
+        f"{start}**85.8** [85.5, 86.1]{end}, squashed |",
+    ]
+    none = " | not run" * 4
+    assert ours[1] == [
+        "| RUN, step 5 (B/16) | **86.0** [85.7, 86.3]" + none + " | **31.0** | not run | not run "
+        "| ours |",
+        "| RUN, step 5 (B/16) | **85.8** [85.5, 86.1]" + none + " | **31.0** | not run | not run "
+        "| ours, squashed |",
+    ]
+    assert ours[2] == [
+        "| RUN, step 5 (B/16), cls | **76.0** [75.6, 76.4] | not run | not run | ours |"
+    ]
+    assert "| D-iGPT-B | 86.2 | 76.4 | 89.6 | 56.3 | 64.3 | 29.9 | 48.5 | 31.1 | paper |" in shown
+    assert shown.strip().splitlines()[-1].startswith("next: ")
+
+
+def test_without_results_nothing_is_run():
+    shown = report.report([])
+    assert shown.count("| **ours** |") == 3 and shown.count("not run") > 15
+
+
+def test_published_tables_have_their_columns():
+    assert all(len(values) == 4 for _, _, values, _ in published.FINETUNED)
+    assert all(len(values) == 8 for _, values, _ in published.ROBUSTNESS)
+    assert all(len(values) == 3 for _, values, _ in published.FROZEN)
+    assert len(report.SETS) == 8 and tuple(report.SETS) == published.ROBUSTNESS_COLUMNS
+    json.dumps(published.FROZEN)

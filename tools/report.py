@@ -1,0 +1,22 @@
+"""Results of models beside published numbers, as Markdown: python tools/report.py RESULTS.json…
+
+The files are those that `python -m dgpt_jax.evaluate` adds its results to, one a model. Without any
+the published numbers are printed alone.
+"""
+
+from dgpt_jax import cli, report
+
+
+def main():
+    made = cli.parser(__doc__)
+    made.add_argument("files", nargs="*", help="files of results")
+    args = made.parse_args()
+    print(report.report(args.files))
+    print(
+        "next: python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint=RUN, and the "
+        "other protocols in configs/"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
