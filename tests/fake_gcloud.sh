@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# A stand-in for `gcloud compute tpus`: a slice whose workers are folders $FAKE/home/N, in which it
+# runs for real what it is told to run on them. $FAKE/calls records every call. Failures to play:
+#   creates      a line for each `create`: capacity, quota or ok
+#   queue        states of the queued resource, one a look; the last one stays
+#   states       of the slice, one a look, before the true one; error: gcloud fails itself
+#   follows      a line for each `follow`: preempt, drop (the connection) or ok
+#   unreachable  numbers of workers that do not answer, until the slice is deleted
+set -euo pipefail
+printf '%s\n' "$*" >>"$FAKE/calls"
+shift 2
+kind=$1 verb=$2
+shift 2
+
+play() {
+  sed -n 1p "$FAKE/$1" 2>/dev/null || true
+  sed -i 1d "$FAKE/$1" 2>/dev/null || true
+}
+
+refuse() {
+  echo "ERROR: (gcloud.compute.tpus.$kind.$verb) $1" >&2
+  exit 1
+}
+
+end_runs() {
+  local pid
+  for pid in "$FAKE"/home/*/dgpt_jax_run/pid; do
+    [ ! -e "$pid" ] || kill -KILL "$(cat "$pid")" 2>/dev/null || true
+  done
+}
+
+make_node() {
+  local i
+  for ((i = 0; i < WORKERS; i++)); do mkdir -p "$FAKE/home/$i"; done
+  echo READY >"$FAKE/state"
+}
+
+reachable() { ! grep -qx "$1" "$FAKE/unreachable" 2>/dev/null; }
+
+on_workers() { # FUNCTION: for those that --worker names
+  local i status=0
+  for ((i = 0; i < WORKERS; i++)); do
+    if [ "$worker" != all ] && [ "$worker" != "$i" ]; then continue; fi
+    if reachable "$i"; then
+      "$1" "$FAKE/home/$i" "$i" || status=$?
+    else
+      echo "ssh: connect to host 10.0.0.$i port 22: Connection timed out" >&2
+      status=255
+    fi
+  done
+  return "$status"
+}
+
+run_there() {
+  (cd "$1" && HOME=$1 HOSTNAME=t1v-n-fake-w-$2 PATH=$FAKE/bin:$PATH bash -c "$command")
+}
+
+copy_there() { cp "${sources[@]}" "$1"; }
+
+worker=0 command='' sources=()
+for word in "$@"; do
+  case $word in
+    --worker=*) worker=${word#*=} ;;
+    --command=*) command=${word#*=} ;;
+    -* | *:) ;;
+    *) sources+=("$word") ;;
+  esac
+done
+
+case $kind.$verb in
+  *.create)
+    case $(play creates) in
+      capacity) refuse '{"code": 8, "message": "There is no more capacity in the zone"}' ;;
+      quota) refuse "Quota limit 'TPUV4PodPerProject' has been exceeded. Limit: 0" ;;
+    esac
+    if [ "$kind" = tpu-vm ]; then make_node; else touch "$FAKE/queued"; fi ;;
+  queued-resources.describe)
+    [ -e "$FAKE/queued" ] || refuse "NOT_FOUND: Resource was not found"
+    state=$(sed -n 1p "$FAKE/queue")
+    if [ "$(wc -l <"$FAKE/queue")" -gt 1 ]; then sed -i 1d "$FAKE/queue"; fi
+    if [ "$state" = ACTIVE ]; then make_node; fi
+    echo "$state" ;;
+  tpu-vm.describe)
+    [ -e "$FAKE/state" ] || refuse "NOT_FOUND: Resource was not found"
+    state=$(play states)
+    [ "$state" != error ] || refuse "Connection reset by peer"
+    printf '%s\t%s\n' "${state:-$(cat "$FAKE/state")}" "$WORKERS" ;;
+  *.delete)
+    end_runs
+    rm -rf "${FAKE:?}/home" "$FAKE/state" "$FAKE/queued" "$FAKE/unreachable" ;;
+  tpu-vm.scp) on_workers copy_there ;;
+  tpu-vm.ssh)
+    if [[ $command == *' follow' ]]; then
+      case $(play follows) in
+        drop) exit 255 ;;
+        preempt)
+          end_runs
+          echo PREEMPTED >"$FAKE/state"
+          exit 255 ;;
+      esac
+    fi
+    [ "$(cat "$FAKE/state")" = READY ] || refuse "the TPU is in state $(cat "$FAKE/state")"
+    on_workers run_there ;;
+esac
