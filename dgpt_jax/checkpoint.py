@@ -15,7 +15,9 @@ import orbax.checkpoint as ocp
 
 from dgpt_jax.schema import UserError
 
-FORMAT = 2  # 1: before optim.Guarded, whose state is another one
+# 1: before optim.Guarded, whose state is another one. 3: with a moving average of the parameters in
+# the optimizer state, which is what load_params gives; without one 2 is still written.
+FORMAT, OLDEST = 3, 2
 
 
 def directory(workdir) -> str:
@@ -59,7 +61,7 @@ def save_params(workdir, step: int, params, metadata: dict[str, Any]):
     with ocp.Checkpointer(handler) as writer:
         arguments = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
-            metadata=ocp.args.JsonSave({"format": FORMAT, "step": step} | metadata),
+            metadata=ocp.args.JsonSave({"format": OLDEST, "step": step} | metadata),
         )
         writer.save(item, args=arguments)
 
@@ -69,7 +71,7 @@ def _reader(item: Path):
     """An Orbax checkpointer for one checkpoint. Raises UserError where files are cut or missing."""
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(),
-        opt_state=ocp.PyTreeCheckpointHandler(),  # known, so that Orbax does not warn; not read
+        opt_state=ocp.PyTreeCheckpointHandler(),  # of which only a moving average is read
         metadata=ocp.JsonCheckpointHandler(),
     )
     try:
@@ -83,25 +85,37 @@ def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
     """(nested parameters as NumPy arrays, metadata) of a work directory's checkpoint.
 
     step: default the newest. parts: names at the top of the tree, the only ones that are read.
-    Needs no devices like those that wrote it, and does not read the optimizer state.
+    Where a moving average was kept, it is what is read. Needs no devices like those that wrote it,
+    and does not read the rest of the optimizer state.
     """
     root, newest = find(path)
     step = newest if step is None else step
     item = Path(root) / str(step)
     with _reader(item) as reader:
-        tree = reader.metadata(item).item_metadata["params"].tree
+        stored = reader.metadata(item).item_metadata
+        average = _average(stored)
+        tree = stored["params"].tree if average is None else average
         tree = {name: tree[name] for name in tree if parts is None or name in parts}
+        items = {"params": tree} if average is None else {"opt_state": {"inner": {"ema": tree}}}
         kind = ocp.RestoreArgs(restore_type=np.ndarray)
-        arguments = ocp.args.Composite(
-            params=ocp.args.PyTreeRestore(
-                item=tree,
-                restore_args=jax.tree.map(lambda _: kind, tree),
-                partial_restore=True,
-            ),
-            metadata=ocp.args.JsonRestore(),
-        )
+        asked = {
+            name: ocp.args.PyTreeRestore(
+                item=tree, restore_args=jax.tree.map(lambda _: kind, tree), partial_restore=True
+            )
+            for name, tree in items.items()
+        }
+        arguments = ocp.args.Composite(metadata=ocp.args.JsonRestore(), **asked)
         found = reader.restore(item, args=arguments)
-    return found["params"], checked(found["metadata"], root)
+    params = found["params"] if average is None else found["opt_state"]["inner"]["ema"]
+    return params, checked(found["metadata"], root)
+
+
+def _average(stored):
+    """The tree of the moving average (optim.Averaged) in a checkpoint's metadata, or None."""
+    tree = stored["opt_state"].tree if stored.get("opt_state") is not None else None
+    for name in ("inner", "ema"):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
 def describe(path, step: int | None = None) -> list[tuple[str, tuple, str, str, int]]:

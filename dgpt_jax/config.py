@@ -104,6 +104,9 @@ class Data:
     order: str = entry("random", "segment order: random (one an image and step), raster")
     crop_scale: tuple[float, float] = entry((0.2, 1.0), "live views: area of the crop")
     crop_ratio: tuple[float, float] = entry((3 / 4, 4 / 3), "live views: width over height")
+    crop_clip: bool = entry(
+        False, "live views: cut off what sticks out instead of drawing again, as MAE's probes do"
+    )
     flip: bool = entry(True, "live views: mirror half of them")
     threads: int = entry(8, "reading threads of each worker")
     workers: int = entry(0, "worker processes; 0 reads in threads of the training process")
@@ -144,11 +147,72 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Classify:
+    weights: str = entry(
+        "", "what task=classify starts from: a work directory or weights; empty: random ones"
+    )
+    num_classes: int = entry(1000, "classes of the data, labels 0 to num_classes - 1")
+    pooling: str = entry("mean", "mean (of the patch tokens, then a fresh norm) or cls")
+    train: str = entry(
+        "all", "all, or head: a linear probe, standardised by batch, on the frozen encoder"
+    )
+    drop_path: float = entry(0.1, "stochastic depth: rate of the last block, 0 in the first")
+    smoothing: float = entry(0.1, "share of a label that is spread over all classes")
+    randaugment: str = entry(
+        "rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy; empty: none"
+    )
+    interpolation: str = entry("bicubic", "of its shifts and turns: bicubic, bilinear or random")
+    jitter: tuple[float, float, float] = entry(
+        (0.0, 0.0, 0.0), "strengths of random brightness, contrast and saturation"
+    )
+    erase: float = entry(0.25, "probability that a box of the picture becomes noise")
+    mixup: float = entry(0.8, "parameter of mixup's Beta distribution; 0: no mixup")
+    cutmix: float = entry(1.0, "the same of cutmix; with both, one of them is drawn")
+    mix_group: int = entry(
+        128, "neighbouring rows of a batch that are mixed alike: the official code's batch of a GPU"
+    )
+    resize: int | None = entry(
+        None,
+        "pixels of the shorter side (or both) before the centre crop of an evaluation; default: "
+        "256/224 of image_size, above 224 image_size itself, as the official code has it",
+    )
+
+    def resolved(self) -> "Classify":
+        """Itself. Raises UserError on values that mean nothing."""
+        one_of("config.classify.pooling", self.pooling, ("mean", "cls"))
+        one_of("config.classify.train", self.train, ("all", "head"))
+        one_of(
+            "config.classify.interpolation", self.interpolation, ("bicubic", "bilinear", "random")
+        )
+        _positive(self, "config.classify", "num_classes", "mix_group")
+        for name in ("drop_path", "smoothing", "erase"):
+            if not 0 <= getattr(self, name) < 1 + (name == "erase"):
+                raise UserError(
+                    f"config.classify.{name} must be a share, got {getattr(self, name)}"
+                )
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"config.classify.{name} must not be negative, got {getattr(self, name)}"
+                )
+        if min(self.jitter) < 0:
+            raise UserError(f"config.classify.jitter must not be negative, got {self.jitter}")
+        return self
+
+
+@dataclass(frozen=True)
 class Optim:
+    kind: str = entry("adamw", "adamw; task=classify also: sgd, lars")
     blr: float = entry(1.5e-4, "base learning rate: peak = blr * batch_size / 256")
     warmup: str = entry("40 epochs", "linear warm-up from 0; a duration")
-    weight_decay: float = entry(0.05, "decoupled; not on biases and norms")
-    b1: float = entry(0.9, "AdamW beta 1")
+    min_lr: float = entry(0.0, "learning rate at the end of the cosine")
+    layer_decay: float = entry(
+        1.0, "task=classify: learning rates shrink by this a layer, from the head down"
+    )
+    weight_decay: float = entry(
+        0.05, "decoupled; not on biases and norms, with task=classify nor on positions and CLS"
+    )
+    b1: float = entry(0.9, "AdamW beta 1; momentum of sgd and lars")
     b2: float = entry(0.95, "AdamW beta 2")
     clip_norm: float = entry(0.0, "clip gradients to this global L2 norm; 0: do not")
     mu_dtype: str = entry("float32", "dtype of the first moment: float32 or bfloat16")
@@ -156,6 +220,11 @@ class Optim:
         10, "stop after so many updates in a row left out for numbers that are not finite"
     )
     spike: float = entry(0.0, "leave out updates at this times the running mean of the loss; 0: no")
+    ema: float = entry(
+        0.0,
+        "decay a step of a moving average of the parameters, which is then what is evaluated "
+        "and exported; 0: none",
+    )
 
 
 @dataclass(frozen=True)
@@ -181,14 +250,20 @@ class Checkpoint:
     keep: int = entry(2, "newest checkpoints to keep")
     keep_every: str = entry("", "duration: those at its multiples are kept for ever")
     best: str = entry(
-        "", "evaluation metric (heldout/visible, knn/cls, …) whose best checkpoint is kept too"
+        "",
+        "evaluation metric (heldout/visible, knn/cls, val/top1, …) whose best checkpoint is kept "
+        "too",
     )
 
 
 @dataclass(frozen=True)
 class Evals:
     every: str = entry("25 epochs", "duration between evaluations; one more at the end")
-    heldout: str = entry("", "data like data.path that is not trained on: its loss is logged")
+    heldout: str = entry(
+        "",
+        "data like data.path that is not trained on: its loss is logged, with task=classify its "
+        "accuracy",
+    )
     heldout_split: str = entry("test", "its split, where it is an image dataset")
     knn: str = entry("", "labelled TFDS image dataset for the kNN accuracy")
     knn_train: str = entry("train", "split that the neighbours come from, slices allowed")
@@ -201,6 +276,7 @@ class Evals:
 class Train:
     """`python -m dgpt_jax.train`"""
 
+    task: str = entry("pretrain", "pretrain (D-iGPT), or classify: supervised training on labels")
     seed: int = entry(0, "seed of initial weights, data order, views and segment orders")
     total: str = entry("300 epochs", "length of training; a duration")
     batch_size: int = entry(4096, "images an optimizer step, over all devices")
@@ -218,6 +294,7 @@ class Train:
     data: Data = Data()
     teacher: Teacher = Teacher()
     loss: Loss = Loss()
+    classify: Classify = Classify()
     optim: Optim = Optim()
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
@@ -225,9 +302,11 @@ class Train:
 
     def resolved(self) -> "Train":
         """Itself. Raises UserError where values do not go together."""
+        one_of("config.task", self.task, ("pretrain", "classify"))
         one_of("config.dtype", self.dtype, ("bfloat16", "float32"))
         one_of("config.data.targets", self.data.targets, ("stored", "online", "pixels"))
         one_of("config.data.order", self.data.order, ("random", "raster"))
+        one_of("config.optim.kind", self.optim.kind, ("adamw", "sgd", "lars"))
         one_of("config.data.bad_records", self.data.bad_records, (None, "error", "skip"))
         if not 0 <= self.data.bad_most <= 1:
             raise UserError(f"config.data.bad_most {self.data.bad_most} must be within 0 and 1")
@@ -255,6 +334,35 @@ class Train:
             raise UserError(
                 f"config.profile {self.profile} must be START, STOP in steps, 0 <= START < STOP"
             )
+        if not 0 <= self.optim.ema < 1:
+            raise UserError(f"config.optim.ema must be within 0 and 1, got {self.optim.ema}")
+        if not 0 < self.optim.layer_decay <= 1:
+            raise UserError(
+                f"config.optim.layer_decay must be above 0, at most 1, got {self.optim.layer_decay}"
+            )
+        if self.task == "classify":
+            self._fit_classify()
+        else:
+            self._fit_pretrain()
+        return self
+
+    def _fit_classify(self):
+        task = self.classify
+        if self.optim.kind == "lars" and task.train != "head":
+            raise UserError("config.optim.kind=lars is for config.classify.train=head")
+        if task.train == "head" and (self.optim.layer_decay != 1 or not task.weights):
+            raise UserError(
+                "config.classify.train=head needs classify.weights and optim.layer_decay=1"
+            )
+        if (task.mixup or task.cutmix) and (self.batch_size % task.mix_group or task.mix_group % 2):
+            raise UserError(
+                f"config.classify.mix_group {task.mix_group} must be even and divide "
+                f"config.batch_size {self.batch_size}"
+            )
+
+    def _fit_pretrain(self):
+        if self.optim.layer_decay != 1 or self.optim.kind != "adamw":
+            raise UserError("config.optim.layer_decay and kind are for config.task=classify")
         weights = self.loss.next, self.loss.visible
         if min(weights) < 0 or sum(weights) == 0:
             raise UserError(f"config.loss needs a positive weight, got next, visible = {weights}")
@@ -264,7 +372,6 @@ class Train:
             raise UserError("config.model.segments (1, 1) has no next segment: set loss.next to 0")
         if self.data.targets == "online" and not self.teacher.weights:
             raise UserError("config.data.targets=online needs config.teacher.weights")
-        return self
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class DecoderBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, q_BNE, kv_BNE, mask_NN):
+    def __call__(self, q_BNE, mask_NN, kv_BNE):
         def norm(name, x):
             return vit.layer_norm(1e-6, name)(x).astype(self.dtype)
 

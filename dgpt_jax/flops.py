@@ -49,6 +49,17 @@ def forward_flops(
     return found
 
 
+def classifier_flops(model: Model, classes: int) -> float:
+    """FLOPs of one image in a step of supervised training: all patches, CLS, full attention."""
+    patches, width = model.grid**2, model.width
+    forward = (
+        2 * patches * 3 * model.patch**2 * width
+        + model.depth * block_flops(patches + 1, width, model.mlp_ratio * width)
+        + 2 * width * classes
+    )
+    return 3 * forward
+
+
 def block_flops(tokens: int, width: int, mlp_width: float) -> float:
     """Self-attention with its projections, and an MLP."""
     return 2 * tokens * width * (4 * width + 2 * mlp_width) + 4 * tokens**2 * width

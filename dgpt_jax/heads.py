@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,7 +14,8 @@ class Classifier(nn.Module):
     """An encoder with full attention, CLS first, as fine-tuning and timm have it.
 
     pooling "cls": LayerNorm of all tokens, then CLS (timm `norm`, `token`). pooling "mean": mean of
-    the patch tokens, then LayerNorm (timm `fc_norm`, `avg`). num_classes 0: no head.
+    the patch tokens, then LayerNorm (timm `fc_norm`, `avg`). num_classes 0: no head; the head
+    begins near zero, as MAE's fine-tuning has it.
     """
 
     encoder: vit.Encoder
@@ -26,7 +28,7 @@ class Classifier(nn.Module):
         self.pos_embed = self.param("pos_embed", nn.initializers.zeros, shape)
         self.norm = vit.layer_norm(self.encoder.eps, None)
         if self.num_classes:
-            self.head = nn.Dense(self.num_classes)
+            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5))
 
     def tokens(self, images):
         """Normalised images (B, height, width, 3) to tokens (B, 1+N, D), CLS first.
@@ -59,9 +61,51 @@ class Classifier(nn.Module):
             return self.norm(residual)[:, 0]
         return self.norm(residual[:, 1:].mean(axis=1))
 
-    def __call__(self, images):
-        """Logits (B, classes), or features where there is no head."""
-        return self.leave(self.encoder(images, self.pos_embed))
+    def __call__(self, images, paths_LB2=None):
+        """Logits (B, classes), or features where there is no head; vit.drop_paths in training."""
+        return self.leave(self.encoder(images, self.pos_embed, paths_LB2))
+
+
+class LinearProbe(nn.Module):
+    """BatchNorm without scale and bias (eps 1e-6), then a linear layer: MAE's head on frozen
+    features (main_linprobe.py).
+
+    Running statistics are parameters whose gradient, from `train`, is what they are minus what the
+    batch has: a step of plain SGD with rate 0.1 moves them as momentum 0.9 does (torch's 0.1).
+    """
+
+    width: int
+    num_classes: int
+    eps: float = 1e-6
+
+    def setup(self):
+        self.running_mean = self.param("running_mean", nn.initializers.zeros, (self.width,))
+        self.running_var = self.param("running_var", nn.initializers.ones, (self.width,))
+        self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))
+
+    def __call__(self, features):
+        """(B, D) float32 to logits (B, classes), by running statistics."""
+        return self._linear(features, self.running_mean, self.running_var)
+
+    def train(self, features):
+        """(logits by the batch's statistics, a scalar 0 to be added to the loss)."""
+        mean, var = features.mean(axis=0), features.var(axis=0)
+        unbiased = var * len(features) / max(len(features) - 1, 1)
+        gap = jnp.zeros(())
+        for running, seen in ((self.running_mean, mean), (self.running_var, unbiased)):
+            half = 0.5 * jnp.square(running - jax.lax.stop_gradient(seen)).sum()
+            gap += half - jax.lax.stop_gradient(half)
+        return self._linear(features, mean, var), gap
+
+    def _linear(self, features, mean, var):
+        return self.head((features - mean) / jnp.sqrt(var + self.eps))
+
+
+def fold(probe: dict, eps: float = LinearProbe.eps) -> dict:
+    """The plain linear head, {"kernel", "bias"}, that is a LinearProbe's parameters in use."""
+    scale = 1 / np.sqrt(probe["running_var"] + eps)
+    kernel = probe["head"]["kernel"] * scale[:, None]
+    return {"kernel": kernel, "bias": probe["head"]["bias"] - probe["running_mean"] @ kernel}
 
 
 def classifier(model, pooling: str, num_classes: int = 0, dtype: Any = jnp.float32) -> Classifier:

@@ -70,6 +70,25 @@ class Writer:
                 self._board.close()
 
 
+def best_and_last(workdir: Path, best: str) -> list[str]:
+    """A line for every metric of an evaluation whose `best` is kept: its best value, its last."""
+    path = Path(workdir) / "metrics.jsonl"
+    if not best or not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    measured = [line for line in lines if best in line]
+    told = []
+    for name in [n for n in (measured[-1] if measured else {}) if n != "step"]:
+        values = [line for line in measured if isinstance(line.get(name), float)]
+        pick = min if name.startswith("heldout/") else max
+        top, last = pick(values, key=lambda line: line[name]), values[-1]
+        told.append(
+            f"{name}: best {top[name]:.4f} at step {top['step']}, last {last[name]:.4f} at step "
+            f"{last['step']}"
+        )
+    return told
+
+
 class Clock:
     """Throughput and time left, without the compile: it starts when the first step is done."""
 

@@ -1,10 +1,11 @@
-"""Schedule and optimizer, as in the official pretraining's lr_sched.py and main_pretrain.py; and a
-guard against bad numbers, where the official code exits."""
+"""Schedule and optimizer, as in the official lr_sched.py, lr_decay.py, main_pretrain.py and
+main_finetune.py; and a guard against bad numbers, where the official code exits."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dgpt_jax import param_rules
@@ -14,30 +15,126 @@ from dgpt_jax.config import Optim
 DECAY = ((r"(bias|scale)$", False), (r".*", True))
 
 
-def schedule(peak: float, warmup: int, total: int):
-    """Steps to learning rates: linear from 0 over `warmup` steps, then half a cosine to 0."""
+# Running statistics (heads.LinearProbe) follow their own rule; everything else is trained.
+TRAINED = ((r"running_(mean|var)$", "running"), (r".*", "trained"))
+# In fine-tuning, where positions are learned, no token decays (timm's no_weight_decay).
+FINE_TUNING_DECAY = ((r"(bias|scale|pos_embed|cls_token)$", False), (r".*", True))
+
+
+def layer_ids(depth: int) -> param_rules.Rules:
+    """Which layer a parameter of heads.Classifier counts to: 0 before the blocks, which are 1 to
+    `depth`, then depth + 1, for the last norm too. Source: MAE's lr_decay.py."""
+    return (
+        (r"^(encoder/(patch_embed/|cls_token$)|pos_embed$)", 0),
+        (r"^encoder/blocks/", np.arange(1, depth + 1)),
+        (r"^(norm|head)/", depth + 1),
+    )
+
+
+def schedule(peak: float, warmup: int, total: int, least: float = 0.0):
+    """Steps to learning rates: linear from 0 over `warmup` steps, then half a cosine to `least`."""
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
         done = (step - warmup) / max(total - warmup, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1)))
-        return peak * jnp.where(step < warmup, step / max(warmup, 1), cosine)
+        falling = least + (peak - least) * cosine
+        return jnp.where(step < warmup, peak * (step / max(warmup, 1)), falling)
 
     return rate
 
 
-def optimizer(config: Optim, rate) -> optax.GradientTransformation:
-    """AdamW (eps 1e-8, decoupled decay by rules) after optional clipping, guarded."""
-    adamw = optax.adamw(
-        rate,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        mask=lambda params: param_rules.apply(DECAY, params),
-        mu_dtype=config.mu_dtype,
-    )
+def optimizer(
+    config: Optim,
+    rate,
+    *,
+    decay: param_rules.Rules = DECAY,
+    layers: param_rules.Rules | None = None,
+    running: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of config.kind after optional clipping, guarded.
+
+    AdamW has eps 1e-8 and decoupled decay by rules. SGD and LARS add the decay to the gradient;
+    LARS scales what decays to a thousandth of its parameter's norm; momentum b1 gathers that, and
+    the rate comes last. Source of LARS: MAE's lars.py.
+
+    With `running`, running statistics step by plain SGD. With `layers`, rules from paths to layer
+    ids (on stacked leaves a vector of them), rate and decay of all but the last layer shrink by
+    config.layer_decay a layer.
+    """
+
+    def decaying(params):
+        return param_rules.apply(decay, params)
+
+    if config.kind == "adamw":
+        tx = optax.adamw(
+            rate,
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=decaying,
+            mu_dtype=config.mu_dtype,
+        )
+    else:
+        trust = optax.scale_by_trust_ratio(trust_coefficient=0.001)
+        tx = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, decaying),
+            optax.masked(trust, decaying) if config.kind == "lars" else optax.identity(),
+            optax.trace(config.b1),
+            optax.scale_by_learning_rate(rate),
+        )
+    if running:
+        rules = {"trained": tx, "running": optax.sgd(0.1)}
+        tx = optax.partition(rules, lambda params: param_rules.apply(TRAINED, params))
+    if layers:
+        tx = optax.chain(tx, scaled_by_layer(layers, config.layer_decay))
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return guarded(optax.chain(clip, adamw), most=config.bad_steps, spike=config.spike)
+    tx = optax.chain(clip, tx)
+    if config.ema:
+        tx = averaged(tx, config.ema)
+    return guarded(tx, most=config.bad_steps, spike=config.spike)
+
+
+def scaled_by_layer(layers: param_rules.Rules, decay: float) -> optax.GradientTransformation:
+    """Updates times decay^(last - id)."""
+
+    def scale(ids, update):
+        factor = jnp.asarray(decay ** (last - np.asarray(ids)), update.dtype)
+        return update * factor.reshape(factor.shape + (1,) * (update.ndim - factor.ndim))
+
+    last = max(np.max(ids) for _, ids in layers)
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(scale, param_rules.apply(layers, updates), updates)
+    )
+
+
+class Averaged(NamedTuple):
+    """State of `averaged`: the running mean of the parameters, and the inner state."""
+
+    ema: Any
+    inner: Any
+
+
+def averaged(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """`tx`, with an exponential moving average of the parameters that its updates lead to."""
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params):
+        return Averaged(jax.tree.map(jnp.copy, params), tx.init(params))
+
+    def update(grads, state, params=None, **extra):
+        updates, inner = tx.update(grads, state.inner, params, **extra)
+        after = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda mean, p: decay * mean + (1 - decay) * p, state.ema, after)
+        return updates, Averaged(ema, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def measured(state):
+    """The parameters of a TrainState that are evaluated: their moving average, if there is one."""
+    inner = getattr(state.opt_state, "inner", None)
+    return inner.ema if isinstance(inner, Averaged) else state.params
 
 
 class Guarded(NamedTuple):

@@ -1,8 +1,9 @@
 """From a TFDS directory to batches: the batch is a function of (seed, step).
 
 Position i of the endless stream is an example of an epoch (see orders.py); whatever is random about
-it (view, segment order) is drawn from (seed, i). Global batch k is positions k·B … (k+1)·B - 1, and
-a process reads just the rows that its devices hold. So nothing here is ever checkpointed.
+it (view, segment order, augmentation) is drawn from (seed, i). Global batch k is positions k·B …
+(k+1)·B - 1, and a process reads just the rows that its devices hold. So nothing here is ever
+checkpointed.
 """
 
 import contextlib
@@ -18,29 +19,24 @@ from functools import partial
 import grain
 import numpy as np
 
-from dgpt_jax import bad_records, gcs, open_files, orders, records, segments, token_store, views
-from dgpt_jax.config import Data, Model
+from dgpt_jax import bad_records, gcs, open_files, orders, records, token_store
+from dgpt_jax.config import Classify, Data, Model
+from dgpt_jax.examples import Labelled, Segmented
 from dgpt_jax.schema import UserError
 
-# Streams of random numbers that hang on one position: numpy seeds are (seed, stream, position).
-ORDER, VIEW = 0, 1
 REPLACED = "replaced"  # of a batch: whether an example stands in for one that is bad
-
-
-def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
-    return np.random.default_rng((seed, stream, *position))
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples by position of the stream: dict of image uint8 (size, size, 3), order int32 (S,),
-    and tokens as stored (1+N, C) where a token store is read. Picklable, for worker processes."""
+    """Examples by position of the stream: `make(image, record, data, seed, position)` of a record.
+
+    Picklable, for worker processes.
+    """
 
     sources: open_files.TwoOpen
-    with_tokens: bool
+    make: Callable[[np.ndarray, dict, Data, int, int], dict[str, np.ndarray]]
     data: Data
-    image_size: int
-    segments: tuple[int, int]
     seed: int
     policy: bad_records.Policy
 
@@ -72,37 +68,12 @@ class Examples:
     def _example(self, source: records.Split, position: int, index: int) -> dict[str, np.ndarray]:
         record = source[index]
         image = bad_records.picture(source, index, record)
-        if self.with_tokens:
-            image = views.resize(image, self.image_size, self.image_size)
-        else:
-            view = views.draw(
-                generator(self.seed, VIEW, position),
-                *image.shape[:2],
-                scale=self.data.crop_scale,
-                ratio=self.data.crop_ratio,
-                flip=self.data.flip,
-            )
-            image = views.render(image, view, self.image_size)
-        order = segments.raster_order(self.segments)
-        if self.data.order == "random":
-            rng = generator(self.seed, ORDER, position)
-            order = segments.sample_order(rng, self.segments)
-        example = {"image": image, "order": order}
-        if self.with_tokens:
-            example["tokens"] = record["tokens"]
-        return example
+        return self.make(image, record, self.data, self.seed, position)
 
 
 def open_examples(data: Data, model: Model, seed: int) -> Examples:
-    """The examples that a training config asks for. Raises UserError where they do not fit it."""
-    gcs.require(data.path)
-    token_store.refuse_unfinished(data.path)
-    opened = records.Opened(data.path, data.cache)
-    if opened.cache is not None and data.workers:
-        raise UserError(
-            f"config.data.workers must be 0 for {data.path}: the training process fetches its "
-            f"shards; config.data.threads read them"
-        )
+    """The examples that a pretraining config asks for. Raises UserError where they do not fit."""
+    opened = _opened(data)
     stored = token_store.exists(data.path)
     if data.targets == "stored" and not stored:
         raise UserError(
@@ -113,6 +84,42 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
         raise UserError(
             f"config.data.targets=online needs an image dataset, and {data.path} is a token store"
         )
+    return _examples(opened, data, seed, Segmented(stored, model))
+
+
+def open_labelled(data: Data, model: Model, classify: Classify, seed: int) -> Examples:
+    """The examples that a supervised config asks for. Raises UserError where they do not fit."""
+    make = Labelled(model.image_size, classify)
+    examples = _examples(_opened(data), data, seed, make)
+    require_labels(examples.sources.splits[0], classify)
+    return examples
+
+
+def require_labels(split: records.Split, classify: Classify):
+    """Raises UserError unless the split has labels of as many classes as the config."""
+    if split.label is None:
+        raise UserError(f"{split} has no labels")
+    if split.label.num_classes != classify.num_classes:
+        raise UserError(
+            f"{split} has labels of {split.label.num_classes} classes, the config expects "
+            f"{classify.num_classes} (config.classify.num_classes)"
+        )
+
+
+def _opened(data: Data) -> records.Opened:
+    gcs.require(data.path)
+    token_store.refuse_unfinished(data.path)
+    opened = records.Opened(data.path, data.cache)
+    if opened.cache is not None and data.workers:
+        raise UserError(
+            f"config.data.workers must be 0 for {data.path}: the training process fetches its "
+            f"shards; config.data.threads read them"
+        )
+    return opened
+
+
+def _examples(opened: records.Opened, data: Data, seed: int, make: Callable) -> Examples:
+    stored = token_store.exists(data.path)
     names = [data.split]
     if stored:
         token_store.refuse_others(data.path, opened.builder.info.features)
@@ -130,15 +137,7 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
     policy = bad_records.Policy(
         skip=(data.bad_records or default) == "skip", most=data.bad_most, length=len(splits[0])
     )
-    return Examples(
-        sources=open_files.TwoOpen(splits),
-        with_tokens=stored,
-        data=data,
-        image_size=model.image_size,
-        segments=model.segments,
-        seed=seed,
-        policy=policy,
-    )
+    return Examples(open_files.TwoOpen(splits), make, data, seed, policy)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dgpt_jax import config, costs, flops, hlo, metrics, optim, sharding, state
+from dgpt_jax import config, costs, hlo, metrics, optim, sharding, state, tasks
 from dgpt_jax.chips import GIB, Topology
 from dgpt_jax.config import Train
 from dgpt_jax.schema import UserError
 from dgpt_jax.step import make_train_step
-from dgpt_jax.tasks.pretrain import Pretrain, planned
 
 # libtpu looks for a TPU's machine and for other processes that hold it, unless told not to.
 OFFLINE = {
@@ -138,7 +137,7 @@ def plan(run: Train, topology: Topology) -> Plan:
     """Compiles the step of a config for a topology. Raises DoesNotFit, or UserError."""
     mesh = sharding.make_mesh(run.mesh, devices_of(topology))
     sharding.process_rows(mesh, run.batch_size, process=0)  # says so where it cannot be split
-    task = planned(run)
+    task = tasks.planned(run)
     began = time.monotonic()
     lowered, begun, batch = lower(run, task, mesh)
     try:
@@ -160,7 +159,7 @@ def plan(run: Train, topology: Topology) -> Plan:
         batch_bytes=_sharded_bytes(batch),
         peak_bytes=memory.peak_memory_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        model_flops=model_flops(run, task),
+        model_flops=task.model_flops(),
         compiled_flops=costs.flops(program),
         moved_bytes=costs.bytes_moved(program),
         collectives=tuple(costs.collectives(program)),
@@ -172,9 +171,9 @@ def plan(run: Train, topology: Topology) -> Plan:
     return made
 
 
-def lower(run: Train, task: Pretrain, mesh):
+def lower(run: Train, task, mesh):
     """(lowered step, abstract state, abstract batch) of a config on a mesh."""
-    tx = optim.optimizer(run.optim, optim.schedule(1.0, 1, 2))  # its numbers change no program
+    tx = task.optimizer(optim.schedule(1.0, 1, 2))  # its numbers change no program
     begun = state.abstract(task.init, tx, mesh)
     rows = sharding.batch_sharding(mesh)
 
@@ -187,18 +186,10 @@ def lower(run: Train, task: Pretrain, mesh):
     whole = sharding.replicated(mesh)
     running = jax.eval_shape(metrics.averages(task.metric_names).empty)
     running, frozen = jax.tree.map(lambda x: placed(x, (), whole), (running, task.frozen))
-    step = make_train_step(task.loss, tx, mesh, accum_steps=run.accum_steps)
-    return step.lower(begun, running, batch, frozen), begun, batch
-
-
-def model_flops(run: Train, task: Pretrain) -> float:
-    """FLOPs of an image in a step, by flops.FORMULA."""
-    return flops.step_flops(
-        run.model,
-        out_width=task.target.width,
-        decoders=tuple(task.weights),
-        teacher=task.teacher and task.teacher.tower,
+    step = make_train_step(
+        task.loss, tx, mesh, accum_steps=run.accum_steps, prepare=task.prepare, seed=run.seed
     )
+    return step.lower(begun, running, batch, frozen), begun, batch
 
 
 def steps_of(run: Train) -> int | None:

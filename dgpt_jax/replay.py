@@ -14,12 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dgpt_jax import param_rules, schema, sharding
+from dgpt_jax import param_rules, schema, sharding, step, tasks
 from dgpt_jax.config import Train
 from dgpt_jax.convert import files, layout
 from dgpt_jax.schema import UserError
-from dgpt_jax.tasks.pretrain import Pretrain, Target, load_teacher
-from dgpt_jax.token_codec import Codec
 
 
 def layer_norms(tree) -> dict[str, list[float]]:
@@ -34,13 +32,15 @@ def layer_norms(tree) -> dict[str, list[float]]:
     return found
 
 
-def measure(task: Pretrain, params, batch, mesh) -> dict:
+def measure(task, params, number: int, batch, mesh) -> dict:
     """{"loss", "losses": {decoder: an example's}, "params", "grads": layer_norms}, plain numbers.
 
-    `batch`: global arrays. Every process of the mesh calls it.
+    `batch`: global arrays, of the step `number`. Every process of the mesh calls it.
     """
 
     def run(params, frozen, batch):
+        if task.prepare is not None:
+            batch = task.prepare(step.step_key(task.config.seed, number), batch)
         (loss, parts), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, batch)
         return {
             "loss": loss,
@@ -56,13 +56,13 @@ def measure(task: Pretrain, params, batch, mesh) -> dict:
     )
 
 
-def write(workdir: Path, task: Pretrain, params, step: int, ids: list[str], local, mesh) -> Path:
-    """Writes down step `step`, whose batch (this process's rows `local`, examples `ids`) the
+def write(workdir: Path, task, params, number: int, ids: list[str], local, mesh) -> Path:
+    """Writes down step `number`, whose batch (this process's rows `local`, examples `ids`) the
     parameters met. Every process calls it; returns the directory."""
-    directory = Path(workdir) / f"bad_step_{step:06d}"
+    directory = Path(workdir) / f"bad_step_{number:06d}"
     directory.mkdir(parents=True, exist_ok=True)
     batch = sharding.global_batch(mesh, task.config.batch_size, local)
-    measured = measure(task, params, batch, mesh)
+    measured = measure(task, params, number, batch, mesh)
     tokens = {}
     if "tokens" in local:
         tokens["tokens"] = np.asarray(task.target.codec.decode(local["tokens"]))
@@ -74,12 +74,7 @@ def write(workdir: Path, task: Pretrain, params, step: int, ids: list[str], loca
     if process == 0:
         flat = {name: np.asarray(leaf) for name, leaf in layout.flatten(whole).items()}
         files.write_safetensors(directory / "params.safetensors", flat, {})
-        target = task.target
-        told = {
-            "step": step,
-            "target": {"width": target.width, "grid": target.grid, "cls": target.cls},
-            "config": schema.to_dict(task.config),
-        }
+        told = {"step": number, "config": schema.to_dict(task.config)} | task.told()
         text = json.dumps(told | measured, indent=1, default=str)
         (directory / "step.json").write_text(text + "\n")
     return directory
@@ -128,10 +123,7 @@ def replay(directory, *, dtype: str | None = None) -> Replayed:
         config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
         dtype=dtype or config.dtype,
     )  # fmt: skip
-    target = told["target"]
-    codec = Codec("float16", np.zeros(0))  # tokens are decoded already
-    target = Target(target["width"], tuple(target["grid"]), target["cls"], codec)
-    task = Pretrain(config, target, teacher=load_teacher(config))
+    task = tasks.replayed(config, told)
     pieces = []
     for file in sorted(directory.glob("batch_*.npz")):
         with np.load(file, allow_pickle=False) as piece:
@@ -140,4 +132,4 @@ def replay(directory, *, dtype: str | None = None) -> Replayed:
     ids = [str(id_) for id_ in batch.pop("ids")]
     params = layout.unflatten(files.read_state(directory / "params.safetensors"))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    return Replayed(told["step"], ids, told, measure(task, params, batch, mesh))
+    return Replayed(told["step"], ids, told, measure(task, params, told["step"], batch, mesh))

@@ -11,8 +11,10 @@ from dgpt_jax.schema import UserError
 FREE = re.compile(
     r"(log_every|profile|platform|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
     r"data\.(path|source|examples|threads|workers|cache|bad_records|bad_most)|teacher\.weights|"
-    r"optim\.bad_steps)$"
+    r"classify\.(weights|resize)|optim\.bad_steps)$"
 )
+# What can never be: the state has another form, or another meaning.
+NEVER = re.compile(r"(task|model\..*|classify\.(num_classes|pooling|train)|optim\.(ema|kind))$")
 
 
 def begin(config, task, tx, mesh, checkpoints, progress, allow_config_change: bool):
@@ -23,7 +25,7 @@ def begin(config, task, tx, mesh, checkpoints, progress, allow_config_change: bo
     """
     latest = checkpoints.latest()
     if latest is None:
-        return state.create(task.init, tx, mesh, config.seed), 0
+        return state.create(task.init, tx, mesh, config.seed, task.given), 0
     # A field that is younger than the checkpoint had its default.
     before = schema.flatten(json.loads(json.dumps(schema.to_dict(type(config)()))))
     before |= schema.flatten(checkpoints.metadata(latest)["config"])
@@ -34,11 +36,10 @@ def begin(config, task, tx, mesh, checkpoints, progress, allow_config_change: bo
             f"config.{name} is {value!r}, in the checkpoint of step {latest} {before.get(name)!r}"
         )
     refused = [name for name in changes if not FREE.match(name)]
-    if any(name.startswith("model.") for name in refused):
-        of_model = next(name for name in refused if name.startswith("model."))
+    if never := [name for name in refused if NEVER.match(name)]:
         raise UserError(
-            f"config.{of_model} is {now[of_model]!r}, in the checkpoint of step {latest} "
-            f"{before.get(of_model)!r}: choose another --workdir"
+            f"config.{never[0]} is {now[never[0]]!r}, in the checkpoint of step {latest} "
+            f"{before.get(never[0])!r}: choose another --workdir"
         )
     if refused and not allow_config_change:
         raise UserError(

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from dgpt_jax import hosts
-from dgpt_jax.checkpoint import FORMAT, checked, directory
+from dgpt_jax import hosts, optim
+from dgpt_jax.checkpoint import FORMAT, OLDEST, checked, directory
 from dgpt_jax.schema import UserError
 from dgpt_jax.state import TrainState
 
@@ -79,7 +79,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.StandardSave(state.opt_state),
-            metadata=ocp.args.JsonSave({"format": FORMAT, "step": step} | metadata),
+            metadata=ocp.args.JsonSave({"format": _format(state), "step": step} | metadata),
         )
         with self._disk_is_the_users():
             for _ in range(2):
@@ -129,10 +129,10 @@ class Checkpoints:
 
         Raises UserError for the state of an older format.
         """
-        if (found := self.metadata(step)["format"]) < FORMAT:
+        if (found := self.metadata(step)["format"]) < OLDEST:
             raise UserError(
                 f"{self.directory} has training states of format {found}, this code continues "
-                f"{FORMAT}: choose another --workdir (the parameters can be read)"
+                f"{OLDEST} to {FORMAT}: choose another --workdir (the parameters can be read)"
             )
         restored = self._manager.restore(
             step,
@@ -171,6 +171,10 @@ class Checkpoints:
                 f"{what} a checkpoint in {self.directory} (newest complete step: {newest}): mend "
                 f"that, then the same command continues"
             ) from e
+
+
+def _format(state: TrainState) -> int:
+    return OLDEST if optim.measured(state) is state.params else FORMAT
 
 
 def is_loss(metric: str) -> bool:

@@ -93,6 +93,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def placed(array: np.ndarray, place: NamedSharding) -> jax.Array:
+    """A host array, the same on every process, laid out on the mesh."""
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Examples over data and fsdp."""
     return NamedSharding(mesh, BATCH)

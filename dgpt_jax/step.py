@@ -1,6 +1,7 @@
 """The train step: loss, gradients over micro-batches, one optimizer update. Pure and jitted."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,27 @@ from dgpt_jax.metrics import Metrics
 from dgpt_jax.state import TrainState
 
 
+def step_key(seed: int, step) -> jax.Array:
+    """What is random in a step beyond its examples: a function of (seed, step)."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def make_train_step(
-    loss: Callable, tx: optax.GradientTransformation, mesh, *, accum_steps: int
+    loss: Callable,
+    tx: optax.GradientTransformation,
+    mesh,
+    *,
+    accum_steps: int,
+    prepare: Callable[[jax.Array, Any], Any] | None = None,
+    seed: int = 0,
 ) -> Callable:
     """The step (state, metrics, batch, frozen) → (state, metrics); the first two are donated.
 
     `loss(params, frozen, batch) → (scalar, {name: (b,) values an example})`. The batch is cut into
     `accum_steps` micro-batches that a scan runs through, and their gradients are averaged: the same
-    update as one big batch. Metrics leave out steps whose numbers are not finite.
+    update as one big batch. Before that, `prepare(key, batch)`, if given, makes of the whole batch
+    what the loss gets, with the key of (seed, step). Metrics leave out steps whose numbers are not
+    finite.
     """
     tx = optax.with_extra_args_support(tx)
     gradient = sharding.on_mesh(jax.value_and_grad(loss, has_aux=True), mesh)
@@ -42,6 +56,9 @@ def make_train_step(
         return (value, jax.tree.map(jnp.ravel, values)), grads
 
     def train_step(state: TrainState, metrics: Metrics, batch, frozen):
+        if prepare is not None:
+            batch = prepare(step_key(seed, state.step), batch)
+            batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
         (value, values), grads = accumulate(state.params, frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=value)
         params = optax.apply_updates(state.params, updates)

@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 from etils import epath
 
-from dgpt_jax import bad_records, metrics, pipeline, records, shards, token_store, views
+from dgpt_jax import bad_records, examples, metrics, records, shards, token_store, views
 from dgpt_jax.config import Tokens
 from dgpt_jax.schema import UserError
 from dgpt_jax.teacher import Teacher
@@ -66,7 +66,7 @@ def draw(config, index: int, view: int, height: int, width: int) -> views.View:
     """View number `view` of the example `index`, an image of height×width: a function of these and
     of the config's seed, crop_scale, crop_ratio and flip."""
     return views.draw(
-        pipeline.generator(config.seed, pipeline.VIEW, index, view),
+        examples.generator(config.seed, examples.VIEW, index, view),
         height,
         width,
         scale=config.crop_scale,

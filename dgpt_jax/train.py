@@ -27,13 +27,13 @@ from dgpt_jax import (
     schema,
     sharding,
     signals,
+    tasks,
 )
 from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
-from dgpt_jax.evals import pretraining
+from dgpt_jax.evals import classification, pretraining
 from dgpt_jax.schema import UserError
 from dgpt_jax.step import make_train_step
-from dgpt_jax.tasks.pretrain import open_pretrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +60,23 @@ def resolve_schedule(config: Train, examples: int) -> Schedule:
     )
 
 
+def evaluators_of(task, mesh) -> list:
+    """What is measured while a task trains, each params → {metric: value}."""
+    found = classification if task.config.task == "classify" else pretraining
+    return found.periodic(task, mesh)
+
+
 def train(config: Train, workdir: Path, *, allow_config_change: bool = False) -> int:
     """Trains to the end or to a signal; returns the exit code. Raises UserError."""
     mesh = sharding.make_mesh(config.mesh)
     progress = metrics.Progress()
     progress.say("\n".join(hosts.preflight(workdir, mesh)))
     rows = sharding.process_rows(mesh, config.batch_size)
-    task = open_pretrain(config)
+    task = tasks.open_task(config)
     schedule = resolve_schedule(config, len(task.examples))
     peak = config.optim.blr * config.batch_size / 256
-    rate = optim.schedule(peak, schedule.warmup, schedule.total)
-    tx = optim.optimizer(config.optim, rate)
+    rate = optim.schedule(peak, schedule.warmup, schedule.total, config.optim.min_lr)
+    tx = task.optimizer(rate)
     describe(config, task, schedule, mesh, peak, progress)
     resolved = schema.to_dict(config)
 
@@ -94,9 +100,16 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
         )
 
         frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
-        step_fn = make_train_step(task.loss, tx, mesh, accum_steps=config.accum_steps)
+        step_fn = make_train_step(
+            task.loss,
+            tx,
+            mesh,
+            accum_steps=config.accum_steps,
+            prepare=task.prepare,
+            seed=config.seed,
+        )
         collection = metrics.averages(task.metric_names)
-        evaluators = pretraining.periodic(task, mesh)
+        evaluators = evaluators_of(task, mesh)
         step, results = first, {}
         batches = pipeline.train_batches(
             task.examples, config.batch_size, rows=rows, start_step=first
@@ -154,7 +167,7 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
                 if evaluators and (step % schedule.eval_every == 0 or last):
                     flush()
                     for evaluate in evaluators:
-                        results |= evaluate(train_state.params)
+                        results |= evaluate(optim.measured(train_state))
                     writer.scalars(step, results)
                     shown = " ".join(f"{n} {v:.4f}" for n, v in results.items())
                     progress.say(f"step {step}: {shown}")
@@ -172,10 +185,10 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
     if stop.exit_code is not None:
         progress.say(f"stopped by a signal, saved at step {step}: the same command continues")
         return stop.exit_code
-    progress.say(
-        f"done: {workdir} holds step {step}; next: python -m dgpt_jax.evaluate "
-        f"--config=configs/knn_in1k.py --checkpoint={workdir}"
-    )
+    for line in metrics.best_and_last(workdir, config.checkpoint.best):
+        progress.say(line)
+    then = task.then.format(workdir=workdir)
+    progress.say(f"done: {workdir} holds step {step}; next: {then}")
     return 0
 
 

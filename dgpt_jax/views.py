@@ -37,11 +37,13 @@ def draw(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: bool,
+    clip: bool = False,
 ) -> View:
     """A random resized crop of a height×width image, and a mirror with probability ½ if `flip`.
 
     `scale` bounds the crop's share of the area, `ratio` its width over height (drawn
     log-uniformly). After ten misses: the largest centred crop within `ratio`, as in torchvision.
+    With `clip` none is missed: what sticks out is cut off, as MAE's util/crop.py does for probes.
     """
     mirrored = bool(flip and rng.random() < 0.5)
     log_ratio = np.log(ratio)
@@ -51,6 +53,8 @@ def draw(
         # Twice the side is as much of a miss as more, which may be infinite.
         w = round(min(math.sqrt(area * aspect), 2 * width))
         h = round(min(math.sqrt(area / aspect), 2 * height))
+        if clip:
+            w, h = min(max(w, 1), width), min(max(h, 1), height)
         if 0 < w <= width and 0 < h <= height:
             top = int(rng.integers(0, height - h + 1))
             left = int(rng.integers(0, width - w + 1))

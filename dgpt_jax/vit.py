@@ -113,7 +113,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-LN transformer block: x += ls1 · attn(norm1 x); x += ls2 · mlp(norm2 x).
 
-    ls1 and ls2 (D,) exist where `layer_scale`. `mlp_width` is exact where a ratio cannot be:
+    paths_B2 weighs the two branches of each example (`drop_paths`). ls1 and ls2 (D,) exist where
+    `layer_scale`. `mlp_width` is exact where a ratio cannot be:
     int(width * (mlp_width / width)) may be one less.
     """
 
@@ -126,18 +127,19 @@ class Block(nn.Module):
     layer_scale: bool = False
 
     @nn.compact
-    def __call__(self, x_BND, mask_NM=None):
-        def scaled(name, y_BND):
-            if not self.layer_scale:
-                return y_BND
-            return y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:])
+    def __call__(self, x_BND, mask_NM=None, paths_B2=None):
+        def scaled(branch, y_BND):
+            if self.layer_scale:
+                name = f"ls{branch + 1}"
+                y_BND = y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:])
+            return y_BND if paths_B2 is None else y_BND * paths_B2[:, branch, None, None]
 
         attn = Attention(self.heads, self.dtype, name="attn")
         mlp = Mlp(self.mlp_ratio, self.activation, self.dtype, self.mlp_width, name="mlp")
         y = layer_norm(self.eps, "norm1")(x_BND).astype(self.dtype)
-        x_BND = x_BND + scaled("ls1", kept(attn(y, mask_NM)))
+        x_BND = x_BND + scaled(0, kept(attn(y, mask_NM)))
         y = layer_norm(self.eps, "norm2")(x_BND).astype(self.dtype)
-        return x_BND + scaled("ls2", mlp(y))
+        return x_BND + scaled(1, mlp(y))
 
 
 # What the backward pass recomputes. "none" keeps what matrix products give and recomputes what lies
@@ -156,13 +158,13 @@ def kept(x):
 
 
 def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None):
-    """Runs `depth` stacked copies of `block` on x, called (x, its slice of layer_inputs, mask).
+    """Runs `depth` stacked copies of `block` on x, called (x, mask, its slice of layer_inputs).
 
     Returns the last residual stream and those after all blocks, stacked on axis 0.
     """
 
     def body(block, x, layer_input):
-        args = (mask_NM,) if layer_input is None else (layer_input, mask_NM)
+        args = (mask_NM,) if layer_input is None else (mask_NM, layer_input)
         return block(x, *args), x
 
     scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
@@ -216,16 +218,16 @@ class Encoder(nn.Module):
         """Normalised images (B, height, width, 3) to patch tokens (B, rows, cols, D)."""
         return self.patch_embed(patchify(images.astype(self.dtype), self.patch))
 
-    def transform(self, x_BND, mask_NM=None):
+    def transform(self, x_BND, mask_NM=None, paths_LB2=None):
         """Tokens through all blocks: the last residual, and those of all blocks (L, B, N, D)."""
-        return scan_blocks(self.blocks, self.depth, x_BND, mask_NM)
+        return scan_blocks(self.blocks, self.depth, x_BND, mask_NM, paths_LB2)
 
-    def __call__(self, images, positions):
+    def __call__(self, images, positions, paths_LB2=None):
         """Use: images (B, height, width, 3), positions (1, 1+N, D) to residuals (B, 1+N, D).
 
-        CLS first, full attention, no final norm.
+        CLS first, full attention, no final norm. paths_LB2: of `drop_paths`, in training.
         """
-        return self.transform(self.enter(images, positions))[0]
+        return self.transform(self.enter(images, positions), None, paths_LB2)[0]
 
     def enter(self, images, positions):
         """What the first block gets in use: (B, 1+N, D)."""
@@ -233,6 +235,17 @@ class Encoder(nn.Module):
         batch, _, _, width = patches.shape
         cls = jnp.broadcast_to(self.cls_token, (batch, 1, width))
         return jnp.concatenate([cls, patches.reshape(batch, -1, width)], axis=1) + positions
+
+
+def drop_paths(key, batch: int, depth: int, rate: float):
+    """Stochastic depth: weights (B, L, 2) of both branches of every block for every example.
+
+    A branch is left out with a probability that grows evenly from 0 in the first block to `rate` in
+    the last, and is otherwise scaled up, so that it is the same on average. Source: timm's
+    DropPath.
+    """
+    keep = 1 - jnp.linspace(0, rate, depth)[:, None]
+    return jax.random.bernoulli(key, keep, (batch, depth, 2)) / keep
 
 
 def normalise(pictures, mean=IMAGENET_MEAN, std=IMAGENET_STD):

@@ -197,7 +197,7 @@ def test_what_changes_nothing_is_only_said_and_the_rest_can_be_allowed(store, ru
 
 
 def test_formats_of_other_versions(store, run, tmp_path):
-    for found, message in ((99, "checkpoint format 99, this code reads 2"),
+    for found, message in ((99, "checkpoint format 99, this code reads 3"),
                            (1, "training states of format 1, this code continues 2")):  # fmt: skip
         workdir = shutil.copytree(run, tmp_path / str(found))
         file = workdir / "checkpoints/2/metadata/metadata"

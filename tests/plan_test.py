@@ -12,7 +12,7 @@ import pytest
 
 from dgpt_jax import chips, cli, config, digpt, plan, schema, sharding
 from dgpt_jax.schema import UserError
-from dgpt_jax.tasks.pretrain import planned
+from dgpt_jax.tasks import planned
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

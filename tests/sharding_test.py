@@ -58,6 +58,21 @@ def test_two_processes_give_the_same_numbers(one, store, tmp_path):
     numbers.assert_same(one, results(tmp_path, *processes)["2x4x1"])
 
 
+@pytest.mark.slow
+def test_classification_gives_the_same_numbers(tmp_path):
+    """Erased, mixed, dropped and averaged alike on any layout, in micro-batches too."""
+    dataset = image_dataset(tmp_path, per_class=10)
+    (tmp_path / "one").mkdir()
+    alone = record(tmp_path / "one", dataset, "1x1x1", "--task=classify", devices=1)
+    expected = results(tmp_path / "one", alone)["1x1x1"]
+    layouts = ("8x1x1", "1x8x1", "2x2x2", "2x1x1:2")
+    eight = record(tmp_path / "eight", dataset, *layouts, "--task=classify", devices=8)
+    found = results(tmp_path / "eight", eight)
+    assert len(found) == len(layouts)
+    for layout in found:
+        numbers.assert_same(expected, found[layout])
+
+
 @pytest.mark.parametrize("fault", ["gradient", "half"])
 def test_planted_mistakes_are_found(one, store, tmp_path, fault):
     out = record(tmp_path, store, "2x1x1", f"--fault={fault}", devices=2)

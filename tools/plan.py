@@ -14,11 +14,10 @@ import json
 
 import jax
 
-from dgpt_jax import chips, cli, flops, plan
+from dgpt_jax import chips, cli, flops, plan, tasks
 from dgpt_jax.chips import GIB, Topology
 from dgpt_jax.config import Train
 from dgpt_jax.schema import UserError
-from dgpt_jax.tasks.pretrain import planned
 
 
 def report(made: plan.Plan, run: Train) -> dict:
@@ -156,8 +155,7 @@ def table(reports: list[dict]) -> str:
 
 def on_gpus(run: Train) -> str:
     """What can be said of GPUs without compiling."""
-    task = planned(run)
-    needed = plan.model_flops(run, task)
+    needed = tasks.planned(run).model_flops()
     steps = plan.steps_of(run)
     lines = [f"FLOPs an image: model {needed / 1e9:.1f} G ({flops.FORMULA})"]
     for gpu in chips.GPUS.values():

@@ -1,9 +1,14 @@
 """All layouts of encoders: which one lies at a path, reading it, writing another."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from dgpt_jax.convert import big_vision, digpt, dinov2_encoder, files, hf, mae, ours, timm
+import numpy as np
+
+from dgpt_jax import heads as heads_lib
+from dgpt_jax.convert import big_vision, digpt, dinov2_encoder, files, hf, mae, ours, timm, weights
+from dgpt_jax.convert.layout import unflatten
 from dgpt_jax.convert.weights import Layout, Weights
 from dgpt_jax.schema import UserError
 
@@ -26,7 +31,7 @@ WRITTEN = tuple(name for name, one in LAYOUTS.items() if one.save)
 # What a directory of weights may hold.
 FILES = ("model.safetensors", files.INDEX, "pytorch_model.bin", "model.pth", "model.npz")
 # Of a checkpoint, what makes its encoder.
-ENCODER_PARTS = ("encoder", "pos_embed", "norm", "head")
+ENCODER_PARTS = ("encoder", "pos_embed", "norm", "head", "running_mean", "running_var")
 
 
 def read(
@@ -49,17 +54,31 @@ def read(
     if state is None and encoder_only:
         given["parts"] = ENCODER_PARTS
     try:
-        weights = layout.read(state, file, **given)
+        found = layout.read(state, file, **given)
     except (AttributeError, IndexError, KeyError, TypeError) as e:
         # Sizes are taken from arrays and JSON before the table is compared with them.
         raise UserError(
             f"{path} is no weights of layout {layout.name}: {type(e).__name__} {e}"
         ) from e
-    told = {"heads": heads, "decoder_heads": decoder_heads if weights.full else None}
+    told = {"heads": heads, "decoder_heads": decoder_heads if found.full else None}
     for name, count in told.items():
-        if count not in (None, getattr(weights.model, name)):
-            raise UserError(f"{path} has {getattr(weights.model, name)} {name}, {count} are given")
-    return layout, weights
+        if count not in (None, getattr(found.model, name)):
+            raise UserError(f"{path} has {getattr(found.model, name)} {name}, {count} are given")
+    return layout, _with_encoder(found) if "running_var" in found.params else found
+
+
+def _with_encoder(probe: Weights) -> Weights:
+    """The classifier of a linear probe: its encoder, where the training had it from, and its head,
+    batch statistics folded in."""
+    told = probe.run["config"]["classify"]
+    _, found = read(told["weights"], encoder_only=True)
+    found = weights.encoder(found, probe.pooling if found.full else None)
+    if found.pooling != probe.pooling or found.model.grid != probe.model.grid:
+        raise UserError(f"{probe.source}: {told['weights']} is another encoder now")
+    head = heads_lib.fold(unflatten(probe.params))
+    params = {p: x for p, x in found.params.items() if not p.startswith("head/")}
+    params |= {f"head/{name}": np.asarray(x, np.float32) for name, x in head.items()}
+    return dataclasses.replace(probe, params=params)
 
 
 def _open(path: Path) -> tuple[Mapping | None, Path]:

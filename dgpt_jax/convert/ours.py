@@ -79,8 +79,13 @@ def read_directory(state, path: Path, heads=None, decoder_heads=None, parts=None
     if about:
         return _weights(layout.flatten(params), about, source, part=parts is not None)
     model = parse(Model, metadata["config"]["model"])
-    run = {"config": metadata["config"], "step": metadata["step"], "directory": str(path)}
-    return Weights(model, layout.flatten(params), None, source, run=run)
+    config = metadata["config"]
+    run = {"config": config, "step": metadata["step"], "directory": str(path)}
+    pooling, how = None, Preprocess()
+    if config.get("task") == "classify":
+        pooling = config["classify"]["pooling"]
+        how = Preprocess(crop_pct=1.0) if model.image_size > 224 else how
+    return Weights(model, layout.flatten(params), pooling, source, how, run=run)
 
 
 def save_directory(weights: Weights, path: Path):

@@ -5,7 +5,17 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from dgpt_jax import digpt, pipeline, segments, token_codec, token_store, towers, vit
+from dgpt_jax import (
+    digpt,
+    flops,
+    optim,
+    pipeline,
+    segments,
+    token_codec,
+    token_store,
+    towers,
+    vit,
+)
 from dgpt_jax.config import Train
 from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError
@@ -33,6 +43,9 @@ class Pretrain:
     `open_pretrain` makes one with its data, `planned` one without.
     """
 
+    prepare = None
+    then = "python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint={workdir}"
+
     def __init__(self, config: Train, target: Target, *, examples=None, teacher=None, notes=()):
         """examples: pipeline.Examples; teacher: a loaded tower that runs within the step."""
         self.config = config
@@ -41,6 +54,7 @@ class Pretrain:
         self.teacher = teacher
         self.notes = notes
         self.frozen = teacher.params if teacher else {}
+        self.given: dict = {}
         weights = {"next": config.loss.next, "visible": config.loss.visible}
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.metric_names = (*self.weights, "loss", "grad_norm")
@@ -64,6 +78,24 @@ class Pretrain:
     def init(self, key):
         """Initial parameters, a nested dict."""
         return self.module.init(key, *digpt.dummy_inputs(self.config.model))["params"]
+
+    def optimizer(self, rate):
+        """The optimizer of the config at a schedule."""
+        return optim.optimizer(self.config.optim, rate)
+
+    def model_flops(self) -> float:
+        """FLOPs of an image in a step, by flops.FORMULA."""
+        return flops.step_flops(
+            self.config.model,
+            out_width=self.target.width,
+            decoders=tuple(self.weights),
+            teacher=self.teacher and self.teacher.tower,
+        )
+
+    def told(self) -> dict:
+        """What `replayed` needs beside the config."""
+        target = self.target
+        return {"target": {"width": target.width, "grid": target.grid, "cls": target.cls}}
 
     def loss(self, params, frozen, batch):
         """(scalar, {"next", "visible": (B,)}): the weighted sum and its parts."""
@@ -142,6 +174,14 @@ def planned(config: Train) -> Pretrain:
             f"what a store of it will hold"
         )
     return Pretrain(config, Target(width, (grid, grid), True, Codec("int8", np.zeros(0))))
+
+
+def replayed(config: Train, told: dict) -> Pretrain:
+    """The task of a step that was written down, whose tokens are decoded already."""
+    target = told["target"]
+    codec = Codec("float16", np.zeros(0))
+    target = Target(target["width"], tuple(target["grid"]), target["cls"], codec)
+    return Pretrain(config, target, teacher=load_teacher(config))
 
 
 def load_teacher(config: Train):
