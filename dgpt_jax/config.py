@@ -4,272 +4,40 @@ A config file starts from `default(Train)` (or `Tokens`, `Evaluate`), so that ev
 can be overridden on the command line; `schema.parse` turns the result into the dataclass.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
-from dgpt_jax.schema import UserError, entry, one_of
+from dgpt_jax.schema import UserError, entry, one_of, positive
+from dgpt_jax.sections import (
+    SIZES,
+    Checkpoint,
+    Classify,
+    Data,
+    Evals,
+    Hosts,
+    Loss,
+    Mesh,
+    Model,
+    Optim,
+    Teacher,
+)
 
-# width, depth, heads, patch size in pixels.
-SIZES = {
-    "S/16": (384, 12, 6, 16),
-    "B/16": (768, 12, 12, 16),
-    "L/16": (1024, 24, 16, 16),
-    "L/14": (1024, 24, 16, 14),
-    "H/14": (1280, 32, 16, 14),
-}
-
-
-@dataclass(frozen=True)
-class Model:
-    size: str = entry("B/16", f"one of {', '.join(SIZES)}; sets width, depth, heads and patch")
-    width: int | None = entry(None, "encoder width; default: by size")
-    depth: int | None = entry(None, "encoder blocks; default: by size")
-    heads: int | None = entry(None, "encoder attention heads; default: by size")
-    patch: int | None = entry(None, "patch size in pixels; default: by size")
-    mlp_ratio: float = entry(4.0, "hidden width of every MLP over its block's width")
-    image_size: int = entry(224, "height and width of the student's picture in pixels")
-    segments: tuple[int, int] = entry((2, 2), "rows and columns of segments the image is cut into")
-    taps: tuple[int, ...] | None = entry(
-        None,
-        "depths (1-based) whose features feed the decoders; default: 1/2, 2/3, 5/6, 1 of depth",
-    )
-    decoder_width: int = entry(1024, "width of both decoders")
-    decoder_depth: int = entry(2, "blocks of each decoder")
-    decoder_heads: int = entry(32, "attention heads of each decoder")
-    cls_mask: str = entry(
-        "official", "who sees the CLS token: official (last visible segment), self (only itself)"
-    )
-    remat: str = entry("none", "what the backward pass recomputes: none, dots, full")
-    eps: float = entry(1e-6, "of the encoder's LayerNorms")
-    activation: str = entry("gelu", "of the encoder's MLPs: gelu (exact), gelu_tanh, quick_gelu")
-
-    @property
-    def grid(self) -> int:
-        """Patches along each side of the image."""
-        return self.image_size // self.patch
-
-    def resolved(self) -> "Model":
-        """The model with size and taps filled in. Raises UserError where numbers do not match."""
-        one_of("config.model.size", self.size, SIZES)
-        one_of("config.model.cls_mask", self.cls_mask, ("official", "self"))
-        one_of("config.model.remat", self.remat, ("none", "dots", "full"))
-        one_of("config.model.activation", self.activation, ("gelu", "gelu_tanh", "quick_gelu"))
-        sized = dict(zip(("width", "depth", "heads", "patch"), SIZES[self.size], strict=True))
-        sized = {k: v for k, v in sized.items() if getattr(self, k) is None}
-        model = dataclasses.replace(self, **sized)
-        _positive(
-            model, "config.model", "depth", "heads", "patch", "image_size", "decoder_depth",
-            "decoder_heads",
-        )  # fmt: skip
-        if model.mlp_ratio <= 0:
-            raise UserError(f"config.model.mlp_ratio must be positive, got {model.mlp_ratio}")
-        if model.taps is None:
-            depths = (max(1, round(model.depth * f)) for f in (1 / 2, 2 / 3, 5 / 6, 1))
-            model = dataclasses.replace(model, taps=tuple(dict.fromkeys(depths)))
-        taps, depth = model.taps, model.depth
-        if list(taps) != sorted(set(taps)) or not taps or taps[0] < 1 or taps[-1] > depth:
-            raise UserError(
-                f"config.model.taps must increase within 1..{depth} (depth), got {taps}"
-            )
-        if model.image_size % model.patch:
-            raise UserError(
-                f"config.model.image_size {model.image_size} is not a multiple of the patch size "
-                f"{model.patch}"
-            )
-        if min(model.segments) < 1 or any(model.grid % s for s in model.segments):
-            raise UserError(
-                f"config.model.segments {model.segments} do not divide the "
-                f"{model.grid}×{model.grid} grid of patches"
-            )
-        for of in ("", "decoder_"):
-            width, heads = getattr(model, f"{of}width"), getattr(model, f"{of}heads")
-            if width < 4 or width % 4 or width % heads:
-                raise UserError(
-                    f"config.model.{of}width {width} must be a multiple of 4 (sin-cos positions) "
-                    f"and of {of}heads {heads}"
-                )
-        return model
-
-
-@dataclass(frozen=True)
-class Data:
-    path: str = entry("", "TFDS directory: a token store, or an image dataset")
-    examples: int | None = entry(
-        None, "examples that it must have, and that a plan without it goes by; default: any number"
-    )
-    source: str = entry("", "image dataset that a store must be of: NAME or NAME:VERSION")
-    split: str = entry("train", "split of an image dataset (a token store's splits are its views)")
-    targets: str = entry("stored", "stored (token store), online (live views), pixels (iGPT)")
-    views: int | None = entry(None, "use the first so many views of the store; default: all")
-    order: str = entry("random", "segment order: random (one an image and step), raster")
-    crop_scale: tuple[float, float] = entry((0.2, 1.0), "live views: area of the crop")
-    crop_ratio: tuple[float, float] = entry((3 / 4, 4 / 3), "live views: width over height")
-    crop_clip: bool = entry(
-        False, "live views: cut off what sticks out instead of drawing again, as MAE's probes do"
-    )
-    flip: bool = entry(True, "live views: mirror half of them")
-    threads: int = entry(8, "reading threads of each worker")
-    workers: int = entry(0, "worker processes; 0 reads in threads of the training process")
-    bad_records: str | None = entry(
-        None,
-        "error, or skip: damaged records are named, counted and replaced by the next; default: "
-        "error for token stores, skip for images",
-    )
-    bad_most: float = entry(0.001, "share of bad records from which on skipping them is an error")
-    cache: str = entry(
-        "", "local directory for shards of data on gs:// while they are read; default: temporary"
-    )
-    lanes: int | None = entry(
-        None,
-        "data on gs://: parts of the shards that a batch is drawn from, in equal numbers; divides "
-        "batch_size, best a multiple of the hosts; default: 16, or what of it divides batch_size",
-    )
-    window: int = entry(2, "data on gs://: shards that a lane shuffles at a time")
-
-
-@dataclass(frozen=True)
-class Teacher:
-    weights: str = entry("", "its weights: .safetensors, .pt, .pth, .bin or a directory with them")
-    image_size: int | None = entry(
-        None, "input size in pixels; default: the JSON's or the weights'"
-    )
-    heads: int | None = entry(None, "attention heads; default: from the JSON beside the weights")
-    activation: str | None = entry(None, "gelu, gelu_tanh or quick_gelu; default: from the JSON")
-    dtype: str = entry("float32", "dtype of the teacher's matmuls: float32 or bfloat16")
-    width: int | None = entry(None, "token width a store must have; default: what it has")
-    grid: int | None = entry(None, "side of the token grid a store must have; default: what it has")
-
-
-@dataclass(frozen=True)
-class Loss:
-    next: float = entry(1.0, "weight of the generative loss (next segment); 0 leaves it out")
-    visible: float = entry(1.0, "weight of the discriminative loss (seen segments); 0: left out")
-
-
-@dataclass(frozen=True)
-class Classify:
-    weights: str = entry(
-        "", "what task=classify starts from: a work directory or weights; empty: random ones"
-    )
-    num_classes: int = entry(1000, "classes of the data, labels 0 to num_classes - 1")
-    pooling: str = entry("mean", "mean (of the patch tokens, then a fresh norm) or cls")
-    train: str = entry(
-        "all", "all, or head: a linear probe, standardised by batch, on the frozen encoder"
-    )
-    drop_path: float = entry(0.1, "stochastic depth: rate of the last block, 0 in the first")
-    smoothing: float = entry(0.1, "share of a label that is spread over all classes")
-    randaugment: str = entry(
-        "rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy; empty: none"
-    )
-    interpolation: str = entry("bicubic", "of its shifts and turns: bicubic, bilinear or random")
-    jitter: tuple[float, float, float] = entry(
-        (0.0, 0.0, 0.0), "strengths of random brightness, contrast and saturation"
-    )
-    erase: float = entry(0.25, "probability that a box of the picture becomes noise")
-    mixup: float = entry(0.8, "parameter of mixup's Beta distribution; 0: no mixup")
-    cutmix: float = entry(1.0, "the same of cutmix; with both, one of them is drawn")
-    mix_group: int = entry(
-        128, "neighbouring rows of a batch that are mixed alike: the official code's batch of a GPU"
-    )
-    resize: int | None = entry(
-        None,
-        "pixels of the shorter side (or both) before the centre crop of an evaluation; default: "
-        "256/224 of image_size, above 224 image_size itself, as the official code has it",
-    )
-
-    def resolved(self) -> "Classify":
-        """Itself. Raises UserError on values that mean nothing."""
-        one_of("config.classify.pooling", self.pooling, ("mean", "cls"))
-        one_of("config.classify.train", self.train, ("all", "head"))
-        one_of(
-            "config.classify.interpolation", self.interpolation, ("bicubic", "bilinear", "random")
-        )
-        _positive(self, "config.classify", "num_classes", "mix_group")
-        for name in ("drop_path", "smoothing", "erase"):
-            if not 0 <= getattr(self, name) < 1 + (name == "erase"):
-                raise UserError(
-                    f"config.classify.{name} must be a share, got {getattr(self, name)}"
-                )
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise UserError(
-                    f"config.classify.{name} must not be negative, got {getattr(self, name)}"
-                )
-        if min(self.jitter) < 0:
-            raise UserError(f"config.classify.jitter must not be negative, got {self.jitter}")
-        return self
-
-
-@dataclass(frozen=True)
-class Optim:
-    kind: str = entry("adamw", "adamw; task=classify also: sgd, lars")
-    blr: float = entry(1.5e-4, "base learning rate: peak = blr * batch_size / 256")
-    warmup: str = entry("40 epochs", "linear warm-up from 0; a duration")
-    min_lr: float = entry(0.0, "learning rate at the end of the cosine")
-    layer_decay: float = entry(
-        1.0, "task=classify: learning rates shrink by this a layer, from the head down"
-    )
-    weight_decay: float = entry(
-        0.05, "decoupled; not on biases and norms, with task=classify nor on positions and CLS"
-    )
-    b1: float = entry(0.9, "AdamW beta 1; momentum of sgd and lars")
-    b2: float = entry(0.95, "AdamW beta 2")
-    clip_norm: float = entry(0.0, "clip gradients to this global L2 norm; 0: do not")
-    mu_dtype: str = entry("float32", "dtype of the first moment: float32 or bfloat16")
-    bad_steps: int = entry(
-        10, "stop after so many updates in a row left out for numbers that are not finite"
-    )
-    spike: float = entry(0.0, "leave out updates at this times the running mean of the loss; 0: no")
-    ema: float = entry(
-        0.0,
-        "decay a step of a moving average of the parameters, which is then what is evaluated "
-        "and exported; 0: none",
-    )
-
-
-@dataclass(frozen=True)
-class Mesh:
-    data: int = entry(-1, "devices along data parallelism; -1: the rest")
-    fsdp: int = entry(1, "devices over which parameters are split too")
-    tensor: int = entry(1, "devices over which heads and MLP widths are split")
-
-
-@dataclass(frozen=True)
-class Hosts:
-    coordinator: str = entry(
-        "", "HOST:PORT of process 0; empty: alone, or found by JAX on a cluster"
-    )
-    processes: int | None = entry(None, "number of processes that must take part")
-    process: int | None = entry(None, "number of this one, from 0; with coordinator")
-    timeout: int = entry(120, "seconds to wait for all of them")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    every: str = entry("5 epochs", "duration between checkpoints")
-    keep: int = entry(2, "newest checkpoints to keep")
-    keep_every: str = entry("", "duration: those at its multiples are kept for ever")
-    best: str = entry(
-        "",
-        "evaluation metric (heldout/visible, knn/cls, val/top1, …) whose best checkpoint is kept "
-        "too",
-    )
-
-
-@dataclass(frozen=True)
-class Evals:
-    every: str = entry("25 epochs", "duration between evaluations; one more at the end")
-    heldout: str = entry(
-        "",
-        "data like data.path that is not trained on: its loss is logged, with task=classify its "
-        "accuracy",
-    )
-    heldout_split: str = entry("test", "its split, where it is an image dataset")
-    knn: str = entry("", "labelled TFDS image dataset for the kNN accuracy")
-    knn_train: str = entry("train", "split that the neighbours come from, slices allowed")
-    knn_test: str = entry("test", "split that is classified, slices allowed")
-    knn_resize: int = entry(256, "shorter side in pixels before the centre crop of image_size")
-    batch_size: int = entry(256, "examples a step")
+__all__ = [
+    "SIZES",
+    "Checkpoint",
+    "Classify",
+    "Data",
+    "Evals",
+    "Evaluate",
+    "Hosts",
+    "Loss",
+    "Mesh",
+    "Model",
+    "Optim",
+    "Teacher",
+    "Tokens",
+    "Train",
+    "steps",
+]
 
 
 @dataclass(frozen=True)
@@ -311,10 +79,10 @@ class Train:
         if not 0 <= self.data.bad_most <= 1:
             raise UserError(f"config.data.bad_most {self.data.bad_most} must be within 0 and 1")
         _crops("config.data", self.data.crop_scale, self.data.crop_ratio)
-        _positive(self.data, "config.data", "threads", "window")
-        _positive(self, "config", "log_every")
-        _positive(self.checkpoint, "config.checkpoint", "keep")
-        _positive(self.evals, "config.evals", "batch_size", "knn_resize")
+        positive(self.data, "config.data", "threads", "window")
+        positive(self, "config", "log_every")
+        positive(self.checkpoint, "config.checkpoint", "keep")
+        positive(self.evals, "config.evals", "batch_size", "knn_resize")
         _seed(self.seed)
         if self.data.workers < 0:
             raise UserError(f"config.data.workers must not be negative, got {self.data.workers}")
@@ -404,7 +172,7 @@ class Tokens:
         one_of("config.picture", self.picture, ("jpeg95", "webp-lossless", "png"))
         if not self.source:
             raise UserError("config.source is empty: give the directory of a TFDS image dataset")
-        _positive(
+        positive(
             self, "config", "views", "batch_size", "shard_size", "picture_size", "threads", "tensor"
         )
         _seed(self.seed)
@@ -443,7 +211,7 @@ class Evaluate:
             one_of("config.features", name, ("cls", "mean"))
         if not self.data:
             raise UserError("config.data is empty: give the directory of a labelled TFDS dataset")
-        _positive(self, "config", "resize", "batch_size")
+        positive(self, "config", "resize", "batch_size")
         if self.temperature <= 0 or self.l2 <= 0:
             raise UserError("config.temperature and config.l2 must be positive")
         for name in ("features", "shots", "seeds", "k"):
@@ -452,13 +220,6 @@ class Evaluate:
         if min(self.k) < 1 or min(*self.shots, *self.seeds) < 0:
             raise UserError("config.k must be positive, config.shots and seeds not negative")
         return self
-
-
-def _positive(config, prefix: str, *names: str):
-    """Raises UserError about the first of the fields that is less than 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{prefix}.{name} must be positive, got {getattr(config, name)}")
 
 
 def _seed(seed: int):

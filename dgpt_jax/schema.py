@@ -31,6 +31,13 @@ def one_of(path: str, value, allowed):
         raise UserError(f"{path} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
+def positive(config, prefix: str, *names: str):
+    """Raises UserError about the first of the fields that is less than 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{prefix}.{name} must be positive, got {getattr(config, name)}")
+
+
 def default(schema) -> config_dict.ConfigDict:
     """A schema's fields at their defaults, as a locked ConfigDict for a config file to edit."""
     config = config_dict.ConfigDict()
