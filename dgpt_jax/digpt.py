@@ -155,6 +155,21 @@ def token_losses(predictions, tokens, order_BS, *, grid: tuple[int, int], segmen
     student's. Where the teacher's grid divides by the segments, predictions are resized to it,
     before they are normalised; otherwise the teacher's tokens are resized to the student's grid.
     """
+    aligned = align(predictions, tokens, order_BS, grid=grid, segment_grid=segment_grid, cls=cls)
+    result = {}
+    for name, (pred_BVTC, target_BVTC) in aligned.items():
+        pairs = losses.cosine_loss(pred_BVTC, target_BVTC).reshape(len(tokens), -1)
+        if cls:
+            pair = losses.cosine_loss(predictions[name][:, -1:], tokens[:, :1])
+            pairs = jnp.concatenate([pairs, pair], axis=1)
+        result[name] = pairs.mean(axis=1)
+    return result
+
+
+def align(predictions, tokens, order_BS, *, grid: tuple[int, int], segment_grid, cls: bool):
+    """{name: (predictions, the teacher's tokens)} patch by patch, both (B, V, T, C), on one grid;
+    of `next` for places 1..S-1 of the order, of `visible` for 0..V-1. Takes what token_losses does.
+    """
     patches = tokens[:, 1:] if cls else tokens
     side = round(patches.shape[1] ** 0.5)
     teacher_grid = (side, side)
@@ -175,11 +190,7 @@ def token_losses(predictions, tokens, order_BS, *, grid: tuple[int, int], segmen
         if student != teacher:
             resize = segments.resize_matrix(student, teacher)
             pred_BVTC = jnp.einsum("mt,bvtc->bvmc", resize, pred_BVTC)
-        pairs = losses.cosine_loss(pred_BVTC, target_BSTC[:, places[name]]).reshape(batch, -1)
-        if cls:
-            pair = losses.cosine_loss(prediction[:, -1:], tokens[:, :1])
-            pairs = jnp.concatenate([pairs, pair], axis=1)
-        result[name] = pairs.mean(axis=1)
+        result[name] = pred_BVTC, target_BSTC[:, places[name]]
     return result
 
 

@@ -15,6 +15,7 @@ import tensorboardX
 from clu import metrics as clu_metrics
 from clu import profiler
 
+from dgpt_jax import run_log
 from dgpt_jax.schema import UserError
 
 Metrics = clu_metrics.Collection
@@ -36,7 +37,7 @@ class Writer:
         if self._active:
             workdir.mkdir(parents=True, exist_ok=True)
             # Unbuffered: closing is not to write, and fail, once more on a full disk.
-            self._file = (workdir / "metrics.jsonl").open("ab", buffering=0)
+            self._file = (workdir / run_log.FILE).open("ab", buffering=0)
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
 
     def scalars(self, step: int, values: dict[str, float]):
@@ -71,21 +72,20 @@ class Writer:
 
 
 def best_and_last(workdir: Path, best: str) -> list[str]:
-    """A line for every metric of an evaluation whose `best` is kept: its best value, its last."""
-    path = Path(workdir) / "metrics.jsonl"
-    if not best or not path.is_file():
+    """A line for every metric of the evaluations of a run that keeps its `best`: its best value,
+    its last."""
+    if not best or not (Path(workdir) / run_log.FILE).is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    measured = [line for line in lines if best in line]
     told = []
-    for name in [n for n in (measured[-1] if measured else {}) if n != "step"]:
-        values = [line for line in measured if isinstance(line.get(name), float)]
-        pick = min if name.startswith("heldout/") else max
-        top, last = pick(values, key=lambda line: line[name]), values[-1]
-        told.append(
-            f"{name}: best {top[name]:.4f} at step {top['step']}, last {last[name]:.4f} at step "
-            f"{last['step']}"
-        )
+    for name, curve in run_log.read(workdir).curves.items():
+        finite = {step: value for step, value in curve.items() if math.isfinite(value)}
+        if "/" in name and finite:  # knn/cls: what an evaluation has measured
+            top = (min if name.startswith("heldout/") else max)(finite, key=finite.get)
+            last = max(finite)
+            told.append(
+                f"{name}: best {finite[top]:.4f} at step {top}, last {finite[last]:.4f} at step "
+                f"{last}"
+            )
     return told
 
 

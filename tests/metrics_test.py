@@ -87,3 +87,19 @@ def test_the_progress_line(stream):
 def test_durations():
     shown = [metrics.duration(x) for x in (0, 59.6, 3725, 50 * 3600, math.inf)]
     assert shown == ["0m00s", "1m00s", "1h02m", "2.1d", "?"]
+
+
+def test_best_and_last_of_evaluations(tmp_path):
+    """Of the run as it went on: a line that was cut and a step logged anew do not count."""
+    lines = [
+        {"step": 10, "loss": 3.0}, {"step": 10, "val/top1": 0.5, "heldout/next": 1.0},
+        {"step": 20, "val/top1": 0.9, "heldout/next": 0.9},  # a restart from step 10 follows
+        {"step": 20, "val/top1": 0.8, "heldout/next": 1.2}, {"step": 30, "val/top1": 0.7},
+    ]  # fmt: skip
+    text = "\n".join(map(json.dumps, lines)) + '\n{"step": 40, "val/'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert metrics.best_and_last(tmp_path, "val/top1") == [
+        "val/top1: best 0.8000 at step 20, last 0.7000 at step 30",
+        "heldout/next: best 1.0000 at step 10, last 1.2000 at step 20",
+    ]
+    assert metrics.best_and_last(tmp_path, "") == []

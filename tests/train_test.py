@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import report_run
+import visualize
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -269,6 +271,14 @@ def test_a_run_is_opened_again(made, whole):
     gradients, gradient = jax.jit(jax.grad(total, argnums=(0, 1)))(model.params, tokens)
     assert np.isfinite(gradient).all() and np.any(gradient)
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients["encoder"]["blocks"]))
+
+
+def test_a_run_is_looked_at(made, whole, monkeypatch):
+    words = [whole, "--show=predictions", f"--store={made[2]}", "--count=2"]
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, words), f"--out={whole / 'predictions.png'}"])
+    visualize.main()
+    page = report_run.page(whole)
+    assert page.count("data:image/png") == 1 and "checkpoints of steps</td><td>20" in page
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear", "fewshot"])

@@ -1,44 +1,86 @@
-"""Draws metrics of runs against their steps: python tools/plot.py DIR… --out=FILE.png"""
+"""Curves of runs: python tools/plot.py RUN… --out=FILE.png (or .svg)
 
-import json
+Draws what the runs have logged against their steps: losses, accuracies, throughput, waiting for
+data. `--smooth=N` draws the mean of N logged points over the raw line, which stays visible; the
+learning rate and what has fewer than 4 N points are left as they are. What was not finite is a
+cross at the bottom.
+
+    python tools/plot.py --diff RUN OTHER
+
+compares two runs step by step and says at which step each metric parts and by how much. It ends
+with 1 where they differ, also in which steps they have logged. What hangs on the machine
+(throughput, waiting) is compared only if --metrics names it.
+"""
+
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator
 
-from dgpt_jax import cli
+from dgpt_jax import cli, run_log
 from dgpt_jax.schema import UserError
 
-
-def read(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{run} has no metrics.jsonl: is it a work directory?")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+COLUMNS = 4
 
 
-def curves(runs, names, out):
-    """One panel a metric, one line a run that has it."""
-    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for i, run in enumerate(runs):
-            lines = [line for line in read(run) if name in line]
-            if lines:
-                steps, values = [x["step"] for x in lines], [x[name] for x in lines]
-                marker = "o" if len(lines) < 8 else None
-                axis.plot(
-                    steps, values, color=f"C{i}", label=Path(run).name, marker=marker, markersize=3
-                )
+def curves(runs, names, out, smooth: int = 0):
+    """One panel a metric, one line a run that has it. `out`: a path or a file, as savefig takes."""
+    draw([run_log.read(run) for run in runs], names, out, smooth=smooth)
+
+
+def draw(logs, names, out, smooth: int = 0, **save):
+    """`curves` of logs that were read."""
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    size = (4.5 * columns, 3.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    labels = labels_of([log.run for log in logs])
+    for axis, name in zip(axes.flat, names, strict=False):
+        for i, log in enumerate(logs):
+            steps, values = log.arrays(name)
+            if len(steps):
+                points = 0 if name == "learning_rate" or len(steps) < 4 * smooth else smooth
+                _line(axis, steps, values, f"C{i}", labels[i], points)
         axis.set(title=name, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    figure.savefig(out, dpi=130, **save)
     plt.close(figure)
+
+
+def _line(axis, steps, values, colour, label, smooth: int):
+    """A run's values; smoothed, the raw ones faint beneath."""
+    bad = ~np.isfinite(values)
+    marker = "o" if len(steps) < 8 else None
+    shown = np.where(bad, np.nan, values)
+    raw = {"color": colour, "marker": marker, "markersize": 3}
+    if smooth > 1:
+        axis.plot(steps, shown, alpha=0.25, **raw)
+        means = run_log.running_mean(values, smooth)
+        axis.plot(steps, means, color=colour, label=f"{label}, mean of {smooth}")
+    else:
+        axis.plot(steps, shown, label=label, **raw)
+    if bad.any():
+        axis.plot(
+            steps[bad], np.full(bad.sum(), 0.02), "x", color=colour, clip_on=False,
+            transform=axis.get_xaxis_transform(), label=f"{label}: not finite",
+        )  # fmt: skip
+
+
+def labels_of(runs) -> list[str]:
+    """The runs' names, or where two are of one name the paths as given."""
+    names = [Path(run).absolute().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def table(cells: dict[str, dict[tuple, tuple[float, float]]]) -> str:
@@ -73,18 +115,56 @@ def accuracies(cells: dict[str, dict[tuple, tuple[float, float]]], out):
     plt.close(figure)
 
 
+def diff(logs, names, tolerance: float) -> bool:
+    """Prints where two runs part; whether they differ."""
+    a, b = logs
+    found = run_log.compare(a, b, names, tolerance)
+    for difference in sorted(found, key=lambda x: x.same):
+        print(difference.line())
+    parting = [(x.first[0], x.name) for x in found if x.first]
+    if parting:
+        step, name = min(parting)
+        print(f"{a.run} and {b.run} part at step {step}, in {name}")
+    elif all(x.same for x in found):
+        print(f"{a.run} and {b.run} are the same")
+    else:
+        print(f"{a.run} and {b.run} agree where both have logged, and one has more")
+    return not all(x.same for x in found)
+
+
 def main():
     made = cli.parser(__doc__)
     made.add_argument("runs", nargs="+", help="work directories")
-    made.add_argument("--metrics", default="next,visible", help="names, comma-separated")
-    made.add_argument("--out", required=True, help="PNG or SVG file")
-    args = made.parse_args()
-    names = args.metrics.split(",")
-    known = {key for run in args.runs for line in read(run) for key in line} - {"step"}
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"no run has {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    curves(args.runs, names, args.out)
-    print(f"wrote {args.out}")
+    made.add_argument("--metrics", help="names, comma-separated; default: all that tell something")
+    made.add_argument("--out", help="PNG or SVG file")
+    made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")
+    made.add_argument("--diff", action="store_true", help="say where two runs part; 1 if they do")
+    made.add_argument(
+        "--tolerance", type=float, default=0.0, help="relative difference that --diff passes over"
+    )
+    args = made.parse_intermixed_args()
+    if not (args.out or args.diff):
+        raise UserError("nothing to do: give --out=FILE.png, FILE.svg, or --diff")
+    if args.diff and len(args.runs) != 2:
+        raise UserError(f"--diff compares two runs, {len(args.runs)} were given")
+    if args.out and Path(args.out).suffix.lower() not in (".png", ".svg"):
+        raise UserError(f"--out={args.out}: the name of the file ends neither in .png nor in .svg")
+    logs = [run_log.read(run) for run in args.runs]
+    for log in logs:
+        if log.damaged:
+            print(f"{log.run}: {log.damaged} damaged lines passed over", file=sys.stderr)
+    names = run_log.chosen(logs, args.metrics)
+    if args.out:
+        draw(logs, names, args.out, smooth=args.smooth)
+        print(f"wrote {args.out}")
+    differ = False
+    if args.diff:
+        if not args.metrics:
+            names = [name for name in names if name not in run_log.OF_THE_MACHINE]
+        differ = diff(logs, names, args.tolerance)
+    print(f"next: python tools/report_run.py {args.runs[0]} --out=report.html")
+    if differ:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
