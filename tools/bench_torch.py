@@ -94,7 +94,7 @@ class Peer:
             model, state = parse(Model, told["model"]), load_file(work / "weights.safetensors")
             self.model = Losses(digpt_torch.build(model, state))
         self.model.to(self.device)
-        arrays = np.load(work / "batch.npz")
+        arrays = np.load(work / "batch.npz", allow_pickle=False)
         images = torch.from_numpy(arrays["image"]).permute(0, 3, 1, 2).contiguous()
         shape = (1, 3, 1, 1)
         batch = (

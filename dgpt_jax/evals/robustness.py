@@ -75,13 +75,13 @@ class Predictor:
             masked = jnp.where(masks[None], logits[:, None], -jnp.inf)
             return {"class": masked.argmax(axis=-1).astype(jnp.int32)}
 
-        self._extract = features.Extractor(encode, mesh, batch_size=settings.batch_size)
+        self._banks = features.Extractor(encode, mesh, batch_size=settings.batch_size)
         self._params = jax.device_put(classifier.params, sharding.replicated(mesh))
         self._place = partial(jax.device_put, device=sharding.replicated(mesh))
 
     def __call__(self, source, view: Callable, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """masks: bool (M, 1000): among which classes the M answers are looked for."""
-        bank = self._extract((self._params, self._place(masks)), source, view)["class"]
+        bank = self._banks((self._params, self._place(masks)), source, view)["class"]
         return bank.gathered(), bank.labels
 
 
