@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import tempfile
 
 from tests.processes import QUICK_COMPILE
@@ -9,6 +10,8 @@ from tests.processes import QUICK_COMPILE
 # Compiled programs are shared by the tests of one run: half of them compile the same step.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="dgpt_jax_tests_"))
 os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE)
+# A shell's background job ignores Ctrl-C, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Operators that torchvision defines in compiled code, and names when it is imported.
 TORCHVISION = ("nms", "qnms")

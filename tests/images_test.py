@@ -207,25 +207,13 @@ def test_progress(tmp_path, monkeypatch):
     assert "img/s, 1 unreadable so far, eta 0m0" in said[3]
 
 
-# The import, at a pace at which a signal hits it.
-SLOWLY = """
-import sys, time
-sys.path.insert(0, "tools")
-import import_images
-from dgpt_jax import cli, images
-write = images._write
-images._write = lambda *args, **more: (time.sleep(0.2), write(*args, **more))[1]
-cli.run(import_images.main)
-"""
-
-
 def test_killed_and_stopped_it_continues(tmp_path):
     """Ctrl-C, kill -9, and a third run: the same bytes as from one that was left alone."""
     src = tmp_path / "src"
     write_folder(src, 150, size=(100, 120))
     (src / "a/000.png").write_text("no image")
     out, whole = tmp_path / "stopped/out", tmp_path / "whole/out"
-    words = ["-c", SLOWLY, src, f"--out={out}", "--shard_size=10", "--threads=1"]
+    words = ["tools/import_images.py", src, f"--out={out}", "--shard_size=10", "--threads=1"]
     for number, code, shards_before in ((signal.SIGINT, 130, 2), (signal.SIGKILL, -9, 5)):
         process = processes.start(words)
         while len(list(out.glob(".*.receipt"))) < shards_before and process.poll() is None:
