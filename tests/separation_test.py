@@ -13,6 +13,8 @@ from dgpt_jax import cli, evaluate
 ROOT = Path(__file__).parent.parent
 # Labels a class that each protocol gets; few, so that they are hard to do without features.
 SHOTS = {"knn": 5, "linear": 5, "fewshot": 5}
+# Glyphs take longer: after 300 steps kNN is still below the untrained encoder's.
+STEPS = {"digits": 300, "glyphs": 1200}
 
 
 def accuracies(out: Path, name: str, monkeypatch, *words) -> dict[str, dict]:
@@ -33,8 +35,8 @@ def accuracies(out: Path, name: str, monkeypatch, *words) -> dict[str, dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("images", quickstart.IMAGES)
 def test_a_pretrained_encoder_is_told_from_an_untrained_one(images, tmp_path, monkeypatch):
-    """Without overlap of the intervals, by every protocol, after 300 steps of D-iGPT."""
-    steps, logs = 300, tmp_path / "logs"
+    """Without overlap of the intervals, by every protocol, after some hundred steps of D-iGPT."""
+    steps, logs = STEPS[images], tmp_path / "logs"
     quickstart.IMAGES[images](tmp_path / "pictures")
     words = ("tools/import_images.py", tmp_path / "pictures", f"--out={tmp_path / 'images'}")
     made = tmp_path / "images/dataset_info.json"
