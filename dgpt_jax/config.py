@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from dgpt_jax.schema import UserError, entry, one_of, positive
 from dgpt_jax.sections import (
-    SIZES,
     Checkpoint,
     Classify,
     Data,
@@ -20,24 +19,6 @@ from dgpt_jax.sections import (
     Optim,
     Teacher,
 )
-
-__all__ = [
-    "SIZES",
-    "Checkpoint",
-    "Classify",
-    "Data",
-    "Evals",
-    "Evaluate",
-    "Hosts",
-    "Loss",
-    "Mesh",
-    "Model",
-    "Optim",
-    "Teacher",
-    "Tokens",
-    "Train",
-    "steps",
-]
 
 
 @dataclass(frozen=True)

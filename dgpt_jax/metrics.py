@@ -80,7 +80,7 @@ def best_and_last(workdir: Path, best: str) -> list[str]:
     for name, curve in run_log.read(workdir).curves.items():
         finite = {step: value for step, value in curve.items() if math.isfinite(value)}
         if "/" in name and finite:  # knn/cls: what an evaluation has measured
-            top = (min if name.startswith("heldout/") else max)(finite, key=finite.get)
+            top = (min if run_log.is_loss(name) else max)(finite, key=finite.get)
             last = max(finite)
             told.append(
                 f"{name}: best {finite[top]:.4f} at step {top}, last {finite[last]:.4f} at step "

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from dgpt_jax import config, published
+from dgpt_jax import published, sections
 from dgpt_jax.evals import results
 
 NOT_RUN = "not run"
@@ -53,7 +53,7 @@ def _name(model: dict) -> str:
 def size_of(model: dict) -> str:
     """ "B/16" of a model's config, or its width and depth."""
     shape = tuple(model[name] for name in ("width", "depth", "heads", "patch"))
-    known = {sizes: name for name, sizes in config.SIZES.items()}
+    known = {sizes: name for name, sizes in sections.SIZES.items()}
     return known.get(shape, f"{model['width']} wide, {model['depth']} deep")
 
 

@@ -21,6 +21,11 @@ OF_THE_MACHINE = (
 )  # fmt: skip
 
 
+def is_loss(metric: str) -> bool:
+    """Whether lower is better."""
+    return metric.startswith("heldout/")
+
+
 @dataclass(frozen=True)
 class Log:
     """The curves of a run: {metric: {step: value}}, steps ascending; a value may be NaN or

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from dgpt_jax import hosts, optim
+from dgpt_jax import hosts, optim, run_log
 from dgpt_jax.checkpoint import FORMAT, OLDEST, checked, directory
 from dgpt_jax.schema import UserError
 from dgpt_jax.state import TrainState
@@ -36,7 +36,7 @@ class Checkpoints:
             policies.append(
                 preservation_policy.BestN(
                     get_metric_fn=lambda found: found[best],
-                    reverse=is_loss(best),
+                    reverse=run_log.is_loss(best),
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
@@ -175,8 +175,3 @@ class Checkpoints:
 
 def _format(state: TrainState) -> int:
     return OLDEST if optim.measured(state) is state.params else FORMAT
-
-
-def is_loss(metric: str) -> bool:
-    """Whether lower is better."""
-    return metric.startswith("heldout/")

@@ -7,10 +7,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from dgpt_jax import digpt, segments, vit
-from dgpt_jax.config import SIZES, Model
 from dgpt_jax.convert import digpt as official
 from dgpt_jax.convert import layout
 from dgpt_jax.schema import parse
+from dgpt_jax.sections import SIZES, Model
 from tests.paths import GOLDEN
 
 

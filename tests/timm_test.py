@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dgpt_jax.config import SIZES, Model
 from dgpt_jax.convert import formats, layout, timm
 from dgpt_jax.convert.weights import Weights, encoder_shapes
 from dgpt_jax.schema import UserError, parse
+from dgpt_jax.sections import SIZES, Model
 from tests.conversions import random_weights
 from tests.paths import GOLDEN
 

@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import chips, cli, flops, hosts, metrics, optim, segments, sharding, state, towers
-from dgpt_jax.config import SIZES, Hosts, Model, Train
+from dgpt_jax import chips, cli, hosts, metrics, segments, sharding, state, towers
+from dgpt_jax.config import Hosts, Model, Train
 from dgpt_jax.convert import digpt, files, layout, timm
 from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError, parse
+from dgpt_jax.sections import SIZES
 from dgpt_jax.step import make_train_step
 from dgpt_jax.tasks.pretrain import Pretrain, Target
 from dgpt_jax.token_codec import Codec
@@ -86,11 +87,8 @@ class Ours:
             self.config, Target(width, tower.grid, cls=True, codec=codec), teacher=teacher
         )
         self.mesh = sharding.make_mesh(self.config.mesh)
-        self.flops = flops.step_flops(
-            self.config.model, out_width=width, decoders=tuple(self.task.weights),
-            teacher=tower if teacher else None,
-        )  # fmt: skip
-        tx = optim.optimizer(self.config.optim, lambda step: 1e-4)
+        self.flops = self.task.model_flops()
+        tx = self.task.optimizer(lambda step: 1e-4)
         self.state = state.create(self.task.init, tx, self.mesh, seed=0)
         self.local = self._batch()
         self.batch = sharding.global_batch(self.mesh, args.batch, self.local)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from dgpt_jax import segments
-from dgpt_jax.config import SIZES, Model
 from dgpt_jax.convert import files, layout
 from dgpt_jax.convert.layout import Entry, linear, norm
 from dgpt_jax.convert.weights import Layout, Weights, depth_of, full_shapes, image_side, needed
 from dgpt_jax.schema import UserError, parse
+from dgpt_jax.sections import SIZES, Model
 
 # Our decoder: the official prefix of its blocks, and that of its encoder features.
 DECODERS = {"next": ("ar", "kd"), "visible": ("kd", "ar")}

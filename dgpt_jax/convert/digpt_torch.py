@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dgpt_jax import segments
+from dgpt_jax.convert import digpt
 
-# `forward_encoder` returns the `kd` features first, and `forward` takes them as those of `ar`.
-FEATURES = {"ar": "kd", "kd": "ar"}
+# Each decoder's features, by official names.
+FEATURES = dict(digpt.DECODERS.values())
 
 
 class Mlp(nn.Module):

@@ -8,7 +8,6 @@ import json
 import re
 from pathlib import Path
 
-from dgpt_jax.config import SIZES, Model
 from dgpt_jax.convert import files, layout
 from dgpt_jax.convert.layout import Entry, linear, norm
 from dgpt_jax.convert.source import read_json
@@ -23,6 +22,7 @@ from dgpt_jax.convert.weights import (
     needed,
 )
 from dgpt_jax.schema import UserError
+from dgpt_jax.sections import SIZES, Model
 
 # timm's names of sizes at 224 pixels; other models are `vit_base_patch16_224` with model_args.
 NAMES = {
