@@ -27,41 +27,66 @@ kernel = made.params["encoder"]["blocks"]["mlp"]["fc1"]["kernel"]
 assert len({str(s.index) for s in kernel.addressable_shards}) == 4
 with saving.Checkpoints(path, keep=1) as checkpoints:
     checkpoints.save(made, {"config": schema.to_dict(train)})
-print(sum(x.nbytes for x in jax.tree.leaves(made.params["encoder"])))
+for tree in (made.params["encoder"], made.params):
+    print(sum(x.nbytes for x in jax.tree.leaves(tree)))
 """
 EXPORT = """
 import resource, sys
-sys.modules["timm"] = None
+sys.modules |= {"timm": None, "torch": None, "transformers": None}
 sys.path.insert(0, "tools")
 import convert
-sys.argv = ["convert", sys.argv[1], sys.argv[2], "--to=timm"]
+sys.argv = ["convert", *sys.argv[1:]]
 convert.main()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
+FORMS = {
+    "timm": ("--to=timm", "out"),
+    "hf": ("--to=hf", "out"),
+    "big_vision": ("--to=big_vision", "out.npz"),
+    "safetensors": ("--to=safetensors", "out.safetensors"),
+    "flax": ("--to=flax", "out"),
+    "digpt": ("--to=digpt", "out.safetensors"),
+}
+FULL = ("safetensors", "flax", "digpt")
 
 
-def run(code, *words, devices: int) -> int:
+def run(code, *words, devices: int) -> list[int]:
+    """The numbers that a process of its own prints."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     ended = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    return int(ended.stdout.split()[-1])
+    return [int(line) for line in ended.stdout.splitlines() if line.isdigit()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Work directories of a small and a large model, with the bytes of encoder and of all."""
+    small = dict(width=64, depth=12, heads=4, patch=16, image_size=32, decoder_width=32,
+                 decoder_depth=1, decoder_heads=2)  # fmt: skip
+    made = []
+    for model in (small, small | dict(width=640, decoder_width=512, decoder_heads=8)):
+        path = tmp_path_factory.mktemp("run")
+        made.append((path, *run(WRITE, path, json.dumps(model), devices=4)))
+    return made
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes there")
-def test_memory(tmp_path):
-    """At most 1.5 times the encoder's bytes beyond what the export of a small one needs."""
-    small = dict(width=64, depth=12, heads=4, patch=16, image_size=32, decoder_width=32,
-                 decoder_depth=1, decoder_heads=2)  # fmt: skip
+@pytest.mark.parametrize("form", FORMS)
+def test_memory(form, runs, tmp_path):
+    """At most 1.5 times the exported bytes, beyond what the same of a small model needs."""
+    to, name = FORMS[form]
     peaks, sizes = [], []
-    for model in (small, small | dict(width=640)):
-        path = tmp_path / str(model["width"])
-        sizes.append(run(WRITE, path, json.dumps(model), devices=4))
-        peaks.append(run(EXPORT, path, tmp_path / f"{path.name}.timm", devices=1))
+    for i, (path, *all_bytes) in enumerate(runs):
+        (tmp_path / str(i)).mkdir()
+        sizes.append(all_bytes[form in FULL])
+        peaks.extend(run(EXPORT, path, tmp_path / str(i) / name, to, devices=1))
     assert sizes[1] > 200e6
     more = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
-    print(f"{sizes[1] / 1e6:.0f} MB: {more:.2f} times as much, over {peaks[0] / 1e6:.0f} MB")
+    print(
+        f"{form}: {sizes[1] / 1e6:.0f} MB, {more:.2f} times as much, over {peaks[0] / 1e6:.0f} MB"
+    )
     assert more < 1.5

@@ -78,7 +78,7 @@ def main():
         name, weights = "safetensors", formats.read(args.path)[1]
     else:
         name, weights = "flax", average(args.path, args.last, args.decay)
-    path, verified = export.write(weights, formats.LAYOUTS[name], Path(args.dst))
+    path, verified = export.write(weights, formats.LAYOUTS[name], Path(args.dst), release=True)
     print(f"wrote {path}: the parameters of {weights.source}")
     print(verified)
     print(f"next: {card.loading(weights, name, path)[0][1]}")

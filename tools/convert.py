@@ -72,7 +72,7 @@ def main():
         print("\n".join(layout.describe(target.table(weights), weights.params)))
     if not args.dst:
         return
-    path, verified = export.write(weights, target, Path(args.dst))
+    path, verified = export.write(weights, target, Path(args.dst), release=True)
     what = "encoder and decoders" if weights.full else f"the encoder, pooling {weights.pooling}"
     print(f"wrote {path}: {what} of {weights.source} in layout {target.name}")
     print(verified)

@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
+
 from dgpt_jax.convert import card, formats, parity
 from dgpt_jax.convert.weights import Layout, Weights, encoder
 from dgpt_jax.schema import UserError
@@ -27,9 +29,13 @@ def prepare(weights: Weights, layout: Layout, part: str | None, pooling: str | N
     return encoder(weights, pooling or (usual if weights.full else None))
 
 
-def write(weights: Weights, layout: Layout, dst: Path) -> tuple[Path, str]:
+def write(
+    weights: Weights, layout: Layout, dst: Path, *, release: bool = False
+) -> tuple[Path, str]:
     """Writes weights and their card to `dst`; (file or directory, what the check says).
 
+    release: lets go of the arrays before what was written is read for the check, which so needs no
+    memory of its own; `weights.params` has shapes (jax.ShapeDtypeStruct) in their places then.
     Raises UserError, with nothing left, where the layout cannot hold them or computes otherwise,
     where weights lie there already, and where the disk does not take them.
     """
@@ -50,6 +56,8 @@ def write(weights: Weights, layout: Layout, dst: Path) -> tuple[Path, str]:
             staging.mkdir()
             layout.save(weights, written)
         expected = parity.outputs(weights)
+        if release:
+            _release(weights)
         verified = parity.check(layout.name, written, weights, expected)
         arrays = written if layout.suffixes else staging / "model.safetensors"
         text = card.text(weights, layout.name, target, arrays, verified=verified)
@@ -57,6 +65,11 @@ def write(weights: Weights, layout: Layout, dst: Path) -> tuple[Path, str]:
             (staging / card_name(target, layout)).write_text(text)
             _move(staging, folder, last=arrays.name)
     return target, verified
+
+
+def _release(weights: Weights):
+    for path, array in weights.params.items():
+        weights.params[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def read(
     ignore: Iterable[str] = (),
     what: str = "weights",
 ) -> dict[str, np.ndarray]:
-    """Flat float32 parameters of the given shapes from a state dict.
+    """Flat float32 parameters of the given shapes from a state dict, its own arrays where they fit.
 
     Raises UserError that lists names missing from the state dict, names in it that no entry (and
     no prefix in `ignore`) knows, arrays of the wrong shape or dtype, and copies that differ.
@@ -92,8 +92,8 @@ def read(
         raise UserError(
             f"{what}: {_listed('missing', missing)}{_listed('unknown', extra)}".rstrip()
         )
-    params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    filled = dict.fromkeys(params, 0)
+    params: dict[str, np.ndarray] = {}
+    filled = dict.fromkeys(shapes, 0)
     for entry in entries:
         value = state[entry.name]
         if value.dtype != np.float32:  # half precision has become float32 when it was read
@@ -103,10 +103,15 @@ def read(
         for copy in entry.copies:
             if not np.array_equal(value, state[copy]):
                 raise UserError(f"{what}: {entry.name} and {copy} must be equal and are not")
+        filled[entry.path] += value.size
+        if entry.slot() == (...,):
+            params[entry.path] = _from_torch(entry, value, shapes[entry.path])
+            continue
+        if entry.path not in params:
+            params[entry.path] = np.empty(shapes[entry.path], np.float32)
         slot = params[entry.path][entry.slot()]
         params[entry.path][entry.slot()] = _from_torch(entry, value, slot.shape)
-        filled[entry.path] += value.size
-    unfilled = [path for path, n in filled.items() if n != params[path].size]
+    unfilled = [path for path, n in filled.items() if n != math.prod(shapes[path])]
     if unfilled:
         raise UserError(f"{what}: {_listed('no source for', unfilled)}".rstrip())
     return params

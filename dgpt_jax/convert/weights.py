@@ -51,7 +51,7 @@ class Weights:
     """
 
     model: Model
-    params: Mapping[str, np.ndarray]
+    params: dict[str, np.ndarray]
     pooling: str | None
     source: str
     preprocess: Preprocess = Preprocess()
@@ -65,7 +65,7 @@ class Weights:
 
     @property
     def num_classes(self) -> int:
-        return len(self.params["head/bias"]) if "head/bias" in self.params else 0
+        return self.params["head/bias"].shape[0] if "head/bias" in self.params else 0
 
     @property
     def decoders(self) -> tuple[str, ...]:
