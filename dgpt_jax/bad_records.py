@@ -1,5 +1,6 @@
 """Stored examples that cannot be used: an error, or named, counted and replaced by the next."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,18 +32,22 @@ def one_line(reason) -> str:
     return (str(reason).strip().split("\n") or [""])[0][:200] or type(reason).__name__
 
 
-def picture(source, index: int, record: dict) -> np.ndarray:
-    """The decoded image of a record, whose tokens, if it has any, are seen to be finite.
-
-    Raises BadRecord.
-    """
-    try:
-        image = views.decode_picture(record["image"])
-    except ValueError as e:
-        raise bad_record(source, index, record["id"], e) from None
+@contextlib.contextmanager
+def named(source, index: int, record: dict):
+    """A context in which the record's picture is decoded; raises BadRecord where it cannot be, or
+    where the record's tokens are not finite."""
     if "tokens" in record and not token_codec.is_finite(record["tokens"]):
         raise bad_record(source, index, record["id"], "its tokens are not finite (NaN or Inf)")
-    return image
+    try:
+        yield
+    except views.Unreadable as e:
+        raise bad_record(source, index, record["id"], e) from None
+
+
+def picture(source, index: int, record: dict) -> np.ndarray:
+    """The decoded image of a record. Raises BadRecord, as `named` does."""
+    with named(source, index, record):
+        return views.decode_picture(record["image"])
 
 
 @dataclass

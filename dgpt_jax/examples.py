@@ -15,17 +15,20 @@ def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
     return np.random.default_rng((seed, stream, *position))
 
 
-def live_view(image: np.ndarray, data: Data, size: int, seed: int, position: int) -> np.ndarray:
+def live_view(encoded: bytes, data: Data, size: int, seed: int, position: int) -> np.ndarray:
     """The picture through a view that is drawn for the position: uint8 (size, size, 3)."""
+    image = views.Encoded(encoded)
     view = views.draw(
         generator(seed, VIEW, position),
-        *image.shape[:2],
+        image.height,
+        image.width,
         scale=data.crop_scale,
         ratio=data.crop_ratio,
         flip=data.flip,
         clip=data.crop_clip,
     )
-    return views.render(image, view, size)
+    shrink = image.shrink(view, size)
+    return views.render(image.decode(shrink), view, size, shrink)
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,12 @@ class Segmented:
     with_tokens: bool
     model: Model
 
-    def __call__(
-        self, image: np.ndarray, record: dict, data: Data, seed: int, position: int
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, record: dict, data: Data, seed: int, position: int) -> dict[str, np.ndarray]:
         size = self.model.image_size
         if self.with_tokens:
-            image = views.resize(image, size, size)
+            image = views.resize(views.decode_picture(record["image"]), size, size)
         else:
-            image = live_view(image, data, size, seed, position)
+            image = live_view(record["image"], data, size, seed, position)
         order = segments.raster_order(self.model.segments)
         if data.order == "random":
             rng = generator(seed, ORDER, position)
@@ -62,10 +63,8 @@ class Labelled:
     size: int
     classify: Classify
 
-    def __call__(
-        self, image: np.ndarray, record: dict, data: Data, seed: int, position: int
-    ) -> dict[str, np.ndarray]:
-        image = live_view(image, data, self.size, seed, position)
+    def __call__(self, record: dict, data: Data, seed: int, position: int) -> dict[str, np.ndarray]:
+        image = live_view(record["image"], data, self.size, seed, position)
         rng, told = generator(seed, AUGMENT, position), self.classify
         ops = []
         if told.randaugment:

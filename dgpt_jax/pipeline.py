@@ -29,13 +29,13 @@ REPLACED = "replaced"  # of a batch: whether an example stands in for one that i
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples by position of the stream: `make(image, record, data, seed, position)` of a record.
+    """Examples by position of the stream: `make(record, data, seed, position)` of a record.
 
     Picklable, for worker processes.
     """
 
     sources: open_files.TwoOpen
-    make: Callable[[np.ndarray, dict, Data, int, int], dict[str, np.ndarray]]
+    make: Callable[[dict, Data, int, int], dict[str, np.ndarray]]
     data: Data
     seed: int
     policy: bad_records.Policy
@@ -67,8 +67,8 @@ class Examples:
 
     def _example(self, source: records.Split, position: int, index: int) -> dict[str, np.ndarray]:
         record = source[index]
-        image = bad_records.picture(source, index, record)
-        return self.make(image, record, self.data, self.seed, position)
+        with bad_records.named(source, index, record):
+            return self.make(record, self.data, self.seed, position)
 
 
 def open_examples(data: Data, model: Model, seed: int) -> Examples:

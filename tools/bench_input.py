@@ -4,7 +4,7 @@
     python tools/bench_input.py live [--data=IMAGES] [--workers=0,2]
 
 `store` writes small token stores of 257 × 1024 tokens and 224² JPEGs and reads them at random;
-`live` draws random resized crops from a dataset of photographs, or of random 500×375 JPEGs. Each
+`live` draws random resized crops from a dataset of photographs, or of random JPEGs (500×375). Each
 stage (read, parse, decode, crop and resize, transfer to the device), then whole batches. What is
 written fits the page cache: these are a processor's figures, not a disk's. --tensorflow=PYTHON
 names an interpreter that has TensorFlow, whose tf.data then does the same work beside it.
@@ -63,14 +63,14 @@ def synthetic_store(path: Path, codec: str, examples: int, shard_size: int = 512
     return path
 
 
-def photographs(path: Path, examples: int):
-    """An image dataset of smooth random JPEGs of 500×375, about the bytes of ImageNet's."""
+def photographs(path: Path, examples: int, width: int, height: int):
+    """An image dataset of smooth random JPEGs; at 500×375 about the bytes of ImageNet's."""
     rng = np.random.default_rng(0)
     folder = path / "folder"
     folder.mkdir(parents=True)
     for i in range(examples):
-        coarse = rng.integers(0, 256, (38, 50, 3), np.uint8)
-        picture = views.encode_picture(views.resize(coarse, 375, 500), "jpeg95")
+        coarse = rng.integers(0, 256, (-(-height // 10), -(-width // 10), 3), np.uint8)
+        picture = views.encode_picture(views.resize(coarse, height, width), "jpeg95")
         (folder / f"{i:06d}.jpg").write_bytes(picture)
     images.import_images(folder, path / "images", say=lambda _: None)
     return path / "images"
@@ -107,7 +107,7 @@ def live(args):
     """Prints the table of live views."""
     head()
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
-        data = args.data or photographs(Path(scratch), args.examples)
+        data = args.data or photographs(Path(scratch), args.examples, *args.shape)
         split = records.Split(data, args.split)
         size = sum(len(split.raw(i)) for i in range(min(100, len(split)))) / min(100, len(split))
         for stage, call in [*stages(split), crops(split)]:
@@ -198,6 +198,10 @@ def main():
     views_of = commands.add_parser("live", help="live views of photographs")
     views_of.add_argument("--data", help="TFDS image dataset; default: random photographs")
     views_of.add_argument("--split", default="train", help="its split")
+    views_of.add_argument(
+        "--shape", type=lambda text: tuple(map(int, text.split("x"))), default=(500, 375),
+        metavar="WxH", help="of random photographs; default: 500x375",
+    )  # fmt: skip
     views_of.set_defaults(run=live)
     for one in (store, views_of):
         one.add_argument("--examples", type=int, default=2048, help="examples to write")
