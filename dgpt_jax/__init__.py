@@ -1,5 +1,8 @@
 """D-iGPT (arXiv 2312.02147) in JAX: pretrain vision transformers from stored CLIP tokens."""
 
+import time
+
+STARTED = time.monotonic()  # a command's start-up is counted from here
 __version__ = "0.1.0"
 __all__ = ["load_classifier", "load_digpt", "load_encoder"]
 

@@ -6,12 +6,12 @@ state is saved and continued by saving.py; no other file imports Orbax.
 
 import contextlib
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from dgpt_jax.schema import UserError
 
@@ -54,7 +54,7 @@ def find(path) -> tuple[str, int]:
 
 def save_params(workdir, step: int, params, metadata: dict[str, Any]):
     """Writes a checkpoint of parameters alone into a work directory that has none."""
-    item = Path(directory(workdir)) / str(step)
+    item = epath.Path(directory(workdir)) / str(step)
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.StandardCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
     )
@@ -67,7 +67,7 @@ def save_params(workdir, step: int, params, metadata: dict[str, Any]):
 
 
 @contextlib.contextmanager
-def _reader(item: Path):
+def _reader(item: epath.Path):
     """An Orbax checkpointer for one checkpoint. Raises UserError where files are cut or missing."""
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(),
@@ -90,7 +90,7 @@ def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
     """
     root, newest = find(path)
     step = newest if step is None else step
-    item = Path(root) / str(step)
+    item = epath.Path(root) / str(step)
     with _reader(item) as reader:
         stored = reader.metadata(item).item_metadata
         average = _average(stored)
@@ -124,7 +124,7 @@ def describe(path, step: int | None = None) -> list[tuple[str, tuple, str, str, 
     Names begin with params or opt_state.
     """
     root, newest = find(path)
-    item = Path(root) / str(newest if step is None else step)
+    item = epath.Path(root) / str(newest if step is None else step)
     with _reader(item) as reader:
         found = reader.metadata(item).item_metadata
     rows = []

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -11,16 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
-import tensorboardX
 from clu import metrics as clu_metrics
 from clu import profiler
+from etils import epath
 
 from dgpt_jax import run_log
+from dgpt_jax.mirror import Mirror
 from dgpt_jax.schema import UserError
 
 Metrics = clu_metrics.Collection
 # Counts of pipeline.Examples, in the files but not on the progress line.
 COUNTERS = ("bad_records", "fetched_bytes", "fetch_wait_seconds")
+MOST_WAIT = 0.1  # of the time, for data, before there is a warning
 
 
 def averages(names: Iterable[str]) -> type[Metrics]:
@@ -28,17 +29,31 @@ def averages(names: Iterable[str]) -> type[Metrics]:
     return Metrics.create(**{n: clu_metrics.Average.from_output(n) for n in names})
 
 
+def summary_writer(directory: Path):
+    """tensorboardX's SummaryWriter. Imported here, and with torch hidden: where that is installed
+    it would be imported too, which takes longer than all else together and serves nothing here."""
+    torch = sys.modules.get("torch")
+    sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    finally:
+        del sys.modules["torch"]
+        if torch is not None:
+            sys.modules["torch"] = torch
+    return tensorboardX.SummaryWriter(str(directory))
+
+
 class Writer:
     """Scalars to `metrics.jsonl` (always) and TensorBoard in the work directory, on process 0."""
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir):
         self._active = jax.process_index() == 0
-        self._workdir = workdir
         if self._active:
-            workdir.mkdir(parents=True, exist_ok=True)
+            self._mirror = Mirror(workdir, (run_log.FILE,))
+            near = self._mirror.near
             # Unbuffered: closing is not to write, and fail, once more on a full disk.
-            self._file = (workdir / run_log.FILE).open("ab", buffering=0)
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+            self._file = (near / run_log.FILE).open("ab", buffering=0)
+            self._board = summary_writer(near / "tensorboard")
 
     def scalars(self, step: int, values: dict[str, float]):
         """Raises UserError where the disk is full."""
@@ -56,25 +71,32 @@ class Writer:
             ) from e
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        self._mirror.copy_sometimes()
 
     def config(self, resolved: dict):
         """The resolved config: config.json, and a text in TensorBoard."""
         if self._active:
             text = json.dumps(resolved, indent=1)
-            (self._workdir / "config.json").write_text(text + "\n")
+            (self._mirror.near / "config.json").write_text(text + "\n")
             self._board.add_text("config", f"```\n{text}\n```")
+
+    def copy(self):
+        """Sees to it that all until now is in the work directory, if that is on gs://."""
+        if self._active:
+            self._mirror.copy()
 
     def close(self):
         if self._active:
             self._file.close()
             with contextlib.suppress(OSError):  # a full disk: told by then, and only a copy
                 self._board.close()
+            self._mirror.close()
 
 
-def best_and_last(workdir: Path, best: str) -> list[str]:
+def best_and_last(workdir, best: str) -> list[str]:
     """A line for every metric of the evaluations of a run that keeps its `best`: its best value,
     its last."""
-    if not best or not (Path(workdir) / run_log.FILE).is_file():
+    if not best or not (epath.Path(workdir) / run_log.FILE).is_file():
         return []
     told = []
     for name, curve in run_log.read(workdir).curves.items():
@@ -143,6 +165,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._active = jax.process_index() == 0
         self._live = self._active and self._stream.isatty()
+        self._waits = 0  # intervals in a row in which the loop waited too long for data
 
     def show(self, step: int, total: int, values: dict[str, float]):
         if not self._active:
@@ -161,6 +184,17 @@ class Progress:
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
+        self._warn(values.get("data_wait", 0))
+
+    def _warn(self, data_wait: float):
+        """Says so where the input does not keep up; one interval may be an accident."""
+        self._waits = self._waits + 1 if data_wait > MOST_WAIT else 0
+        if self._waits == 2:
+            self.say(
+                f"warning: {data_wait:.0%} of the time the devices wait for data: "
+                f"tools/bench_input.py measures what the input gives here; config.data.threads and "
+                f"config.data.workers are what reads"
+            )
 
     def say(self, text: str):
         """A line of its own, above the bar."""
@@ -180,9 +214,9 @@ class Profile:
     WORKDIR/profile/plugins/profile/step_N. A process that traced alone would hold up the others.
     """
 
-    def __init__(self, workdir: Path, steps: tuple[int, int] | None, first: int):
+    def __init__(self, workdir, steps: tuple[int, int] | None, first: int):
         self._start, self._stop = (first + n for n in steps) if steps else (None, None)
-        self._to = workdir / f"profile/plugins/profile/step_{self._start}"
+        self._to = epath.Path(workdir) / f"profile/plugins/profile/step_{self._start}"
         self._local = None  # where JAX writes: processes of one host would take the same name
 
     def reached(self, step: int, state) -> bool:
@@ -203,7 +237,7 @@ class Profile:
         profiler.stop()
         self._to.mkdir(parents=True, exist_ok=True)
         for file in Path(self._local.name).glob("plugins/profile/*/*"):
-            shutil.copyfile(file, self._to / f"{jax.process_index():04}.{file.name}")
+            (self._to / f"{jax.process_index():04}.{file.name}").write_bytes(file.read_bytes())
         self._local.cleanup()
         self._local = None
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
-from dgpt_jax import param_rules, schema, sharding, step, tasks
+from dgpt_jax import mirror, param_rules, schema, sharding, shards, step, tasks
 from dgpt_jax.config import Train
 from dgpt_jax.convert import files, layout
 from dgpt_jax.schema import UserError
@@ -56,27 +57,27 @@ def measure(task, params, number: int, batch, mesh) -> dict:
     )
 
 
-def write(workdir: Path, task, params, number: int, ids: list[str], local, mesh) -> Path:
+def write(workdir, task, params, number: int, ids: list[str], local, mesh) -> epath.Path:
     """Writes down step `number`, whose batch (this process's rows `local`, examples `ids`) the
     parameters met. Every process calls it; returns the directory."""
-    directory = Path(workdir) / f"bad_step_{number:06d}"
-    directory.mkdir(parents=True, exist_ok=True)
     batch = sharding.global_batch(mesh, task.config.batch_size, local)
     measured = measure(task, params, number, batch, mesh)
     tokens = {}
     if "tokens" in local:
         tokens["tokens"] = np.asarray(task.target.codec.decode(local["tokens"]))
     process = jax.process_index()
-    np.savez(directory / f"batch_{process:04d}.npz", ids=np.array(ids), **local | tokens)
     whole = params
     if jax.process_count() > 1:
         whole = multihost_utils.process_allgather(params, tiled=True)
-    if process == 0:
-        flat = {name: np.asarray(leaf) for name, leaf in layout.flatten(whole).items()}
-        files.write_safetensors(directory / "params.safetensors", flat, {})
-        told = {"step": number, "config": schema.to_dict(task.config)} | task.told()
-        text = json.dumps(told | measured, indent=1, default=str)
-        (directory / "step.json").write_text(text + "\n")
+    directory = epath.Path(workdir) / f"bad_step_{number:06d}"
+    with mirror.written(directory) as near:
+        np.savez(near / f"batch_{process:04d}.npz", ids=np.array(ids), **local | tokens)
+        if process == 0:
+            flat = {name: np.asarray(leaf) for name, leaf in layout.flatten(whole).items()}
+            files.write_safetensors(near / "params.safetensors", flat, {})
+            told = {"step": number, "config": schema.to_dict(task.config)} | task.told()
+            text = json.dumps(told | measured, indent=1, default=str)
+            (near / "step.json").write_text(text + "\n")
     return directory
 
 
@@ -114,6 +115,8 @@ def replay(directory, *, dtype: str | None = None) -> Replayed:
 
     dtype: of the matmuls, where it should not be the run's.
     """
+    if shards.is_remote(directory):
+        raise UserError(f"{directory} is read from a local disk: copy it to one")
     directory = Path(directory)
     if not (directory / "step.json").is_file():
         raise UserError(f"{directory} has no step.json: give a bad_step_… directory of a run")

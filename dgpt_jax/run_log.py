@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from dgpt_jax.schema import UserError
 
@@ -47,10 +48,10 @@ def read(run) -> Log:
     Where steps go back, the run went on from a checkpoint: what it had logged from there on is
     forgotten, because the run that goes on has nothing of it. Within a step the last value counts.
     """
-    path = Path(run) / FILE
+    path = epath.Path(run) / FILE
     if not path.is_file():
         raise UserError(f"{run} has no {FILE}: is it a work directory?")
-    *lines, rest = path.read_text(errors="replace").split("\n")
+    *lines, rest = path.read_bytes().decode(errors="replace").split("\n")
     entries = [_entry(line) for line in lines if line.strip()]
     damaged = entries.count(None)
     entries = [entry for entry in (*entries, _entry(rest)) if entry is not None]
@@ -65,7 +66,7 @@ def read(run) -> Log:
         newest = step
         for name, value in values.items():
             curves.setdefault(name, {})[step] = value
-    return Log(Path(run), {name: curve for name, curve in curves.items() if curve}, damaged)
+    return Log(epath.Path(run), {name: curve for name, curve in curves.items() if curve}, damaged)
 
 
 def _entry(line: str) -> tuple[int, dict[str, float]] | None:

@@ -10,13 +10,16 @@ import dataclasses
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 from clu import parameter_overview
+from etils import epath
 
 from dgpt_jax import (
+    STARTED,
     cli,
+    compile_cache,
+    gcs,
     hosts,
     metrics,
     optim,
@@ -66,7 +69,7 @@ def evaluators_of(task, mesh) -> list:
     return found.periodic(task, mesh)
 
 
-def train(config: Train, workdir: Path, *, allow_config_change: bool = False) -> int:
+def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = False) -> int:
     """Trains to the end or to a signal; returns the exit code. Raises UserError."""
     mesh = sharding.make_mesh(config.mesh)
     progress = metrics.Progress()
@@ -134,6 +137,7 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
                 stop_at_bad_numbers(task, train_state, rows, mesh, workdir)
 
         def save(results=None):
+            writer.copy()
             checkpoints.save(train_state, {"config": resolved}, results)
 
         with stop, profile, contextlib.closing(batches):
@@ -147,7 +151,11 @@ def train(config: Train, workdir: Path, *, allow_config_change: bool = False) ->
                 step += 1
                 if step == first + 1:
                     jax.block_until_ready(train_state)
-                    progress.say(f"first step after {time.monotonic() - asked:.0f} s (compile)")
+                    now = time.monotonic()
+                    progress.say(
+                        f"first step {now - STARTED:.0f} s after the start, {now - asked:.0f} s of "
+                        f"them for this step: {compile_cache.told()}"
+                    )
                     clock.restart(step)
                 last = step == schedule.total
                 if step % config.log_every == 0 or last:
@@ -236,10 +244,12 @@ def main():
         help="continue though data, schedule or optimizer of the config are others",
     )
     arguments, config = cli.parse(made, Train)
+    gcs.require(arguments.workdir)
     signals.raise_on_sigterm()  # until the loop: nothing is lost yet
     hosts.start(config.hosts, config.platform)
+    compile_cache.use(arguments.workdir)
     allow = arguments.allow_config_change
-    sys.exit(train(config, Path(arguments.workdir), allow_config_change=allow))
+    sys.exit(train(config, epath.Path(arguments.workdir), allow_config_change=allow))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A stand-in for Google Cloud Storage: the part of its JSON API that gcsfs uses, in memory.
+"""A stand-in for Google Cloud Storage: the part of its JSON API that gcsfs and TensorStore use, in
+memory.
 
 Requests can be slow (`latency`, seconds), fail (`fail_every`: each n-th answers 503, each 2n-th is
 cut off instead), be refused for good (`broken`: a part of a name) or not be answered (`stall`:
@@ -17,6 +18,20 @@ from urllib.parse import parse_qs, unquote, urlsplit
 BUCKET = "bucket"
 
 
+class _Objects(dict):
+    """{name: bytes}, and how often each was written, for who asks that none has come between."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = 0
+        self.generations: dict[str, int] = {}
+
+    def __setitem__(self, name, data):
+        self.written += 1
+        self.generations[name] = self.written
+        super().__setitem__(name, data)
+
+
 class Server(ThreadingHTTPServer):
     """`objects`: {name: bytes}. A context: serves within it."""
 
@@ -26,7 +41,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.objects: dict[str, bytes] = {}
+        self.objects: dict[str, bytes] = _Objects()
         self.uploads: dict[str, tuple[str, bytearray]] = {}
         self.latency, self.fail_every, self.broken, self.stall = 0.0, 0, "", ""
         self.lock, self.ended = threading.Lock(), threading.Event()
@@ -112,9 +127,13 @@ class _Handler(BaseHTTPRequestHandler):
         size = str(len(self.server.objects[name]))
         return {
             "kind": "storage#object", "name": name, "bucket": BUCKET, "size": size,
-            "generation": "1", "updated": "2026-01-01T00:00:00.000Z",
+            "generation": self.generation(name), "updated": "2026-01-01T00:00:00.000Z",
             "timeCreated": "2026-01-01T00:00:00.000Z",
         }  # fmt: skip
+
+    def generation(self, name: str) -> str:
+        objects = self.server.objects
+        return str(objects.generations[name]) if name in objects else "0"
 
     def bucket(self, asked, body):
         self.say({"kind": "storage#bucket", "name": BUCKET})
@@ -144,7 +163,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404, b"{}")
         if asked.get("alt") != "media":
             return self.say(self.resource(name))
-        wanted, status, about = self.headers.get("Range"), 200, {}
+        about = {"x_goog_generation": self.generation(name)}
+        if asked.get("ifGenerationNotMatch") == self.generation(name):
+            return self.answer(304, b"", **about)
+        wanted, status = self.headers.get("Range"), 200
         if wanted:
             start, stop = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted).groups()
             if not start:  # the last so many
@@ -164,6 +186,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.objects[name] = data.removesuffix(b"\n")
             return self.say(self.resource(name))
         name = asked.get("name") or json.loads(body)["name"]
+        if asked["uploadType"] == "media":
+            with self.server.lock:
+                if asked.get("ifGenerationMatch", self.generation(name)) != self.generation(name):
+                    return self.answer(412, b"{}")
+                self.server.objects[name] = body
+            return self.say(self.resource(name))
         with self.server.lock:
             number = str(len(self.server.uploads))
             self.server.uploads[number] = (name, bytearray())

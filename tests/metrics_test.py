@@ -103,3 +103,12 @@ def test_best_and_last_of_evaluations(tmp_path):
         "heldout/next: best 1.0000 at step 10, last 1.2000 at step 20",
     ]
     assert metrics.best_and_last(tmp_path, "") == []
+
+
+def test_a_warning_where_the_input_does_not_keep_up(capsys):
+    """Two intervals in a row, and again only after it has kept up in between."""
+    progress, warnings = metrics.Progress(), []
+    for wait in (0.5, 0.05, 0.11, 0.3, 0.9, 0.1, 0.2, 0.2):
+        progress.show(1, 2, {"learning_rate": 1.0, "data_wait": wait})
+        warnings.append("tools/bench_input.py" in capsys.readouterr().err)
+    assert warnings == [False, False, False, True, False, False, False, True]

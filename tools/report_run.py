@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import plot
+from etils import epath
 
 from dgpt_jax import cli, run_log, schema
 from dgpt_jax.evals import results as evaluated
@@ -89,7 +90,7 @@ def evaluations(log: run_log.Log) -> str:
     return table(columns, rows) if rows else note("none was logged")
 
 
-def results(run: Path) -> str:
+def results(run: epath.Path) -> str:
     """Tables of the files of results that evaluations have left in the run."""
     parts = []
     for path in sorted(run.glob("results*.json")):
@@ -114,10 +115,10 @@ def _plain(value):
     return str(value) if isinstance(value, bool) else value
 
 
-def pictures(run: Path) -> str:
+def pictures(run: epath.Path) -> str:
     parts = []
     for path in sorted(p for p in run.iterdir() if p.suffix.lower() in KINDS and p.is_file()):
-        if (size := path.stat().st_size) > LARGEST:
+        if (size := path.stat().length) > LARGEST:
             parts.append(note(f"{path.name} is left out: {size / 2**20:.1f} MiB"))
             continue
         shown = image(path.read_bytes(), KINDS[path.suffix.lower()], path.name)
@@ -125,13 +126,13 @@ def pictures(run: Path) -> str:
     return "\n".join(parts) or note("none lies in the work directory")
 
 
-def system(run: Path, config: dict, log: run_log.Log) -> str:
+def system(run: epath.Path, config: dict, log: run_log.Log) -> str:
     """What the run has written down of where and when it ran."""
     rows = [("directory", str(run.resolve()))]
     for path in sorted((run / "tensorboard").glob("events.out.tfevents.*")):
         if found := re.match(r"events\.out\.tfevents\.(\d+)\.(.+)", path.name):
             rows.append(("started", f"{_time(int(found[1]))}, host {found[2]}"))
-    rows.append(("last line of metrics", _time((run / run_log.FILE).stat().st_mtime)))
+    rows.append(("last line of metrics", _time((run / run_log.FILE).stat().mtime)))
     saved = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
     rows.append(("checkpoints of steps", ", ".join(map(str, saved)) or "none"))
     for name in ("platform", "dtype", "mesh", "hosts"):
@@ -151,7 +152,7 @@ def _time(seconds: float) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def read_config(run: Path) -> dict:
+def read_config(run: epath.Path) -> dict:
     path = run / "config.json"
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
@@ -159,8 +160,9 @@ def read_config(run: Path) -> dict:
         raise UserError(f"{path} is damaged: {e}") from None
 
 
-def page(run: Path, *, smooth: int = 0, log_file: Path | None = None) -> str:
+def page(run, *, smooth: int = 0, log_file: Path | None = None) -> str:
     """The report of a work directory, HTML that loads nothing. Raises UserError."""
+    run = epath.Path(run)
     log, config = run_log.read(run), read_config(run)
     name = html.escape(run.absolute().name)
     last = max((step for curve in log.curves.values() for step in curve), default=0)
@@ -194,7 +196,7 @@ def page(run: Path, *, smooth: int = 0, log_file: Path | None = None) -> str:
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("run", type=Path, help="work directory")
+    made.add_argument("run", help="work directory")
     made.add_argument("--out", required=True, type=Path, help="HTML file")
     made.add_argument("--log", type=Path, help="file of what the training printed")
     made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")

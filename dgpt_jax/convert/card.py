@@ -4,7 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from dgpt_jax import schema
+from etils import epath
+
+from dgpt_jax import run_log, schema
 from dgpt_jax.convert.weights import Weights
 
 
@@ -94,7 +96,7 @@ def _hashes(file: Path) -> list[str]:
 
 def _metrics(run) -> list[str]:
     """The newest value of everything that the run logged, up to the step."""
-    path = Path(run.get("directory", "")) / "metrics.jsonl"
+    path = epath.Path(run.get("directory", "")) / run_log.FILE
     if "directory" not in run or not path.is_file():
         return []
     newest: dict[str, tuple] = {}

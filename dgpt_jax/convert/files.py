@@ -26,6 +26,8 @@ def read_state(path) -> dict[str, np.ndarray]:
 
     Half precision becomes float32. Raises UserError on anything that is not plain weights.
     """
+    if "://" in os.fspath(path):
+        raise UserError(f"{path}: weights are read from a local disk, copy them to one")
     path = Path(path)
     if path.is_dir() and (path / INDEX).is_file():
         shards = json.loads((path / INDEX).read_text())["weight_map"].values()
@@ -62,9 +64,16 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 raise UserError(
                     f"{path}: {wide[0]} is float64, weights are float32, float16 or bfloat16"
                 )
-            return {name: _float32(np.asarray(file.get_tensor(name))) for name in file.keys()}
+            names = list(file.keys())
+        return {name: _tensor(path, name) for name in names}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is no readable safetensors file: {_line(e)}") from None
+
+
+def _tensor(path: Path, name: str) -> np.ndarray:
+    """One array of a safetensors file. Opened anew, since an open file keeps what was read."""
+    with safe_open(path, "flax") as file:
+        return _float32(np.asarray(file.get_tensor(name)))
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
+from dgpt_jax import gcs
 from dgpt_jax import heads as heads_lib
 from dgpt_jax.convert import big_vision, digpt, dinov2_encoder, files, hf, mae, ours, timm, weights
 from dgpt_jax.convert.layout import unflatten
@@ -47,7 +49,8 @@ def read(
     Of a work directory DIR these are its newest checkpoint; DIR/checkpoints/STEP is another.
     encoder_only: decoders are left unread where that spares memory.
     """
-    path = Path(path)
+    gcs.require(path)
+    path = epath.Path(path)
     state, file = _open(path)
     layout = _layout(state, file, name)
     given = {"heads": heads, "decoder_heads": decoder_heads}

@@ -9,10 +9,10 @@ import datetime
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+from etils import epath
 
 from dgpt_jax.schema import UserError
 
@@ -74,9 +74,9 @@ def _key(row: Mapping, without: str = "") -> str:
     return json.dumps({name: row.get(name) for name in IDENTITY if name != without})
 
 
-def default_path(checkpoint, step: int | None) -> Path:
+def default_path(checkpoint, step: int | None) -> epath.Path:
     """Where results of a checkpoint go: into a work directory, or beside weights."""
-    path = Path(checkpoint)
+    path = epath.Path(checkpoint)
     name = "results.json" if step is None else f"results_step{step}.json"
     return path / name if path.is_dir() else path.with_name(f"{path.stem}.{name}")
 
@@ -84,7 +84,7 @@ def default_path(checkpoint, step: int | None) -> Path:
 def read(path) -> dict:
     """{"format", "weights", "model", "results": rows}. Raises UserError."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(epath.Path(path).read_text())
         good = {"format", "weights", "model", "results"} <= found.keys()
     except (OSError, ValueError, AttributeError):
         good = False
@@ -97,7 +97,7 @@ def read(path) -> dict:
 
 def refuse_another(path, weights: str):
     """Raises UserError where `path` holds results of other weights."""
-    if Path(path).exists() and (before := read(path)["weights"]) != weights:
+    if epath.Path(path).exists() and (before := read(path)["weights"]) != weights:
         raise UserError(f"{path} holds results of {before}, not of {weights}: give another --out")
 
 
@@ -106,7 +106,7 @@ def merge(path, weights: str, model: Mapping, rows: Sequence[Mapping]) -> list[d
 
     weights: where they come from, with the step. Raises UserError where the file is of others.
     """
-    path = Path(path)
+    path = epath.Path(path)
     refuse_another(path, weights)
     before = read(path)["results"] if path.exists() else []
     new = {_key(one): dict(one) for one in rows}

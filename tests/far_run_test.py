@@ -1,0 +1,157 @@
+"""A work directory on gs://, against a stand-in for it: what a run writes there is what it writes
+on a local disk, and it can be killed, continued, measured, exported and drawn from there."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dgpt_jax import checkpoint, metrics, mirror, run_log, saving, state
+from dgpt_jax.schema import UserError
+from tests import data, gcs, processes
+
+TRAIN = ("-m", "dgpt_jax.train", "--config=configs/quickstart.py")
+
+
+def environment(server) -> dict:
+    """For gcsfs and for TensorStore."""
+    return {
+        "STORAGE_EMULATOR_HOST": server.url, "TENSORSTORE_GCS_HTTP_URL": server.url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server():
+    with gcs.Server() as server:
+        before = dict(os.environ)
+        os.environ.update(environment(server))
+        yield server
+        for name in environment(server):
+            os.environ.pop(name)
+        os.environ.update(before)
+
+
+def test_metrics(server, capsys):
+    writer = metrics.Writer("gs://bucket/log")
+    writer.config({"seed": 1})
+    writer.scalars(1, {"loss": 2.0})
+    assert "log/metrics.jsonl" not in server.objects  # an upload a line would be too many
+    writer.copy()
+    assert json.loads(server.objects["log/metrics.jsonl"]) == {"step": 1, "loss": 2.0}
+    assert json.loads(server.objects["log/config.json"]) == {"seed": 1}
+    before = server.requests
+    writer.copy()
+    assert server.requests == before  # nothing is new
+    writer.scalars(2, {"loss": 1.0})
+    writer.close()
+    again = metrics.Writer("gs://bucket/log")
+    again.scalars(3, {"loss": 0.5})
+    again.close()
+    curve = run_log.read("gs://bucket/log").curves["loss"]
+    assert curve == {1: 2.0, 2: 1.0, 3: 0.5}
+    boards = [name for name in server.objects if name.startswith("log/tensorboard/events")]
+    assert boards and all(server.objects[name] for name in boards)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_copied_is_copied_later(server, monkeypatch, capsys):
+    writer = metrics.Writer("gs://bucket/later")
+    writer.scalars(1, {"loss": 2.0})
+    with monkeypatch.context() as patched:
+        patched.setattr(mirror, "_files", lambda _: [][1])
+        writer.copy()
+        writer.copy()
+    assert capsys.readouterr().err.count("not copied there, later again") == 1
+    monkeypatch.setattr(mirror, "COPY_EVERY", 0)
+    writer.copy()
+    writer.scalars(2, {"loss": 1.0})  # by itself, from time to time
+    assert run_log.read("gs://bucket/later").curves["loss"] == {1: 2.0, 2: 1.0}
+    writer.close()
+
+
+def test_written(server, tmp_path):
+    for place in ("gs://bucket/written", tmp_path / "written"):
+        with mirror.written(place) as near:
+            (near / "a").write_text("b")
+    assert server.objects["written/a"] == b"b" and (tmp_path / "written/a").read_text() == "b"
+
+
+def test_checkpoints(server):
+    tx = optax.adam(0.1)
+    params = {"encoder": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
+    made = state.TrainState(jnp.asarray(4, jnp.int32), params, tx.init(params))
+    with saving.Checkpoints("gs://bucket/saved", keep=1) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(made, {"config": {}})
+    assert "saved/checkpoints/4/commit_success.txt" in server.objects
+    del server.objects["saved/checkpoints/4/commit_success.txt"]
+    with pytest.raises(UserError, match="gs://bucket/saved holds no finished checkpoint"):
+        checkpoint.steps("gs://bucket/saved")  # a save that was killed
+    server.objects["saved/checkpoints/4/commit_success.txt"] = b""
+    found, metadata = checkpoint.load_params("gs://bucket/saved")
+    np.testing.assert_array_equal(found["encoder"]["kernel"], params["encoder"]["kernel"])
+    assert metadata["step"] == 4 and checkpoint.describe("gs://bucket/saved")[0][1] == (2, 3)
+
+
+@pytest.mark.slow
+def test_a_run(server, tmp_path):
+    """Killed after its first checkpoint and continued: the losses of a run on a local disk."""
+    images = data.image_dataset(tmp_path, per_class=10)
+    store = data.token_store(tmp_path, images, data.random_teacher(tmp_path / "teacher"))
+    flags = {
+        "data.path": store, "total": "12 steps", "batch_size": 8, "log_every": 1,
+        "checkpoint.every": "4 steps", "evals.knn": "", "evals.heldout": "",
+    } | {f"model.{name}": value for name, value in data.TINY.items()}  # fmt: skip
+    words = [*TRAIN, *(f"--config.{name}={value}" for name, value in flags.items())]
+
+    def start(workdir):
+        return processes.start(
+            [*words, f"--workdir={workdir}"], **environment(server),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        )  # fmt: skip
+
+    killed = start("gs://bucket/run")
+    until = time.monotonic() + 200
+    while "run/checkpoints/4/commit_success.txt" not in server.objects:
+        assert killed.poll() is None and time.monotonic() < until, killed.communicate()[0][-3000:]
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    for workdir in ("gs://bucket/run", tmp_path / "near"):
+        (output,) = processes.outputs_of([process := start(workdir)], timeout=300)
+        assert process.returncode == 0, output[-3000:]
+        again = workdir == "gs://bucket/run"
+        assert ("continuing from step" in output) == again
+        pattern = rf"first step \d+ s after .*: (\d+) of \d+ programs from {workdir}/compile_cache"
+        assert (int(re.search(pattern, output)[1]) > 0) == again
+    assert not (tmp_path / "gs:").exists() and not os.path.exists("gs:")
+    curves = [run_log.read(run).curves["loss"] for run in ("gs://bucket/run", tmp_path / "near")]
+    assert curves[0] == curves[1] and len(curves[0]) == 12
+
+    def command(*words):
+        found = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=processes.ROOT, capture_output=True, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(processes.ROOT)},
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr[-3000:]
+
+    command(
+        "-m", "dgpt_jax.evaluate", "--config=configs/knn_in1k.py", "--checkpoint=gs://bucket/run",
+        f"--config.data={images}", "--config.train=train", "--config.test=train",
+    )  # fmt: skip
+    assert json.loads(server.objects["run/results_step12.json"])["results"]
+    command("tools/convert.py", "gs://bucket/run", tmp_path / "timm", "--to=timm")
+    assert "step 12" in (tmp_path / "timm/README.md").read_text()
+    assert "| loss |" in (tmp_path / "timm/README.md").read_text()
+    command("tools/plot.py", "gs://bucket/run", f"--out={tmp_path}/curves.png")
+    command("tools/report_run.py", "gs://bucket/run", f"--out={tmp_path}/run.html")
+    command("tools/checkpoint.py", "inspect", "gs://bucket/run")
