@@ -58,21 +58,21 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
-        with safe_open(path, "flax") as file:  # its NumPy knows no bfloat16
-            wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F64"]
-            if wide:  # JAX would round it silently
+        with safe_open(path, "numpy") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        for name, kind in kinds.items():
+            if kind == "F64":  # JAX would round it silently
                 raise UserError(
-                    f"{path}: {wide[0]} is float64, weights are float32, float16 or bfloat16"
+                    f"{path}: {name} is float64, weights are float32, float16 or bfloat16"
                 )
-            names = list(file.keys())
-        return {name: _tensor(path, name) for name in names}
+        return {name: _tensor(path, name, kind) for name, kind in kinds.items()}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is no readable safetensors file: {_line(e)}") from None
 
 
-def _tensor(path: Path, name: str) -> np.ndarray:
+def _tensor(path: Path, name: str, kind: str) -> np.ndarray:
     """One array of a safetensors file. Opened anew, since an open file keeps what was read."""
-    with safe_open(path, "flax") as file:
+    with safe_open(path, "flax" if kind == "BF16" else "numpy") as file:  # NumPy knows no bfloat16
         return _float32(np.asarray(file.get_tensor(name)))
 
 
