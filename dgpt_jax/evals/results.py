@@ -20,6 +20,7 @@ FORMAT = 1
 # Rows that differ in one of these are different results.
 IDENTITY = (
     "protocol", "data", "splits", "features", "k", "shots", "seed", "squash", "resize", "epoch",
+    "head", "detail",
 )  # fmt: skip
 HIDDEN = ("how", "date", "detail", "train")  # of a row, in a table
 
