@@ -51,7 +51,8 @@ class Classifier(nn.Module):
 
     def last(self, images, blocks: int, normed: bool):
         """Tokens (blocks, B, 1+N, D) after each of the last blocks, raw or through the norm."""
-        tokens = self.encoder.transform(self.enter(images))[1][-blocks:]
+        last, inputs = self.encoder.transform(self.enter(images))
+        tokens = jnp.concatenate([inputs[len(inputs) - blocks + 1 :], last[None]])
         return self.norm(tokens) if normed else tokens
 
     def enter(self, images):

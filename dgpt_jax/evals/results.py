@@ -2,7 +2,8 @@
 
 A row says what was measured (IDENTITY), the count and the accuracy with its interval, by what it
 was selected, and in `how` the protocol, its source and the preprocessing. Runs add to the file; a
-row that was measured before is replaced.
+row that was measured before is replaced. Of a training there are rows of the last evaluation and of
+the best (`epoch`), and of a grid of heads, as a `detail`, one of each.
 """
 
 import datetime
