@@ -24,6 +24,7 @@ from dgpt_jax import (
     views,
 )
 from dgpt_jax.convert import export, formats, layout
+from dgpt_jax.convert.weights import encoder_shapes
 from dgpt_jax.evals import results
 from dgpt_jax.schema import UserError
 from tests.classifying import by_hand, settings
@@ -38,8 +39,12 @@ def dataset(tmp_path_factory):
 
 def untrained(path, pooling: str, **changes):
     """An encoder in a file."""
-    found = load.untrained(tiny_model(**changes), seed=5)
-    weights = formats.Weights(found.model, layout.flatten(found.params), pooling, "untrained")
+    model, rng = tiny_model(**changes), np.random.default_rng(5)
+    params = {
+        name: np.float32(name.endswith("scale") + 0.2 * rng.standard_normal(shape))
+        for name, shape in encoder_shapes(model, pooling, 0).items()
+    }
+    weights = formats.Weights(model, params, pooling, "untrained")
     export.write(weights, formats.LAYOUTS["safetensors"], path)
     return path
 

@@ -109,28 +109,28 @@ def rows(task, workdir) -> list[dict]:
     }
     what, how = _protocol(config)
     choice = "head, on the test images" if task.heads else ""
+    both = f"epoch and {choice}" if choice else "epoch, on the test images"
+
+    def row(curve, epoch, step, selection, more):
+        hits = round(curve[step] * count)
+        told = what | {"epoch": epoch, "step": step} | more
+        return results.row(told, hits, count, selection=selection or "none", how=how)
+
+    def chosen(step) -> dict:
+        heads = {head: curves[f"val/top1/{head}"][step] for head in task.heads}
+        return {"head": max(heads, key=heads.get)} if heads else {}
+
     found = []
     for suffix, squash in RESIZES.items():
-        curve = curves.get(name := f"val/top1{suffix}")
+        curve, at = curves.get(f"val/top1{suffix}"), {"squash": squash}
         if not curve:
             continue
         last, best = max(curve), max(curve, key=curve.get)
-
-        def row(epoch, step, selection, head=None, curve=curve, squash=squash):
-            at = {"squash": squash, "epoch": epoch, "step": step}
-            at |= {"head": head} if head else {}
-            hits = round(curve[step] * count)
-            return results.row(what | at, hits, count, selection=selection or "none", how=how)
-
-        def chosen(step):
-            heads = {h: curves[f"val/top1/{h}"][step] for h in task.heads}
-            return max(heads, key=heads.get, default=None)
-
-        found.append(row("last", last, choice, chosen(last)))
-        both = f"epoch and {choice}" if choice else "epoch, on the test images"
-        found.append(row("best", best, both, chosen(best)))
+        found.append(row(curve, "last", last, choice, at | chosen(last)))
+        found.append(row(curve, "best", best, both, at | chosen(best)))
         for head in task.heads:
-            found.append(row("last", last, "", head, curves[f"{name}/{head}"]) | {"detail": True})
+            own = curves[f"val/top1{suffix}/{head}"]
+            found.append(row(own, "last", last, "", at | {"head": head, "detail": True}))
     return found
 
 
