@@ -66,6 +66,14 @@ def test_the_last_and_the_best_epoch_resized_in_both_ways(task, tmp_path):
     assert "results were not written" in classification.recorded(task, tmp_path)[0]
 
 
+def test_counts_are_exact(task, tmp_path, monkeypatch):
+    """1/49 times 49 is less than 1."""
+    monkeypatch.setattr(classification.records, "Split", lambda *_: range(49))
+    for hits in range(1, 50):
+        logged(tmp_path, {"val/top1": {6: hits / 49}})
+        assert classification.rows(task, tmp_path)[0]["correct"] == hits
+
+
 def test_they_stand_beside_the_published_ones(task, tmp_path):
     """With ImageNet's number of images; a probe's with kNN of the same encoder, from two files."""
     logged(tmp_path, {"val/top1": {3: 0.5, 6: 0.25}, "val/top1_squash": {3: 0.5, 6: 0.75}})

@@ -8,11 +8,13 @@ import digits
 import pytest
 import quickstart
 
-from dgpt_jax import cli, evaluate
+from dgpt_jax import cli, evaluate, records
 
 ROOT = Path(__file__).parent.parent
 # Labels a class that each protocol gets; few, so that they are hard to do without features.
 SHOTS = {"knn": 5, "linear": 5, "fewshot": 5}
+# What configs/quickstart_finetune.py trains, on all labels.
+HEADS = ("none", "linear", "dinov2", "attentive")
 # Glyphs take longer: after 300 steps kNN is still below the untrained encoder's.
 STEPS = {"digits": 300, "glyphs": 1200}
 
@@ -32,6 +34,25 @@ def accuracies(out: Path, name: str, monkeypatch, *words) -> dict[str, dict]:
     return {row["protocol"]: row for row in rows}
 
 
+def trained_heads(out: Path, name: str, weights: Path) -> dict[str, dict]:
+    """{protocol: its row after the last step} of fine-tuning and of probes."""
+    images, found = out / "images", {}
+    classes = records.Split(images, "train").label.num_classes
+    for head in HEADS:
+        workdir = out / name / head
+        words = (
+            "-m", "dgpt_jax.train", f"--config=configs/quickstart_finetune.py:{head}",
+            f"--workdir={workdir}", f"--config.classify.weights={weights}",
+            f"--config.data.path={images}", f"--config.evals.heldout={images}",
+            f"--config.classify.num_classes={classes}",
+        )  # fmt: skip
+        made = workdir / "checkpoints"
+        quickstart.run(out / "logs", quickstart.Command(f"{name}_{head}", made, words))
+        rows = json.loads(next(workdir.glob("results*.json")).read_text())["results"]
+        found[rows[0]["protocol"]] = rows[0]
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("images", quickstart.IMAGES)
 def test_a_pretrained_encoder_is_told_from_an_untrained_one(images, tmp_path, monkeypatch):
@@ -47,7 +68,17 @@ def test_a_pretrained_encoder_is_told_from_an_untrained_one(images, tmp_path, mo
     held_out = ("--config.split=test", "--config.views=1", like)
     quickstart.run(logs, quickstart.token_store(tmp_path, "tokens_test", *held_out))
     quickstart.run(logs, quickstart.pretraining(tmp_path, "both", steps))
+    # The same encoder as it begins: a step whose learning rate is 0.
+    begun = quickstart.pretraining(tmp_path, "begun", 1)
+    words = [word.replace("quickstart.py:begun", "quickstart.py:both") for word in begun.words]
+    words.append("--config.optim.blr=0")
+    quickstart.run(logs, quickstart.Command("begun", begun.makes, tuple(words)))
     trained = accuracies(tmp_path, "trained", monkeypatch)
     untrained = accuracies(tmp_path, "untrained", monkeypatch, "--untrained=0")
-    for protocol in SHOTS:
-        assert trained[protocol]["low"] > untrained[protocol]["high"], protocol
+    trained |= trained_heads(tmp_path, "trained_heads", tmp_path / "runs/both")
+    untrained |= trained_heads(tmp_path, "untrained_heads", tmp_path / "runs/begun")
+    assert trained.keys() == untrained.keys() and len(trained) == len(SHOTS) + len(HEADS)
+    for protocol, row in trained.items():
+        print(f"{images} {protocol}: {row['accuracy']:.1f}, {untrained[protocol]['accuracy']:.1f}")
+    for protocol, row in trained.items():
+        assert row["low"] > untrained[protocol]["high"], protocol
