@@ -35,7 +35,7 @@ def black(tmp_path, monkeypatch):
 def plain(path, **changes):
     classify = {"randaugment": "", "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
     return settings(path, classify=classify, evals={"heldout": ""}, checkpoint={"best": ""},
-                    optim={"bad_steps": 2}, **changes)  # fmt: skip
+                    **changes)  # fmt: skip
 
 
 def test_a_step_of_bad_numbers_is_left_out(black, tmp_path):
@@ -49,12 +49,12 @@ def test_a_step_of_bad_numbers_is_left_out(black, tmp_path):
 
 @pytest.mark.slow
 def test_bad_numbers_stop_a_fine_tuning(black, tmp_path):
-    run = plain(black, data={"crop_scale": (1.0, 1.0)})
+    run = plain(black, optim={"bad_steps": 2})
     for path in (tmp_path / "folder").glob("*/*.png"):
         Image.new("RGB", (32, 24)).save(path)
     shutil.rmtree(black)
     images.import_images(tmp_path / "folder", black, say=lambda _: 0)
-    with pytest.raises(UserError, match="in all 2 steps from 0 on.*tools/replay.py") as error:
+    with pytest.raises(UserError, match="in all . steps from 0 on.*tools/replay.py") as error:
         train.train(run, tmp_path / "run")
     found = replay.replay(str(error.value).split()[-1])
     assert found.bad_examples() == found.ids and len(found.ids) == 8

@@ -7,7 +7,7 @@ import pytest
 
 from dgpt_jax.evals import results
 from tests import data, processes
-from tests.probes_test import DEEP, untrained
+from tests.classifying import DEEP, untrained
 
 PLAIN = ("randaugment=", "erase=0", "mixup=0", "cutmix=0", "drop_path=0", "smoothing=0")
 KINDS = {

@@ -4,7 +4,12 @@ import jax
 import numpy as np
 
 from dgpt_jax import config, heads, records, schema, views, vit
+from dgpt_jax.convert import export, formats
+from dgpt_jax.convert.weights import encoder_shapes
 from tests.data import TINY, tiny_model
+
+# Enough blocks for every probe.
+DEEP = {"depth": 6, "taps": None}
 
 
 def settings(path, **changes) -> config.Train:
@@ -41,3 +46,15 @@ def by_hand(encoder_params, dataset, *, squash: bool):
     ]
     logits = jax.jit(module.apply)({"params": encoder_params}, vit.normalise(np.stack(crops)))
     return np.asarray(logits), np.array([r["label"] for r in source])
+
+
+def untrained(path, pooling: str, **changes):
+    """An encoder in a file."""
+    model, rng = tiny_model(**changes), np.random.default_rng(5)
+    params = {
+        name: np.float32(name.endswith("scale") + 0.2 * rng.standard_normal(shape))
+        for name, shape in encoder_shapes(model, pooling, 0).items()
+    }
+    weights = formats.Weights(model, params, pooling, "untrained")
+    export.write(weights, formats.LAYOUTS["safetensors"], path)
+    return path

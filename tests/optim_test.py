@@ -141,15 +141,16 @@ def test_a_head_of_a_stack_steps_as_if_it_were_alone(changes):
     alone = {(n, i): head(params, n, i) for n in ("first", "second") for i in range(3)}
     states = {(name, i): single[i].init(one) for (name, i), one in alone.items()}
     one = jnp.ones(())
+    stepped, *each = (jax.jit(made.update) for made in (tx, *single))
     for _ in range(3):
         grads = drawn() | {"running_mean": jnp.full(5, 2.0)}
         mean = params["running_mean"] - 0.2
-        updates, opt_state = tx.update(grads, opt_state, params, value=one)
+        updates, opt_state = stepped(grads, opt_state, params, value=one)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(params["running_mean"], mean, rtol=1e-6)
         for key, before in alone.items():
             grad = head(grads, *key)
-            updates, states[key] = single[key[1]].update(grad, states[key], before, value=one)
+            updates, states[key] = each[key[1]](grad, states[key], before, value=one)
             alone[key] = optax.apply_updates(before, updates)
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dgpt_jax import heads, load, probe_heads
+from tests.classifying import DEEP, untrained
 from tests.data import tiny_model
 
 
@@ -38,9 +39,9 @@ def test_batch_norm_is_torchs():
     np.testing.assert_allclose(used, features @ folded["kernel"] + folded["bias"], atol=1e-5)
 
 
-def test_tokens_of_the_last_blocks():
+def test_tokens_of_the_last_blocks(tmp_path):
     """Those of encoders that end there; normed, what `tokens` gives."""
-    found = load.untrained(tiny_model(depth=6, taps=None), seed=5)
+    found = load.load_encoder(untrained(tmp_path / "a.safetensors", "cls", **DEEP))
     images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
     module = heads.classifier(found.model, "cls")
 
@@ -60,6 +61,7 @@ def test_tokens_of_the_last_blocks():
     np.testing.assert_allclose(tokens[0], expected, atol=1e-5)
     centred = tokens - tokens.mean(axis=-1, keepdims=True)
     expected = centred / np.sqrt(tokens.var(axis=-1, keepdims=True) + 1e-6)
+    expected = expected * found.params["norm"]["scale"] + found.params["norm"]["bias"]
     np.testing.assert_allclose(normed, expected, atol=1e-4)
 
 
@@ -102,7 +104,7 @@ def test_the_attentive_head_is_aims():
         logits, gap = module.apply({"params": params}, blocks, method="train")
         return (logits * weights).sum() + gap, logits
 
-    (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     norm = torch.nn.BatchNorm1d(8, affine=False, eps=1e-6)
     x = norm(torch.tensor(blocks[:, :, 1:].mean(axis=0)).transpose(1, 2)).transpose(1, 2)
     for i in range(2):

@@ -23,11 +23,10 @@ from dgpt_jax import (
     train,
     views,
 )
-from dgpt_jax.convert import export, formats, layout
-from dgpt_jax.convert.weights import encoder_shapes
+from dgpt_jax.convert import formats, layout
 from dgpt_jax.evals import results
 from dgpt_jax.schema import UserError
-from tests.classifying import by_hand, settings
+from tests.classifying import DEEP, by_hand, settings, untrained
 from tests.data import image_dataset, tiny_model
 
 
@@ -35,21 +34,6 @@ from tests.data import image_dataset, tiny_model
 def dataset(tmp_path_factory):
     """24 pictures of two classes."""
     return image_dataset(tmp_path_factory.mktemp("probes"), per_class=12)
-
-
-def untrained(path, pooling: str, **changes):
-    """An encoder in a file."""
-    model, rng = tiny_model(**changes), np.random.default_rng(5)
-    params = {
-        name: np.float32(name.endswith("scale") + 0.2 * rng.standard_normal(shape))
-        for name, shape in encoder_shapes(model, pooling, 0).items()
-    }
-    weights = formats.Weights(model, params, pooling, "untrained")
-    export.write(weights, formats.LAYOUTS["safetensors"], path)
-    return path
-
-
-DEEP = {"depth": 6, "taps": None}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +81,7 @@ def head_of(tree, i: int):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-@pytest.mark.parametrize("head", ["dinov2", "attentive"])
+@pytest.mark.parametrize("head", ["dinov2", pytest.param("attentive", marks=pytest.mark.slow)])
 def test_a_step_of_a_grid_is_that_of_every_head(dataset, encoder, head):
     """The same from a run with one learning rate, which begins with the same head."""
     grid = (0.5, 8.0)
@@ -153,11 +137,12 @@ def some_digits(tmp_path_factory):
     return root / "images"
 
 
-@pytest.mark.parametrize("head", ["dinov2", "attentive"])
+@pytest.mark.parametrize("head", ["attentive", pytest.param("dinov2", marks=pytest.mark.slow)])
 def test_a_grid_on_digits(some_digits, encoder, tmp_path, capsys, head):
     """Random features tell digits apart; the best head is reported, and every head is in the
     results, about the encoder."""
-    base = grid_settings(some_digits, encoder, head, grid=(1e-4, 0.25), total="60 steps")
+    large = {"dinov2": 4.0, "attentive": 0.24}[head]  # times 32 / 256
+    base = grid_settings(some_digits, encoder, head, grid=(1e-4, large), total="60 steps")
     run = dataclasses.replace(
         base, batch_size=32, classify=dataclasses.replace(base.classify, num_classes=10, resize=16),
         evals=dataclasses.replace(base.evals, heldout_split="test", every="30 steps"),
@@ -175,11 +160,13 @@ def test_a_grid_on_digits(some_digits, encoder, tmp_path, capsys, head):
     assert [row["head"] for row in each] == [*names, *names]
     last = shown[0]
     assert last["correct"] == max(row["correct"] for row in each[: len(names)])
-    assert (last["test"], last["step"]) == (97, 60) and last["accuracy"] > 40
-    assert last["head"].endswith("lr0.0312") and "head, on the test images" in last["selection"]
+    assert (last["test"], last["step"]) == (97, 60) and last["accuracy"] > 25  # by chance 10
+    assert (
+        last["head"].endswith(f"lr{large / 8}") and "head, on the test images" in last["selection"]
+    )
     slow = [row["accuracy"] for row in each if row["head"].endswith("lr1.25e-05")]
     assert max(slow) < last["accuracy"]
-    assert "lr0.0312" not in capsys.readouterr().err  # details are in the log alone
+    assert f"lr{large / 8}" not in capsys.readouterr().err  # details are in the log alone
     with pytest.raises(UserError, match=f"holds a grid of heads .{head}. and no encoder: that is"):
         formats.read(tmp_path)
     with pytest.raises(UserError, match="holds a grid of heads"):
