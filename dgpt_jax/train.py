@@ -177,9 +177,8 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                     for evaluate in evaluators:
                         results |= evaluate(optim.measured(train_state))
                     writer.scalars(step, results)
-                    shown = " ".join(
-                        f"{n} {v:.4f}" for n, v in results.items() if not run_log.is_detail(n)
-                    )
+                    told = (name for name in results if not run_log.is_detail(name))
+                    shown = " ".join(f"{name} {results[name]:.4f}" for name in told)
                     progress.say(f"step {step}: {shown}")
                     clock.restart(step)
                 measured = config.checkpoint.best in results

@@ -111,7 +111,11 @@ def test_lars_is_maes():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"weight_decay": 0.3, "clip_norm": 0.5}, {"kind": "lars", "clip_norm": 2.0}]
+    "changes",
+    [
+        {"weight_decay": 0.3, "clip_norm": 0.5},
+        pytest.param({"kind": "lars", "clip_norm": 2.0}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_head_of_a_stack_steps_as_if_it_were_alone(changes):
     """Moments, clipping, trust, decay and a schedule with a least rate: three steps of each head of
