@@ -104,9 +104,12 @@ def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
             )
             for name, tree in items.items()
         }
+        asked = asked if tree else {}  # none of the parts is there
         arguments = ocp.args.Composite(metadata=ocp.args.JsonRestore(), **asked)
         found = reader.restore(item, args=arguments)
-    params = found["params"] if average is None else found["opt_state"]["inner"]["ema"]
+    params = {}
+    if tree:
+        params = found["params"] if average is None else found["opt_state"]["inner"]["ema"]
     return params, checked(found["metadata"], root)
 
 

@@ -6,10 +6,10 @@ can be overridden on the command line; `schema.parse` turns the result into the 
 
 from dataclasses import dataclass
 
+from dgpt_jax import supervised
 from dgpt_jax.schema import UserError, entry, one_of, positive
 from dgpt_jax.sections import (
     Checkpoint,
-    Classify,
     Data,
     Evals,
     Hosts,
@@ -19,6 +19,7 @@ from dgpt_jax.sections import (
     Optim,
     Teacher,
 )
+from dgpt_jax.supervised import Classify
 
 
 @dataclass(frozen=True)
@@ -90,28 +91,15 @@ class Train:
                 f"config.optim.layer_decay must be above 0, at most 1, got {self.optim.layer_decay}"
             )
         if self.task == "classify":
-            self._fit_classify()
+            supervised.fit(self)
         else:
             self._fit_pretrain()
         return self
 
-    def _fit_classify(self):
-        task = self.classify
-        if self.optim.kind == "lars" and task.train != "head":
-            raise UserError("config.optim.kind=lars is for config.classify.train=head")
-        if task.train == "head" and (self.optim.layer_decay != 1 or not task.weights):
-            raise UserError(
-                "config.classify.train=head needs classify.weights and optim.layer_decay=1"
-            )
-        if (task.mixup or task.cutmix) and (self.batch_size % task.mix_group or task.mix_group % 2):
-            raise UserError(
-                f"config.classify.mix_group {task.mix_group} must be even and divide "
-                f"config.batch_size {self.batch_size}"
-            )
-
     def _fit_pretrain(self):
-        if self.optim.layer_decay != 1 or self.optim.kind != "adamw":
-            raise UserError("config.optim.layer_decay and kind are for config.task=classify")
+        optim = self.optim
+        if optim.layer_decay != 1 or optim.kind != "adamw" or optim.grid:
+            raise UserError("config.optim.layer_decay, kind and grid are for config.task=classify")
         weights = self.loss.next, self.loss.visible
         if min(weights) < 0 or sum(weights) == 0:
             raise UserError(f"config.loss needs a positive weight, got next, visible = {weights}")

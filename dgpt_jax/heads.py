@@ -1,9 +1,11 @@
-"""What stands on an encoder in use: learned positions, a final norm, pooling, a linear head."""
+"""What stands on an encoder in use: learned positions, a final norm, pooling, a linear head.
+
+Heads that are trained on a frozen encoder are in probe_heads.py.
+"""
 
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -47,6 +49,12 @@ class Classifier(nn.Module):
         residual = self.encoder(images, self.pos_embed)
         return {pooling: self._pool(residual, pooling) for pooling in poolings}
 
+    def last(self, images, blocks: int, normed: bool):
+        """Tokens (blocks, B, 1+N, D) after each of the last blocks, raw or through the norm."""
+        last, inputs = self.encoder.transform(self.enter(images))
+        tokens = jnp.concatenate([inputs[len(inputs) - blocks + 1 :], last[None]])
+        return self.norm(tokens) if normed else tokens
+
     def enter(self, images):
         """What the first block gets (B, 1+N, D)."""
         return self.encoder.enter(images, self.pos_embed)
@@ -64,48 +72,6 @@ class Classifier(nn.Module):
     def __call__(self, images, paths_LB2=None):
         """Logits (B, classes), or features where there is no head; vit.drop_paths in training."""
         return self.leave(self.encoder(images, self.pos_embed, paths_LB2))
-
-
-class LinearProbe(nn.Module):
-    """BatchNorm without scale and bias (eps 1e-6), then a linear layer: MAE's head on frozen
-    features (main_linprobe.py).
-
-    Running statistics are parameters whose gradient, from `train`, is what they are minus what the
-    batch has: a step of plain SGD with rate 0.1 moves them as momentum 0.9 does (torch's 0.1).
-    """
-
-    width: int
-    num_classes: int
-    eps: float = 1e-6
-
-    def setup(self):
-        self.running_mean = self.param("running_mean", nn.initializers.zeros, (self.width,))
-        self.running_var = self.param("running_var", nn.initializers.ones, (self.width,))
-        self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01))
-
-    def __call__(self, features):
-        """(B, D) float32 to logits (B, classes), by running statistics."""
-        return self._linear(features, self.running_mean, self.running_var)
-
-    def train(self, features):
-        """(logits by the batch's statistics, a scalar 0 to be added to the loss)."""
-        mean, var = features.mean(axis=0), features.var(axis=0)
-        unbiased = var * len(features) / max(len(features) - 1, 1)
-        gap = jnp.zeros(())
-        for running, seen in ((self.running_mean, mean), (self.running_var, unbiased)):
-            half = 0.5 * jnp.square(running - jax.lax.stop_gradient(seen)).sum()
-            gap += half - jax.lax.stop_gradient(half)
-        return self._linear(features, mean, var), gap
-
-    def _linear(self, features, mean, var):
-        return self.head((features - mean) / jnp.sqrt(var + self.eps))
-
-
-def fold(probe: dict, eps: float = LinearProbe.eps) -> dict:
-    """The plain linear head, {"kernel", "bias"}, that is a LinearProbe's parameters in use."""
-    scale = 1 / np.sqrt(probe["running_var"] + eps)
-    kernel = probe["head"]["kernel"] * scale[:, None]
-    return {"kernel": kernel, "bias": probe["head"]["bias"] - probe["running_mean"] @ kernel}
 
 
 def classifier(model, pooling: str, num_classes: int = 0, dtype: Any = jnp.float32) -> Classifier:

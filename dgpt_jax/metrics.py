@@ -101,7 +101,9 @@ def best_and_last(workdir, best: str) -> list[str]:
     told = []
     for name, curve in run_log.read(workdir).curves.items():
         finite = {step: value for step, value in curve.items() if math.isfinite(value)}
-        if "/" in name and finite:  # knn/cls: what an evaluation has measured
+        if (
+            "/" in name and not run_log.is_detail(name) and finite
+        ):  # knn/cls: what an evaluation has measured
             top = (min if run_log.is_loss(name) else max)(finite, key=finite.get)
             last = max(finite)
             told.append(

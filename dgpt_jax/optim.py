@@ -1,6 +1,7 @@
 """Schedule and optimizer, as in the official lr_sched.py, lr_decay.py, main_pretrain.py and
 main_finetune.py; and a guard against bad numbers, where the official code exits."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from dgpt_jax.config import Optim
 DECAY = ((r"(bias|scale)$", False), (r".*", True))
 
 
-# Running statistics (heads.LinearProbe) follow their own rule; everything else is trained.
+# Running statistics (probe_heads.py) follow their own rule; everything else is trained.
 TRAINED = ((r"running_(mean|var)$", "running"), (r".*", "trained"))
 # In fine-tuning, where positions are learned, no token decays (timm's no_weight_decay).
 FINE_TUNING_DECAY = ((r"(bias|scale|pos_embed|cls_token)$", False), (r".*", True))
@@ -31,8 +32,16 @@ def layer_ids(depth: int) -> param_rules.Rules:
     )
 
 
-def schedule(peak: float, warmup: int, total: int, least: float = 0.0):
-    """Steps to learning rates: linear from 0 over `warmup` steps, then half a cosine to `least`."""
+def peaks(config: Optim, batch_size: int) -> np.ndarray:
+    """The largest learning rate; with config.grid, (G,) of them."""
+    return np.asarray(config.grid or config.blr) * batch_size / 256
+
+
+def schedule(peak, warmup: int, total: int, least: float = 0.0):
+    """Steps to learning rates: linear from 0 over `warmup` steps, then half a cosine to `least`.
+
+    peak: a number, or an array of them.
+    """
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
@@ -51,23 +60,46 @@ def optimizer(
     decay: param_rules.Rules = DECAY,
     layers: param_rules.Rules | None = None,
     running: bool = False,
+    stacks: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of config.kind after optional clipping, guarded.
 
-    AdamW has eps 1e-8 and decoupled decay by rules. SGD and LARS add the decay to the gradient;
-    LARS scales what decays to a thousandth of its parameter's norm; momentum b1 gathers that, and
-    the rate comes last. Source of LARS: MAE's lars.py.
-
     With `running`, running statistics step by plain SGD. With `layers`, rules from paths to layer
     ids (on stacked leaves a vector of them), rate and decay of all but the last layer shrink by
-    config.layer_decay a layer.
+    config.layer_decay a layer. `stacks` names the parts of the parameters, at the top of the tree,
+    whose leaves are stacked heads (G, …): each head is clipped and steps alone, with its own of the
+    G rates that `rate` gives.
     """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    if stacks:
+        alone = of_each_head(optax.chain(clip, _kind(config, 1.0, decay)), rate)
+        rules = dict.fromkeys(stacks, alone) | {"running": optax.sgd(0.1)}
+        tx = optax.partition(
+            rules, lambda params: {name: name if name in stacks else "running" for name in params}
+        )
+    else:
+        tx = _kind(config, rate, decay)
+        if running:
+            rules = {"trained": tx, "running": optax.sgd(0.1)}
+            tx = optax.partition(rules, lambda params: param_rules.apply(TRAINED, params))
+        if layers:
+            tx = optax.chain(tx, scaled_by_layer(layers, config.layer_decay))
+        tx = optax.chain(clip, tx)
+    if config.ema:
+        tx = averaged(tx, config.ema)
+    return guarded(tx, most=config.bad_steps, spike=config.spike)
+
+
+def _kind(config: Optim, rate, decay: param_rules.Rules) -> optax.GradientTransformation:
+    """AdamW has eps 1e-8 and decoupled decay by rules. SGD and LARS add the decay to the gradient;
+    LARS scales what decays to a thousandth of its parameter's norm; momentum b1 gathers that, and
+    the rate comes last. Source of LARS: MAE's lars.py."""
 
     def decaying(params):
         return param_rules.apply(decay, params)
 
     if config.kind == "adamw":
-        tx = optax.adamw(
+        return optax.adamw(
             rate,
             b1=config.b1,
             b2=config.b2,
@@ -75,24 +107,30 @@ def optimizer(
             mask=decaying,
             mu_dtype=config.mu_dtype,
         )
-    else:
-        trust = optax.scale_by_trust_ratio(trust_coefficient=0.001)
-        tx = optax.chain(
-            optax.add_decayed_weights(config.weight_decay, decaying),
-            optax.masked(trust, decaying) if config.kind == "lars" else optax.identity(),
-            optax.trace(config.b1),
-            optax.scale_by_learning_rate(rate),
-        )
-    if running:
-        rules = {"trained": tx, "running": optax.sgd(0.1)}
-        tx = optax.partition(rules, lambda params: param_rules.apply(TRAINED, params))
-    if layers:
-        tx = optax.chain(tx, scaled_by_layer(layers, config.layer_decay))
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    tx = optax.chain(clip, tx)
-    if config.ema:
-        tx = averaged(tx, config.ema)
-    return guarded(tx, most=config.bad_steps, spike=config.spike)
+    trust = optax.scale_by_trust_ratio(trust_coefficient=0.001)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, decaying),
+        optax.masked(trust, decaying) if config.kind == "lars" else optax.identity(),
+        optax.trace(config.b1),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def of_each_head(tx: optax.GradientTransformation, rate: Callable) -> optax.GradientTransformation:
+    """`tx`, of rate 1, on every head of stacked parameters (G, …) as if it were alone, times its
+    rate: `rate` maps steps to (G,)."""
+
+    def init(params):
+        return jnp.zeros((), jnp.int32), jax.vmap(tx.init)(params)
+
+    def update(grads, state, params=None):
+        count, inner = state
+        updates, inner = jax.vmap(tx.update)(grads, inner, params)
+        scale = rate(count)
+        updates = jax.tree.map(lambda x: x * scale.reshape(-1, *(1,) * (x.ndim - 1)), updates)
+        return updates, (count + 1, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def scaled_by_layer(layers: param_rules.Rules, decay: float) -> optax.GradientTransformation:

@@ -20,7 +20,7 @@ def report(files: Iterable) -> str:
 
     Only results on whole sets stand beside published ones. A cell of ours has its 95 % interval.
     """
-    models = [results.read(file) for file in files]
+    models = _models(files)
     parts = [
         "## Fine-tuned on ImageNet-1K, 224 pixels, top-1",
         _markdown(
@@ -46,6 +46,15 @@ def report(files: Iterable) -> str:
     return "\n\n".join(parts)
 
 
+def _models(files: Iterable) -> list[dict]:
+    """What the files hold, those of the same weights together."""
+    found: dict[str, dict] = {}
+    for model in map(results.read, files):
+        before = found.setdefault(model["weights"], model | {"results": []})
+        before["results"] = before["results"] + model["results"]
+    return list(found.values())
+
+
 def _name(model: dict) -> str:
     return f"{model['weights']} ({size_of(model['model'])})"
 
@@ -69,12 +78,11 @@ def _finetuned(model: dict) -> list[Sequence]:
     the test images is an optimistic choice."""
     lines = []
     for row in model["results"]:
-        tuned = row["protocol"] == "finetune" or row["data"] == "imagenet"
+        tuned = row["protocol"] == "finetune" or row["data"] == "imagenet"  # of robustness
         if tuned and row["test"] == VALIDATION:
             size = size_of(model["model"])[0]
             cells = [_cell(row) if size == one else None for one in published.SIZES]
-            how = f"selection: {row['selection']}" + ", squashed" * row.get("squash", False)
-            lines.append((_name(model), "ours", *cells, how))
+            lines.append((_name(model), "ours", *cells, _how(row)))
     return lines
 
 
@@ -94,25 +102,26 @@ def _robustness(model: dict) -> list[Sequence]:
     return lines
 
 
+def _how(row: dict) -> str:
+    epoch = f"{row['epoch']} epoch, " if row.get("epoch") in ("last", "best") else ""
+    return f"{epoch}selection: {row['selection']}" + ", squashed" * row.get("squash", False)
+
+
 def _frozen(model: dict) -> list[Sequence]:
-    """A line for each kind of features."""
-    lines = []
-    for features in ("cls", "mean"):
-        cells = []
-        for column in published.FROZEN_COLUMNS:
-            rows = [
-                row
-                for row in model["results"]
-                if row["protocol"].startswith(column.lower())
-                and row.get("features") == features
-                and row.get("shots", "all") == "all"
-                and row.get("k", 20) == 20
-                and row["test"] == VALIDATION
-            ]
-            cells.append(_cell(rows[-1]) if rows else None)
-        if any(cells):
-            lines.append((f"{_name(model)}, {features}", *cells, "ours"))
-    return lines
+    """A line for each kind of features, and for each way in which a probe was selected."""
+    lines: dict[tuple[str, str], dict] = {}
+    for row in model["results"]:
+        columns = [c for c in published.FROZEN_COLUMNS if row["protocol"].startswith(c.lower())]
+        whole = row["test"] == VALIDATION and not row.get("detail")
+        if columns and whole and row.get("shots", "all") == "all" and row.get("k", 20) == 20:
+            own = row["protocol"] != "knn"  # the one that leaves nothing to be chosen
+            how = f"ours, {row['protocol']}, {_how(row)}" if own else "ours"
+            name = f"{_name(model)}, {row['features']}"
+            lines.setdefault((name, how), {})[columns[0]] = row
+    return [
+        (name, *(_cell(found.get(c)) for c in published.FROZEN_COLUMNS), how)
+        for (name, how), found in lines.items()
+    ]
 
 
 def _markdown(columns: Sequence[str], theirs: Sequence[Sequence], ours: Sequence[Sequence]) -> str:

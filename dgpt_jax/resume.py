@@ -14,7 +14,9 @@ FREE = re.compile(
     r"classify\.(weights|resize)|optim\.bad_steps)$"
 )
 # What can never be: the state has another form, or another meaning.
-NEVER = re.compile(r"(task|model\..*|classify\.(num_classes|pooling|train)|optim\.(ema|kind))$")
+NEVER = re.compile(
+    r"(task|model\..*|classify\.(num_classes|pooling|train|head)|optim\.(ema|kind|grid))$"
+)
 
 
 def begin(config, task, tx, mesh, checkpoints, progress, allow_config_change: bool):

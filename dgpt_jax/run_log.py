@@ -27,6 +27,11 @@ def is_loss(metric: str) -> bool:
     return metric.startswith("heldout/")
 
 
+def is_detail(metric: str) -> bool:
+    """Whether it is one of many of a kind, as val/top1/HEAD: in the log, not shown."""
+    return metric.count("/") > 1
+
+
 @dataclass(frozen=True)
 class Log:
     """The curves of a run: {metric: {step: value}}, steps ascending; a value may be NaN or
@@ -90,7 +95,7 @@ def metrics(logs: Iterable[Log]) -> list[str]:
     """What is worth a panel, of what the runs have: losses, accuracies, the rest; counts of trouble
     only where there was any."""
     logs = list(logs)
-    names = dict.fromkeys(name for log in logs for name in log.curves)
+    names = dict.fromkeys(name for log in logs for name in log.curves if not is_detail(name))
     first = ["loss", "next", "visible", *(n for n in names if n.startswith("heldout/"))]
     last = ["learning_rate", "grad_norm", "images_per_second", "data_wait"]
     counts = ["skipped", "bad_records", "fetched_bytes", "fetch_wait_seconds"]

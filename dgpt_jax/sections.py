@@ -144,63 +144,12 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Classify:
-    weights: str = entry(
-        "", "what task=classify starts from: a work directory or weights; empty: random ones"
-    )
-    num_classes: int = entry(1000, "classes of the data, labels 0 to num_classes - 1")
-    pooling: str = entry("mean", "mean (of the patch tokens, then a fresh norm) or cls")
-    train: str = entry(
-        "all", "all, or head: a linear probe, standardised by batch, on the frozen encoder"
-    )
-    drop_path: float = entry(0.1, "stochastic depth: rate of the last block, 0 in the first")
-    smoothing: float = entry(0.1, "share of a label that is spread over all classes")
-    randaugment: str = entry(
-        "rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy; empty: none"
-    )
-    interpolation: str = entry("bicubic", "of its shifts and turns: bicubic, bilinear or random")
-    jitter: tuple[float, float, float] = entry(
-        (0.0, 0.0, 0.0), "strengths of random brightness, contrast and saturation"
-    )
-    erase: float = entry(0.25, "probability that a box of the picture becomes noise")
-    mixup: float = entry(0.8, "parameter of mixup's Beta distribution; 0: no mixup")
-    cutmix: float = entry(1.0, "the same of cutmix; with both, one of them is drawn")
-    mix_group: int = entry(
-        128, "neighbouring rows of a batch that are mixed alike: the official code's batch of a GPU"
-    )
-    resize: int | None = entry(
-        None,
-        "pixels of the shorter side (or both) before the centre crop of an evaluation; default: "
-        "256/224 of image_size, above 224 image_size itself, as the official code has it",
-    )
-
-    def resolved(self) -> "Classify":
-        """Itself. Raises UserError on values that mean nothing."""
-        one_of("config.classify.pooling", self.pooling, ("mean", "cls"))
-        one_of("config.classify.train", self.train, ("all", "head"))
-        one_of(
-            "config.classify.interpolation", self.interpolation, ("bicubic", "bilinear", "random")
-        )
-        positive(self, "config.classify", "num_classes", "mix_group")
-        for name in ("drop_path", "smoothing", "erase"):
-            if not 0 <= getattr(self, name) < 1 + (name == "erase"):
-                raise UserError(
-                    f"config.classify.{name} must be a share, got {getattr(self, name)}"
-                )
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise UserError(
-                    f"config.classify.{name} must not be negative, got {getattr(self, name)}"
-                )
-        if min(self.jitter) < 0:
-            raise UserError(f"config.classify.jitter must not be negative, got {self.jitter}")
-        return self
-
-
-@dataclass(frozen=True)
 class Optim:
     kind: str = entry("adamw", "adamw; task=classify also: sgd, lars")
     blr: float = entry(1.5e-4, "base learning rate: peak = blr * batch_size / 256")
+    grid: tuple[float, ...] = entry(
+        (), "task=classify: base learning rates instead of blr, one for each head of a probe"
+    )
     warmup: str = entry("40 epochs", "linear warm-up from 0; a duration")
     min_lr: float = entry(0.0, "learning rate at the end of the cosine")
     layer_decay: float = entry(

@@ -26,6 +26,7 @@ from dgpt_jax import (
     pipeline,
     replay,
     resume,
+    run_log,
     saving,
     schema,
     sharding,
@@ -63,10 +64,9 @@ def resolve_schedule(config: Train, examples: int) -> Schedule:
     )
 
 
-def evaluators_of(task, mesh) -> list:
-    """What is measured while a task trains, each params → {metric: value}."""
-    found = classification if task.config.task == "classify" else pretraining
-    return found.periodic(task, mesh)
+def evaluations_of(task):
+    """The module with what is measured while a task trains."""
+    return classification if task.config.task == "classify" else pretraining
 
 
 def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = False) -> int:
@@ -77,10 +77,10 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
     rows = sharding.process_rows(mesh, config.batch_size)
     task = tasks.open_task(config)
     schedule = resolve_schedule(config, len(task.examples))
-    peak = config.optim.blr * config.batch_size / 256
-    rate = optim.schedule(peak, schedule.warmup, schedule.total, config.optim.min_lr)
+    peaks = optim.peaks(config.optim, config.batch_size)
+    rate = optim.schedule(peaks, schedule.warmup, schedule.total, config.optim.min_lr)
     tx = task.optimizer(rate)
-    describe(config, task, schedule, mesh, peak, progress)
+    describe(config, task, schedule, mesh, peaks.max(), progress)
     resolved = schema.to_dict(config)
 
     stop = signals.StopOnSignal()
@@ -112,7 +112,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             seed=config.seed,
         )
         collection = metrics.averages(task.metric_names)
-        evaluators = evaluators_of(task, mesh)
+        evaluators = evaluations_of(task).periodic(task, mesh)
         step, results = first, {}
         batches = pipeline.train_batches(
             task.examples, config.batch_size, rows=rows, start_step=first
@@ -163,7 +163,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                     if checkpoints.failed():
                         progress.say("a checkpoint could not be written: once more")
                         save()
-                    values = {"learning_rate": float(rate(step - 1))} | clock.read(step)
+                    values = {"learning_rate": float(rate(step - 1).max())} | clock.read(step)
                     values |= task.examples.counters()
                     pending = (
                         step,
@@ -177,7 +177,8 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                     for evaluate in evaluators:
                         results |= evaluate(optim.measured(train_state))
                     writer.scalars(step, results)
-                    shown = " ".join(f"{n} {v:.4f}" for n, v in results.items())
+                    told = (name for name in results if not run_log.is_detail(name))
+                    shown = " ".join(f"{name} {results[name]:.4f}" for name in told)
                     progress.say(f"step {step}: {shown}")
                     clock.restart(step)
                 measured = config.checkpoint.best in results
@@ -193,7 +194,8 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
     if stop.exit_code is not None:
         progress.say(f"stopped by a signal, saved at step {step}: the same command continues")
         return stop.exit_code
-    for line in metrics.best_and_last(workdir, config.checkpoint.best):
+    best_and_last = metrics.best_and_last(workdir, config.checkpoint.best)
+    for line in (*best_and_last, *evaluations_of(task).recorded(task, workdir)):
         progress.say(line)
     then = task.then.format(workdir=workdir)
     progress.say(f"done: {workdir} holds step {step}; next: {then}")

@@ -1,7 +1,7 @@
 """The plain pre-LN vision transformer, once: for pretraining, for the teacher, for use.
 
 Blocks are scanned: their parameters are stacked along a leading layer axis, and the scan returns
-the residual stream after every block, from which callers take what they tap. Names of parameters
+the residual stream before every block, from which callers take what they tap. Names of parameters
 are those of timm, so that a conversion is a renaming. Matmuls run in `dtype`; parameters, LayerNorm
 (two-pass variance), softmax and the residual stream are float32, as under the official autocast.
 """
@@ -160,7 +160,7 @@ def kept(x):
 def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None):
     """Runs `depth` stacked copies of `block` on x, called (x, mask, its slice of layer_inputs).
 
-    Returns the last residual stream and those after all blocks, stacked on axis 0.
+    Returns the last residual stream and those that the blocks got, stacked on axis 0.
     """
 
     def body(block, x, layer_input):
@@ -219,7 +219,7 @@ class Encoder(nn.Module):
         return self.patch_embed(patchify(images.astype(self.dtype), self.patch))
 
     def transform(self, x_BND, mask_NM=None, paths_LB2=None):
-        """Tokens through all blocks: the last residual, and those of all blocks (L, B, N, D)."""
+        """Tokens through all blocks: the last residual, and what each block got (L, B, N, D)."""
         return scan_blocks(self.blocks, self.depth, x_BND, mask_NM, paths_LB2)
 
     def __call__(self, images, positions, paths_LB2=None):

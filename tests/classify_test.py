@@ -1,4 +1,4 @@
-"""Fine-tuning: layer decay, stochastic depth, what it starts from, and whole runs."""
+"""Fine-tuning: what it starts from, and whole runs."""
 
 import dataclasses
 import json
@@ -14,29 +14,23 @@ import dgpt_jax
 from dgpt_jax import (
     checkpoint,
     config,
-    heads,
     load,
     metrics,
     optim,
-    param_rules,
     pipeline,
-    records,
     replay,
-    schema,
     sharding,
     signals,
     state,
     step,
     tasks,
     train,
-    views,
-    vit,
 )
 from dgpt_jax.convert import export, formats, layout
-from dgpt_jax.convert.weights import encoder_shapes
 from dgpt_jax.evals import classification
 from dgpt_jax.schema import UserError
-from tests.data import TINY, image_dataset, tiny_model
+from tests.classifying import by_hand, settings
+from tests.data import image_dataset, tiny_model
 from tests.train_test import metrics_of, stop_after
 
 
@@ -44,135 +38,6 @@ from tests.train_test import metrics_of, stop_after
 def dataset(tmp_path_factory):
     """24 pictures of two classes."""
     return image_dataset(tmp_path_factory.mktemp("classify"), per_class=12)
-
-
-def settings(path, **changes) -> config.Train:
-    defaults = dict(
-        task="classify",
-        total="6 steps",
-        batch_size=8,
-        dtype="float32",
-        log_every=1,
-        model=TINY,
-        data={"path": str(path), "threads": 2, "crop_scale": (0.3, 1.0)},
-        classify={"num_classes": 2, "mix_group": 4, "drop_path": 0.3},
-        optim={"blr": 0.05, "warmup": "1 steps", "layer_decay": 0.7, "min_lr": 1e-5, "ema": 0.8},
-        evals={
-            "heldout": str(path),
-            "heldout_split": "train",
-            "every": "3 steps",
-            "batch_size": 10,
-        },
-        checkpoint={"every": "100%", "best": "val/top1"},
-    )
-    for name, value in changes.items():
-        both = isinstance(value, dict) and name in defaults
-        defaults[name] = defaults[name] | value if both else value
-    return schema.parse(config.Train, defaults)
-
-
-def test_layer_decay_leaf_by_leaf():
-    """decay^(L+1-i): 0 before the blocks, block i of 1 to L, the last norm and the head."""
-    depth, decay = 3, 0.7
-    tx = optim.scaled_by_layer(optim.layer_ids(depth), decay)
-    shapes = encoder_shapes(tiny_model(), "mean", 2)
-    ones = layout.unflatten({path: np.ones(shape, np.float32) for path, shape in shapes.items()})
-    updates, _ = jax.jit(lambda ones: tx.update(ones, tx.init(ones)))(ones)
-    for key_path, update in jax.tree_util.tree_leaves_with_path(updates):
-        path = param_rules.path_of(key_path)
-        if path.startswith("encoder/blocks/"):
-            assert update.shape[0] == depth
-            expected = np.broadcast_to(
-                np.reshape([decay**3, decay**2, decay], (3, *(1,) * (update.ndim - 1))),
-                update.shape,
-            )
-        elif path.startswith(("norm/", "head/")):
-            expected = np.ones(update.shape)
-        else:
-            assert path.startswith(("encoder/patch_embed/", "encoder/cls_token", "pos_embed"))
-            expected = np.full(update.shape, decay**4)
-        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=path)
-    with pytest.raises(ValueError, match="no rule covers"):
-        tx.update({"other": jnp.ones(2)}, tx.init({}))
-
-
-def test_the_optimizer_is_adamw_a_layer():
-    """Against optax.adamw with the rate of each layer, decay on matrices alone."""
-    rng = np.random.default_rng(0)
-    params = {
-        "encoder": {"blocks": {"k": {"kernel": rng.standard_normal((3, 4, 5)),
-                                     "bias": rng.standard_normal((3, 5))}},
-                    "cls_token": rng.standard_normal((1, 1, 5))},
-        "pos_embed": rng.standard_normal((1, 6, 5)),
-        "head": {"kernel": rng.standard_normal((5, 2))},
-    }  # fmt: skip
-    params = jax.tree.map(jnp.float32, params)
-    grads = jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)), params)
-    tx = tasks.planned(
-        settings("x", optim={"b1": 0.9, "b2": 0.999, "weight_decay": 0.3})
-    ).optimizer(lambda _: 0.1)
-    updates, _ = jax.jit(
-        lambda grads, params: tx.update(grads, tx.init(params), params, value=jnp.ones(()))
-    )(grads, params)
-
-    @jax.jit
-    def alone(rate, weight_decay, value, grad):
-        one = optax.adamw(rate, b1=0.9, b2=0.999, weight_decay=weight_decay)
-        return one.update(grad, one.init(value), value)[0]
-
-    blocks, told_grads = params["encoder"]["blocks"]["k"], grads["encoder"]["blocks"]["k"]
-    found = updates["encoder"]["blocks"]["k"]
-    for i in range(3):
-        for name, decay in (("kernel", 0.3), ("bias", 0.0)):
-            expected = alone(0.1 * 0.7 ** (3 - i), decay, blocks[name][i], told_grads[name][i])
-            np.testing.assert_allclose(found[name][i], expected, rtol=1e-5, atol=1e-7)
-    for path in (("pos_embed",), ("encoder", "cls_token")):
-        value, grad, made = params, grads, updates
-        for name in path:
-            value, grad, made = value[name], grad[name], made[name]
-        expected = alone(0.1 * 0.7**4, 0.0, value, grad)
-        np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-7)
-    expected = alone(0.1, 0.3, params["head"]["kernel"], grads["head"]["kernel"])
-    np.testing.assert_allclose(updates["head"]["kernel"], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_the_schedule_ends_at_the_least_rate():
-    rate = optim.schedule(1e-3, 10, 100, 1e-6)
-    assert float(rate(0)) == 0 and float(rate(5)) == pytest.approx(5e-4)
-    assert float(rate(10)) == pytest.approx(1e-3) and float(rate(100)) == pytest.approx(1e-6)
-    assert float(rate(55)) == pytest.approx((1e-3 + 1e-6) / 2)
-
-
-def test_how_often_paths_are_dropped():
-    paths = np.asarray(vit.drop_paths(jax.random.key(0), 20_000, 5, 0.4))
-    assert paths.shape == (20_000, 5, 2)
-    for block, rate in enumerate((0, 0.1, 0.2, 0.3, 0.4)):
-        values = np.unique(paths[:, block])
-        np.testing.assert_allclose(values, [0, 1 / (1 - rate)] if rate else [1], rtol=1e-6)
-        assert abs((paths[:, block] == 0).mean() - rate) < 0.012
-    assert abs(paths.mean() - 1) < 0.01
-    both = (paths[:, -1] == 0).all(axis=1).mean()
-    assert abs(both - 0.16) < 0.015  # the two branches are drawn apart
-
-
-def test_dropped_paths_leave_a_block_out():
-    """An example without its second block is one of an encoder without that block."""
-    model = tiny_model(remat="full")
-    whole = heads.classifier(model, "mean", 2)
-    images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
-    params = jax.jit(whole.init)(jax.random.key(0), images)["params"]
-    params["head"]["kernel"] = np.random.default_rng(1).standard_normal((24, 2))
-    paths = np.ones((3, 2, 2), np.float32)
-    paths[1, 0] = 0
-    made = jax.jit(whole.apply)({"params": params}, images, paths)
-    shorter = heads.classifier(tiny_model(depth=2), "mean", 2)
-    blocks = jax.tree.map(lambda x: x[jnp.array([0, 2])], params["encoder"]["blocks"])
-    without = params | {"encoder": params["encoder"] | {"blocks": blocks}}
-    expected = jax.jit(shorter.apply)({"params": without}, images[:1])
-    np.testing.assert_allclose(made[:1], expected, rtol=1e-4, atol=1e-5)
-    plain = jax.jit(whole.apply)({"params": params}, images)
-    np.testing.assert_allclose(made[1:], plain[1:], rtol=1e-4, atol=1e-5)
-    assert np.abs(made[0] - plain[0]).max() > 1e-3
 
 
 def one_step(task, batch, accum: int, number: int = 0):
@@ -258,17 +123,6 @@ def test_the_moving_average_is_what_is_read(dataset, whole):
     assert metadata["format"] == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), read, mean)
     assert np.abs(read["head"]["kernel"] - after["head"]["kernel"]).max() > 1e-5
-
-
-def by_hand(encoder_params, dataset, *, squash: bool):
-    """Logits and labels of all examples, one by one."""
-    module = heads.classifier(tiny_model(), "mean", 2)
-    source = records.Split(dataset, "train")
-    crops = [
-        views.centre_crop(views.decode_picture(r["image"]), 18, 16, squash=squash) for r in source
-    ]
-    logits = jax.jit(module.apply)({"params": encoder_params}, vit.normalise(np.stack(crops)))
-    return np.asarray(logits), np.array([r["label"] for r in source])
 
 
 def test_accuracy_counts_every_example_once(dataset, whole):
@@ -364,91 +218,3 @@ def test_what_does_not_fit(dataset, whole):
         settings(dataset, classify={"mix_group": 3})
     with pytest.raises(UserError, match="are for config.task=classify"):
         settings(dataset, task="pretrain")
-
-
-def probe_settings(dataset, weights, **changes) -> config.Train:
-    """MAE's linear probe."""
-    plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "erase": 0.0, "smoothing": 0.0,
-             "randaugment": "", "train": "head", "weights": str(weights)}  # fmt: skip
-    optim = {"kind": "lars", "layer_decay": 1.0, "weight_decay": 0.0, "ema": 0.0, "blr": 32.0}
-    return settings(dataset, classify=plain, optim=optim | changes)
-
-
-def test_lars_is_maes():
-    """Two steps by hand, with a rate that changes; biases are not scaled."""
-    rng = np.random.default_rng(0)
-    value, bias = rng.standard_normal((4, 3)), rng.standard_normal(3)
-    rates, decay, momentum, trust = (0.3, 0.2), 0.01, 0.9, 0.001
-    told = config.Optim(kind="lars", weight_decay=decay, b1=momentum)
-    tx = optim.optimizer(told, lambda step: jnp.array(rates)[step], running=True)
-    params = {"head": {"kernel": jnp.float32(value), "bias": jnp.float32(bias)},
-              "running_mean": jnp.ones(3)}  # fmt: skip
-    opt_state, gathered, gathered_bias = tx.init(params), 0.0, 0.0
-    for rate in rates:
-        grads = jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)), params)
-        mean = np.asarray(params["running_mean"]) - 0.1 * np.asarray(grads["running_mean"])
-        updates, opt_state = tx.update(grads, opt_state, params, value=jnp.ones(()))
-        params = optax.apply_updates(params, updates)
-        grad = np.float64(grads["head"]["kernel"]) + decay * value
-        grad *= trust * np.linalg.norm(value) / np.linalg.norm(grad)
-        gathered = momentum * gathered + grad
-        gathered_bias = momentum * gathered_bias + np.float64(grads["head"]["bias"])
-        value, bias = value - rate * gathered, bias - rate * gathered_bias
-        np.testing.assert_allclose(params["head"]["kernel"], value, rtol=1e-5)
-        np.testing.assert_allclose(params["head"]["bias"], bias, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(params["running_mean"], mean, rtol=1e-5)
-
-
-def test_batch_norm_is_torchs():
-    """Logits in training and use, and running statistics after two steps."""
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    norm = torch.nn.BatchNorm1d(5, affine=False, eps=1e-6)
-    module = heads.LinearProbe(5, 2)
-    params = module.init(jax.random.key(0), np.zeros((1, 5), np.float32))["params"]
-    kernel = np.asarray(params["head"]["kernel"])
-    for _ in range(2):
-        features = (rng.standard_normal((7, 5)) * 3 + 1).astype(np.float32)
-
-        def loss(params, features=features):
-            logits, gap = module.apply({"params": params}, features, method="train")
-            return gap, (logits, gap)
-
-        grads, (logits, gap) = jax.grad(loss, has_aux=True)(params)
-        assert float(gap) == 0 and not np.any(grads["head"]["kernel"])
-        expected = norm(torch.tensor(features)).numpy() @ kernel
-        np.testing.assert_allclose(logits, expected, atol=1e-5)
-        for name in ("running_mean", "running_var"):
-            params[name] = params[name] - 0.1 * grads[name]
-            np.testing.assert_allclose(params[name], getattr(norm, name).numpy(), rtol=1e-5)
-    norm.eval()
-    used = module.apply({"params": params}, features)
-    np.testing.assert_allclose(used, norm(torch.tensor(features)).numpy() @ kernel, atol=1e-5)
-    folded = heads.fold(jax.tree.map(np.asarray, params))
-    np.testing.assert_allclose(used, features @ folded["kernel"] + folded["bias"], atol=1e-5)
-
-
-def test_a_linear_probe(dataset, whole, tmp_path):
-    """The encoder is left alone; mean colours tell the classes apart; the export has its head."""
-    run = probe_settings(dataset, whole, kind="sgd")
-    assert train.train(run, tmp_path / "run") == 0
-    params, _ = checkpoint.load_params(tmp_path / "run")
-    assert set(params) == {"head", "running_mean", "running_var"}
-    measured = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    accuracy = [x["val/top1"] for x in measured if "val/top1" in x][-1]
-    assert accuracy > 0.9
-    _, weights = formats.read(tmp_path / "run")
-    frozen, _ = checkpoint.load_params(whole)
-    np.testing.assert_array_equal(weights.params["pos_embed"], frozen["pos_embed"])
-    logits, labels = by_hand(layout.unflatten(weights.params), dataset, squash=False)
-    assert (logits.argmax(axis=1) == labels).mean() == pytest.approx(accuracy)
-
-
-def test_clipped_crops():
-    rng = np.random.default_rng(0)
-    drawn = [
-        views.draw(rng, 40, 100, scale=(0.9, 1), ratio=(0.75, 4 / 3), flip=False, clip=True)
-        for _ in range(200)
-    ]
-    assert {view.height for view in drawn} == {40}  # torchvision's would be the centre each time
-    assert len({view.left for view in drawn}) > 10 and max(view.width for view in drawn) < 80

@@ -21,7 +21,7 @@ def schema_of(path: Path):
 
 def names_of(path: Path) -> list[str]:
     """The file, and the file for each of its pods or other arguments."""
-    found = re.search(r"^(?:PODS|SIZES|AFTER) = (.*)$", path.read_text(), re.MULTILINE)
+    found = re.search(r"^(?:PODS|SIZES|AFTER|HEADS) = (.*)$", path.read_text(), re.MULTILINE)
     return [str(path)] + [f"{path}:{pod}" for pod in (ast.literal_eval(found[1]) if found else ())]
 
 

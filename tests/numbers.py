@@ -92,7 +92,7 @@ def run(layout: str, store: str, fault: str, task: str) -> dict[str, np.ndarray]
             moment = flat(gather(optax.tree.get(current.opt_state, "mu")), "gradient")
             norms = {n: np.linalg.norm(m) / (1 - run.optim.b1) for n, m in moment.items()}
     params = gather(optim.measured(current))
-    (evaluate,) = train.evaluators_of(task, mesh)
+    (evaluate,) = train.evaluations_of(task).periodic(task, mesh)
     measured = evaluate(optim.measured(current))
     return {"losses": np.array(losses)} | norms | measured | flat(params, "params")
 

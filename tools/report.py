@@ -1,7 +1,8 @@
 """Results of models beside published numbers, as Markdown: python tools/report.py RESULTS.json…
 
-The files are those that `python -m dgpt_jax.evaluate` adds its results to, one a model. Without any
-the published numbers are printed alone.
+The files are those that `python -m dgpt_jax.evaluate` adds its results to, one a model, and those
+that a fine-tuning or a probe leaves in its work directory; what is about the same weights is put
+together. Without any the published numbers are printed alone.
 """
 
 from dgpt_jax import cli, report

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from dgpt_jax import gcs
-from dgpt_jax import heads as heads_lib
+from dgpt_jax import gcs, probe_heads
 from dgpt_jax.convert import big_vision, digpt, dinov2_encoder, files, hf, mae, ours, timm, weights
 from dgpt_jax.convert.layout import unflatten
 from dgpt_jax.convert.weights import Layout, Weights
@@ -78,7 +77,7 @@ def _with_encoder(probe: Weights) -> Weights:
     found = weights.encoder(found, probe.pooling if found.full else None)
     if found.pooling != probe.pooling or found.model.grid != probe.model.grid:
         raise UserError(f"{probe.source}: {told['weights']} is another encoder now")
-    head = heads_lib.fold(unflatten(probe.params))
+    head = probe_heads.fold(unflatten(probe.params))
     params = {p: x for p, x in found.params.items() if not p.startswith("head/")}
     params |= {f"head/{name}": np.asarray(x, np.float32) for name, x in head.items()}
     return dataclasses.replace(probe, params=params)

@@ -83,7 +83,13 @@ def read_directory(state, path: Path, heads=None, decoder_heads=None, parts=None
     run = {"config": config, "step": metadata["step"], "directory": str(path)}
     pooling, how = None, Preprocess()
     if config.get("task") == "classify":
-        pooling = config["classify"]["pooling"]
+        told = config["classify"]
+        if told["train"] == "head" and told.get("head", "linear") != "linear":
+            raise UserError(
+                f"{source} holds a grid of heads ({told['head']}) and no encoder: that is "
+                f"{told['weights']}"
+            )
+        pooling = told["pooling"]
         how = Preprocess(crop_pct=1.0) if model.image_size > 224 else how
     return Weights(model, layout.flatten(params), pooling, source, how, run=run)
 

@@ -18,7 +18,7 @@ def _indices(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-# hendrycks/natural-adv-examples eval.py; they sum to 102178.
+# hendrycks/natural-adv-examples eval.py; they sum to 102178, as timm's imagenet_a_indices.txt does.
 IMAGENET_A = _indices("""
     6 11 13 15 17 22 23 27 30 37 39 42 47 50 57 70 71 76 79 89 90 94 96 97 99 105 107 108 110 113
     124 125 130 132 143 144 150 151 207 234 235 254 277 283 287 291 295 298 301 306-311 313-315 317
@@ -29,7 +29,7 @@ IMAGENET_A = _indices("""
     823 831 833 835 839 845 847 850 859 862 870 879 880 888 890 897 900 907 913 924 932-934 937 943
     945 947 951 954 956 957 959 971 972 980 981 984 986-988
 """)
-# hendrycks/imagenet-r eval.py; they sum to 86135.
+# hendrycks/imagenet-r eval.py; they sum to 86135, as timm's imagenet_r_indices.txt does.
 IMAGENET_R = _indices("""
     1 2 4 6 8 9 11 13 22 23 26 29 31 39 47 63 71 76 79 84 90 94 96 97 99 100 105 107 113 122 125
     130 132 144 145 147 148 150 151 155 160-163 171 172 178 187 195 199 203 207 208 219 231 232 234

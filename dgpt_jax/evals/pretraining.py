@@ -19,6 +19,11 @@ def periodic(task, mesh) -> list[Callable]:
     return evaluators
 
 
+def recorded(task, workdir) -> list[str]:
+    """Nothing: held-out losses are compared within a run."""
+    return []
+
+
 def heldout_loss(task, mesh) -> Callable:
     """Mean of each loss part over all held-out examples, each counted once."""
     batch_size = task.config.evals.batch_size

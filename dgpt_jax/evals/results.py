@@ -2,7 +2,8 @@
 
 A row says what was measured (IDENTITY), the count and the accuracy with its interval, by what it
 was selected, and in `how` the protocol, its source and the preprocessing. Runs add to the file; a
-row that was measured before is replaced.
+row that was measured before is replaced. Of a training there are rows of the last evaluation and of
+the best (`epoch`), and of a grid of heads, as a `detail`, one of each.
 """
 
 import datetime
@@ -20,6 +21,7 @@ FORMAT = 1
 # Rows that differ in one of these are different results.
 IDENTITY = (
     "protocol", "data", "splits", "features", "k", "shots", "seed", "squash", "resize", "epoch",
+    "head", "detail",
 )  # fmt: skip
 HIDDEN = ("how", "date", "detail", "train")  # of a row, in a table
 

@@ -6,6 +6,7 @@ models_vit.py, engine_finetune.py.
 """
 
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,33 @@ from dgpt_jax.schema import UserError
 SAME = ("width", "depth", "heads", "patch", "eps", "activation")
 
 
-class Classify:
-    """What classification adds to the loop. `given` are nested arrays that it starts from.
+class Start(NamedTuple):
+    """What training starts from: nested arrays that take the place of initial ones, where they
+    come from, remarks."""
 
-    `open_classify` makes one with its data, `planned` one without.
+    given: dict[str, Any]
+    source: str
+    notes: tuple[str, ...]
+
+
+FRESH = Start({}, "", ())
+
+
+class Classify:
+    """What classification adds to the loop. `given` are nested arrays that it starts from, `heads`
+    the names of heads that are trained side by side: none.
+
+    `open_classify` makes one with its data; without, it is a task that is planned or replayed.
     """
 
     then = "python tools/convert.py {workdir} DIR --to=timm"
+    heads: tuple[str, ...] = ()
 
-    def __init__(self, config: Train, *, examples=None, given=None, notes=()):
+    def __init__(self, config: Train, *, examples=None, start: Start = FRESH):
         """examples: pipeline.Examples."""
         self.config = config
         self.examples = examples
-        self.given = given or {}
-        self.notes = notes
+        self.given, self.source, self.notes = start
         self.frozen = {}
         self.metric_names = ("loss", "grad_norm")
         told = config.classify
@@ -106,73 +120,23 @@ class Classify:
         return {}
 
 
-class Probe(Classify):
-    """A head alone, on the features of a frozen encoder: what is given is not trained."""
-
-    def __init__(self, config: Train, *, examples=None, given=None, notes=()):
-        super().__init__(config, examples=examples, notes=notes)
-        told, model = config.classify, config.model
-        self.encoder = heads.classifier(model, told.pooling, dtype=config.dtype)
-        self.module = heads.LinearProbe(model.width, told.num_classes)
-        pixels = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-        whole = jax.eval_shape(self.encoder.init, jax.random.key(0), pixels)["params"]
-        fresh = {"norm": {"scale": np.ones(model.width, np.float32),
-                          "bias": np.zeros(model.width, np.float32)}}  # fmt: skip
-        kept = {name: x for name, x in (given or {}).items() if name in whole}
-        self.frozen = fresh | kept if given else whole
-
-    def init(self, key):
-        return self.module.init(key, jnp.zeros((1, self.config.model.width)))["params"]
-
-    def optimizer(self, rate):
-        return optim.optimizer(self.config.optim, rate, running=True)
-
-    def loss(self, params, frozen, batch):
-        features = self.encoder.apply({"params": frozen}, batch["image"])
-        logits, gap = self.module.apply({"params": params}, features, method="train")
-        values = optax.softmax_cross_entropy(logits, batch["target"])
-        return values.mean() + gap, {"loss": values}
-
-    def logits(self, params, frozen, pictures):
-        features = self.encoder.apply({"params": frozen}, vit.normalise(pictures))
-        return self.module.apply({"params": params}, features)
-
-    def model_flops(self) -> float:
-        return super().model_flops() / 3  # nothing but the head goes backwards
-
-
-def _kind(config: Train) -> type[Classify]:
-    return Probe if config.classify.train == "head" else Classify
-
-
-def open_classify(config: Train) -> Classify:
+def open_classify(config: Train, kind: type[Classify]) -> Classify:
     """The task with its data and what it starts from. Raises UserError."""
     examples = pipeline.open_labelled(config.data, config.model, config.classify, config.seed)
-    given, notes = starting_weights(config)
-    return _kind(config)(config, examples=examples, given=given, notes=notes)
+    return kind(config, examples=examples, start=starting_weights(config))
 
 
-def planned(config: Train) -> Classify:
-    """The task without data and weights."""
-    return _kind(config)(config)
-
-
-def replayed(config: Train, told: dict) -> Classify:
-    """The task of a step that was written down."""
-    given = starting_weights(config)[0] if config.classify.train == "head" else None
-    return _kind(config)(config, given=given)
-
-
-def starting_weights(config: Train) -> tuple[dict, tuple[str, ...]]:
-    """(nested parameters, remarks): encoder and positions; of a classifier pooled alike also its
-    norm, and its head where it has as many classes. Raises UserError.
+def starting_weights(config: Train) -> Start:
+    """Encoder and positions; of a classifier pooled alike also its norm, and its head where it has
+    as many classes. Raises UserError.
 
     Positions of another grid are resized as the official code does: bicubic, not antialiased.
     """
     told, model = config.classify, config.model
     if not told.weights:
         table = heads.from_pretrained({}, model)["pos_embed"]
-        return {"pos_embed": table}, ("config.classify.weights is empty: from random weights",)
+        notes = ("config.classify.weights is empty: from random weights",)
+        return Start({"pos_embed": table}, "random weights", notes)
     _, found = formats.read(told.weights, encoder_only=True)
     found = weights_lib.encoder(found, told.pooling if found.full else None)
     _refuse_another(model, found)
@@ -192,7 +156,7 @@ def starting_weights(config: Train) -> tuple[dict, tuple[str, ...]]:
         params = {name: x for name, x in params.items() if not name.startswith("norm/")}
     kept = ", ".join(sorted({name.partition("/")[0] for name in params}))
     notes.append(f"taken over: {kept}")
-    return layout.unflatten(params), tuple(notes)
+    return Start(layout.unflatten(params), found.source, tuple(notes))
 
 
 def _refuse_another(model, found: weights_lib.Weights):

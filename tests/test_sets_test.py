@@ -1,0 +1,143 @@
+"""ImageNet's test sets in the layouts in which they are distributed, against counts by hand."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from dgpt_jax import class_labels
+from dgpt_jax.evals import imagenet, labelled, test_sets
+from dgpt_jax.schema import UserError
+from tests.imagenet_sets import WNIDS, counts, measured, picture, stored, write
+
+
+def test_v2_sorts_its_numbers_by_value(tmp_path):
+    folder = tmp_path / "imagenetv2-matched-frequency-format-val"
+    predictions = {0: 0, 2: 2, 10: 2, 100: 100, 999: 10}
+    for label, predicted in predictions.items():
+        write(folder / str(label) / "a.jpeg", picture(predicted, 0))
+    row = measured(tmp_path)["imagenet_v2"]
+    assert counts(row) == (3, 5) and row["accuracy"] == 60
+    assert row["incomplete"] == "5 of 10000"
+
+
+def test_sets_as_tfds_has_them(tmp_path):
+    """Labels count all 1000 classes, the newest version is taken."""
+    label = {"label": tfds.features.ClassLabel(names=WNIDS)}
+    right, wrong = picture(imagenet.IMAGENET_A[5], 0), picture(imagenet.IMAGENET_A[6], 0)
+    for version, images in (("0.9.0", [wrong]), ("0.10.0", [right] * 3 + [wrong] * 2)):
+        examples = [
+            {"image": image, "file_name": f"{i}.jpg", "label": imagenet.IMAGENET_A[5]}
+            for i, image in enumerate(images)
+        ]
+        stored(tmp_path / "imagenet_a" / version, "test", label, examples)
+    real = {"real_label": tfds.features.Sequence(tfds.features.ClassLabel(names=WNIDS))}
+    examples = [
+        {"image": picture(970, 0), "file_name": str(labels), "real_label": labels}
+        for labels in ([], [970, 795], [1], [970])
+    ]
+    stored(tmp_path / "imagenet2012_real/1.0.0", "validation", real, examples)
+    corrupted = tmp_path / "imagenet2012_corrupted/fog_3/3.1.0"
+    example = {"image": picture(7, 0), "file_name": "a", "label": 7}
+    stored(corrupted, "validation", label, [example])
+    found = measured(tmp_path)
+    assert counts(found["imagenet_a"]) == (3, 5)
+    assert counts(found["imagenet_real"]) == (2, 3)
+    assert counts(found["imagenet_c/fog/3"]) == (1, 1)
+    assert set(found) == {"imagenet_a", "imagenet_real", "imagenet_c/fog/3"}
+
+
+@pytest.mark.parametrize("names", ["tar", "class folders", "tfds"])
+def test_validation_and_real_labels(tmp_path, names):
+    """Of ImageNet's own validation images; ReaL goes by the number in a name, not by the order."""
+    truth = class_labels.imagenet("validation_labels.txt")
+    label = {n: WNIDS.index(truth[n - 1]) for n in (3, 5, 17, 50000)}
+    best = {3: label[3], 5: 1, 17: label[17], 50000: 0}
+    files = {f"ILSVRC2012_val_{n:08d}.JPEG": picture(best[n], 0) for n in label}
+    if names == "tar":
+        with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as file:
+            for name, data in reversed(files.items()):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    elif names == "class folders":
+        for n, (name, data) in zip(label, files.items(), strict=True):
+            write(tmp_path / "val" / WNIDS[label[n]] / name, data)
+    else:
+        feature = {"label": tfds.features.ClassLabel(names=WNIDS)}
+        examples = [
+            {"image": data, "file_name": name, "label": label[n]}
+            for n, (name, data) in reversed([*zip(label, files.items(), strict=True)])
+        ]
+        stored(tmp_path / "imagenet2012/5.1.0", "validation", feature, examples)
+    lines = []
+    assert counts(measured(tmp_path, lines.append)["imagenet"]) == (2, 4)
+    assert any(line.startswith("absent: imagenet_real; real.json") for line in lines)
+    real = [[] for _ in range(50000)]
+    real[2], real[4], real[49999] = [label[3]], [9, 1], [4]
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    assert counts(measured(tmp_path)["imagenet_real"]) == (2, 3)  # 17 has no label
+
+
+def test_sketch_and_hard(tmp_path):
+    for label, predicted in ((4, 4), (900, 900), (30, 31)):
+        write(tmp_path / "sketch" / WNIDS[label] / f"sketch_{label}.JPEG", picture(predicted, 0))
+    hard = {"a.png": [3, 5], "b.png": [6], "c.png": [5]}
+    for name in hard:
+        write(tmp_path / "imagenet-hard" / name, picture(5, 0))
+    (tmp_path / "imagenet-hard/labels.json").write_text(json.dumps(hard))
+    found = measured(tmp_path)
+    assert counts(found["imagenet_sketch"]) == (2, 3)
+    assert counts(found["imagenet_hard"]) == (2, 3)
+    (tmp_path / "imagenet-hard/labels.json").write_text(json.dumps({"a.png": [3]}))
+    with pytest.raises(UserError, match="labels.json has no labels of 2 images: b.png"):
+        measured(tmp_path)
+
+
+def test_objectnet(tmp_path):
+    """A red border is cut off, folders without a class of ImageNet do not count."""
+    root = tmp_path / "objectnet-1.0"
+    mappings = {
+        "folder_to_objectnet_label.json": {
+            "chair": "Chair", "mug": "Mug", "sock": "Sock", "x": "X",
+        },
+        "objectnet_to_imagenet_1k.json": {
+            "Chair": "folding chair; rocking chair", "Mug": "coffee mug", "Sock": "sock",
+        },
+        # Our number → the line, from 0.
+        "pytorch_to_imagenet_2012_id.json": {"20": 0, "21": 1, "22": 2, "23": 3},
+    }  # fmt: skip
+    for name, content in mappings.items():
+        write(root / "mappings" / name, json.dumps(content).encode())
+    lines = "sock\nfolding chair\ncoffee mug\nrocking chair\n"
+    write(root / "mappings/imagenet_to_label_2012_v2", lines.encode())
+    cases = [  # folder, best, second; right among all, right among those that are mapped
+        ("chair", 21, 0, True, True),
+        ("chair", 23, 0, True, True),
+        ("chair", 500, 23, False, True),
+        ("mug", 21, 22, False, False),
+        ("sock", 20, 0, True, True),
+        ("x", 20, 0, None, None),
+    ]
+    for i, (folder, best, second, *_) in enumerate(cases):
+        image = np.array(Image.open(io.BytesIO(picture(best, second, (18, 18)))))
+        framed = np.full((22, 22, 3), (255, 0, 0), np.uint8)
+        framed[2:-2, 2:-2] = image
+        path = root / "images" / folder / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(framed).save(path)
+    found = measured(tmp_path)
+    assert counts(found["objectnet"]) == (3, 5)
+    assert counts(found["objectnet_113"]) == (4, 5)
+    source = test_sets.find(tmp_path, next(s for s in test_sets.SETS if s.name == "objectnet"))
+    image, _ = source.read(0)
+    assert image.shape == (18, 18, 3) and len(np.unique(image.reshape(-1, 3), axis=0)) == 1
+
+
+def test_labels_are_padded():
+    np.testing.assert_array_equal(labelled.padded([[1], [], [2, 3]]), [[1, -1], [-1, -1], [2, 3]])
+    assert labelled.padded([], 3).shape == (0, 3)
