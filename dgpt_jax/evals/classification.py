@@ -25,6 +25,7 @@ def accuracy(task, mesh) -> Callable:
     rows = sharding.process_rows(mesh, batch_size)
     source = records.Split(config.evals.heldout, config.evals.heldout_split)
     pipeline.require_labels(source, config.classify)
+    length = min(len(source), config.evals.most or len(source))
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
 
     def load(index):
@@ -50,9 +51,9 @@ def accuracy(task, mesh) -> Callable:
     def evaluate(params) -> dict[str, float]:
         names = [f"val/top{k}{suffix}" for suffix in RESIZES for k in (1, 5)]
         totals = dict.fromkeys(names, jnp.zeros((), jnp.int32))
-        for local in pipeline.eval_batches(load, len(source), batch_size, rows=rows):
+        for local in pipeline.eval_batches(load, length, batch_size, rows=rows):
             batch = sharding.global_batch(mesh, batch_size, local)
             totals = add(totals, params, frozen, batch)
-        return {name: int(hits) / len(source) for name, hits in totals.items()}
+        return {name: int(hits) / length for name, hits in totals.items()}
 
     return evaluate
