@@ -12,6 +12,7 @@ import visualize
 from PIL import Image
 
 from dgpt_jax import cli, digpt, heads, load, maps, segments, vit
+from dgpt_jax import pictures as drawing
 from dgpt_jax.schema import UserError
 from tests.data import smooth_image, tiny_model
 
@@ -147,7 +148,7 @@ def test_perfect_predictions_look_like_the_teacher(monkeypatch):
 
 def test_the_order_is_drawn_on_the_picture():
     grey = np.full((16, 16, 3), 100, np.uint8)
-    drawn = visualize.ordered(grey, np.array([3, 1, 0, 2]), (2, 2))
+    drawn = drawing.ordered(grey, np.array([3, 1, 0, 2]), (2, 2))
     assert drawn.shape == (192, 192, 3)
     corner = [tuple(drawn[y + 90, x + 90]) for y in (0, 96) for x in (0, 96)]
     assert corner == [(100,) * 3, (100,) * 3, (204,) * 3, (100,) * 3]  # segment 2 is the last
