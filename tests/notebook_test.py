@@ -46,4 +46,4 @@ def test_the_notebook_as_it_is_kept():
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     kinds = [output["output_type"] for cell in code for output in cell["outputs"]]
     assert "error" not in kinds and NOTEBOOK.stat().st_size < 400_000
-    assert "/tmp" not in NOTEBOOK.read_text() and "/work" not in NOTEBOOK.read_text()
+    assert not re.search(r"[\" ]/[a-z]+/[a-z]+/", json.dumps([cell["outputs"] for cell in code]))
