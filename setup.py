@@ -44,6 +44,14 @@ setup(
         "parity": ["torch>=2.6,<3", "transformers>=5.24,<6"],
         "gcs": ["gcsfs>=2026.8"],
         "plot": ["matplotlib>=3.9,<4"],
+        "wandb": ["wandb>=0.19,<1"],
+        "notebook": [
+            "ipykernel>=7,<8",
+            "matplotlib>=3.9,<4",
+            "nbclient>=0.11,<0.12",
+            "nbformat>=5.10,<6",
+            "scikit-learn>=1.5,<2",
+        ],
         "quickstart": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],
         "test": [
             "gcsfs>=2026.8",

@@ -8,10 +8,13 @@ less than 2 minutes on one core. Results: README.md, "Ten minutes on a laptop".
 """
 
 from dgpt_jax.config import Train
-from dgpt_jax.schema import default
+from dgpt_jax.schema import default, one_of
+
+LOSSES = ("both", "next", "visible", "pixels")
 
 
 def get_config(losses: str = "both"):
+    one_of("the losses of this config", losses, LOSSES)
     config = default(Train)
     config.total = "600 steps"
     config.batch_size = 64

@@ -39,6 +39,9 @@ class Train:
         "WORKDIR/profile for TensorBoard; step 0 compiles; default: no trace",
     )
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
+    wandb: str = entry(
+        "", "project of Weights & Biases to show the run in too (extra wandb); empty: none"
+    )
     hosts: Hosts = Hosts()
     model: Model = Model()
     data: Data = Data()
@@ -65,6 +68,9 @@ class Train:
         positive(self, "config", "log_every")
         positive(self.checkpoint, "config.checkpoint", "keep")
         positive(self.evals, "config.evals", "batch_size", "knn_resize")
+        _most("config.evals", self.evals.most)
+        if self.evals.pictures < 0:
+            raise UserError(f"config.evals.pictures must not be negative: {self.evals.pictures}")
         _seed(self.seed)
         if self.data.workers < 0:
             raise UserError(f"config.data.workers must not be negative, got {self.data.workers}")
@@ -170,6 +176,7 @@ class Evaluate:
     temperature: float = entry(0.07, "kNN: a neighbour votes exp(similarity / temperature)")
     l2: float = entry(2.0**10, "fewshot: weight of the squared norm of the weights")
     batch_size: int = entry(256, "images a step")
+    most: int | None = entry(None, "take the first so many images of each split; default: all")
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
     hosts: Hosts = Hosts()
 
@@ -181,6 +188,7 @@ class Evaluate:
         if not self.data:
             raise UserError("config.data is empty: give the directory of a labelled TFDS dataset")
         positive(self, "config", "resize", "batch_size")
+        _most("config", self.most)
         if self.temperature <= 0 or self.l2 <= 0:
             raise UserError("config.temperature and config.l2 must be positive")
         for name in ("features", "shots", "seeds", "k"):
@@ -194,6 +202,11 @@ class Evaluate:
 def _seed(seed: int):
     if seed < 0:
         raise UserError(f"config.seed must not be negative, got {seed}")
+
+
+def _most(prefix: str, most: int | None):
+    if most is not None and most < 1:
+        raise UserError(f"{prefix}.most must be positive, got {most}")
 
 
 def _crops(prefix: str, scale: tuple[float, float], ratio: tuple[float, float]):

@@ -4,12 +4,14 @@ G is the side of the grid of patches, N = G²; the rest is digpt.py's legend.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax import digpt, heads, load, segments, vit
+from dgpt_jax.config import Model
 
 
 def pca_colours(tokens: np.ndarray) -> np.ndarray:
@@ -109,15 +111,27 @@ def prediction_maps(
     the grid on which the loss compares them. `next` predicts a segment from those before it.
     """
     shape = model.model.segments
-    images, places = vit.normalise(jnp.asarray(pictures)), jnp.asarray(orders)
-    predict = jax.jit(lambda params: replace(model, params=params).predictions(images, places))
-    predicted = predict(model.params)
-    aligned = digpt.align(
-        predicted, jnp.asarray(tokens), places, grid=(model.model.grid,) * 2,
-        segment_grid=shape, cls=cls,
+    pairs = jax.jit(partial(aligned, model.module, model.model, cls=cls))
+    return in_place(pairs(model.params, pictures, tokens, orders), orders, shape)
+
+
+def aligned(module: digpt.DiGPT, model: Model, params, pictures, tokens, orders, *, cls: bool):
+    """digpt.align of what a module predicts of pictures, as `prediction_maps` takes them; jittable.
+
+    `model` is its config.
+    """
+    images, orders = vit.normalise(jnp.asarray(pictures)), jnp.asarray(orders)
+    predicted = module.apply({"params": params}, images, orders)
+    return digpt.align(
+        predicted, jnp.asarray(tokens), orders, grid=(model.grid,) * 2,
+        segment_grid=model.segments, cls=cls,
     )  # fmt: skip
+
+
+def in_place(pairs: dict, orders: np.ndarray, shape: tuple[int, int]) -> dict:
+    """The maps of what `aligned` gives."""
     maps = {}
-    for name, pair in aligned.items():
+    for name, pair in pairs.items():
         prediction, teacher = (_placed(np.asarray(x), orders, shape, name) for x in pair)
         norms = np.linalg.norm(prediction, axis=-1) * np.linalg.norm(teacher, axis=-1)
         similarity = (prediction * teacher).sum(axis=-1) / np.maximum(norms, 1e-12)

@@ -1,20 +1,21 @@
 """Metrics: CLU collections on the device; JSONL, TensorBoard and a progress line; traces."""
 
-import contextlib
 import json
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 from clu import metrics as clu_metrics
 from clu import profiler
 from etils import epath
 
-from dgpt_jax import run_log
+from dgpt_jax import boards, run_log
 from dgpt_jax.mirror import Mirror
 from dgpt_jax.schema import UserError
 
@@ -29,31 +30,23 @@ def averages(names: Iterable[str]) -> type[Metrics]:
     return Metrics.create(**{n: clu_metrics.Average.from_output(n) for n in names})
 
 
-def summary_writer(directory: Path):
-    """tensorboardX's SummaryWriter. Imported here, and with torch hidden: where that is installed
-    it would be imported too, which takes longer than all else together and serves nothing here."""
-    torch = sys.modules.get("torch")
-    sys.modules["torch"] = None
-    try:
-        import tensorboardX
-    finally:
-        del sys.modules["torch"]
-        if torch is not None:
-            sys.modules["torch"] = torch
-    return tensorboardX.SummaryWriter(str(directory))
-
-
 class Writer:
-    """Scalars to `metrics.jsonl` (always) and TensorBoard in the work directory, on process 0."""
+    """Scalars to `metrics.jsonl` (always), TensorBoard in the work directory, and W&B where a
+    project is named, on process 0. Pictures are drawn by a thread."""
 
-    def __init__(self, workdir):
+    def __init__(self, workdir, project: str = ""):
         self._active = jax.process_index() == 0
+        self._boards: list[boards.Board] = []
         if self._active:
-            self._mirror = Mirror(workdir, (run_log.FILE,))
+            self._mirror = Mirror(workdir, (run_log.FILE, boards.WANDB_ID))
             near = self._mirror.near
             # Unbuffered: closing is not to write, and fail, once more on a full disk.
             self._file = (near / run_log.FILE).open("ab", buffering=0)
-            self._board = summary_writer(near / "tensorboard")
+            self._boards.append(boards.TensorBoard(near / "tensorboard"))
+            if project:
+                name = epath.Path(workdir).name
+                self._boards.append(boards.Wandb(project, name, near))
+            self._draughtsman = ThreadPoolExecutor(1)
 
     def scalars(self, step: int, values: dict[str, float]):
         """Raises UserError where the disk is full."""
@@ -69,16 +62,31 @@ class Writer:
                 f"{self._file.name} cannot be written: {e.strerror}: mend that, then the same "
                 f"command continues"
             ) from e
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for board in self._boards:
+            board.scalars(step, values)
         self._mirror.copy_sometimes()
+
+    def pictures(self, step: int, draw: Callable[[], dict[str, np.ndarray]]):
+        """{name: uint8 (height, width, 3)} of `draw`, which is called in a thread: nothing waits
+        for it. What goes wrong there is said, and no more."""
+        if self._active:
+            self._draughtsman.submit(self._draw, step, draw)
+
+    def _draw(self, step: int, draw):
+        try:
+            for name, picture in draw().items():
+                for board in self._boards:
+                    board.picture(step, name, picture)
+        except Exception as e:
+            print(f"no pictures of step {step}: {type(e).__name__}: {e}", file=sys.stderr)
 
     def config(self, resolved: dict):
         """The resolved config: config.json, and a text in TensorBoard."""
         if self._active:
             text = json.dumps(resolved, indent=1)
             (self._mirror.near / "config.json").write_text(text + "\n")
-            self._board.add_text("config", f"```\n{text}\n```")
+            for board in self._boards:
+                board.config(resolved, text)
 
     def copy(self):
         """Sees to it that all until now is in the work directory, if that is on gs://."""
@@ -87,9 +95,10 @@ class Writer:
 
     def close(self):
         if self._active:
+            self._draughtsman.shutdown()
             self._file.close()
-            with contextlib.suppress(OSError):  # a full disk: told by then, and only a copy
-                self._board.close()
+            for board in self._boards:
+                board.close()
             self._mirror.close()
 
 

@@ -9,7 +9,7 @@ from dgpt_jax.schema import UserError
 
 # What may be another when a run is continued: it changes neither parameters nor data nor schedule.
 FREE = re.compile(
-    r"(log_every|profile|platform|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
+    r"(log_every|profile|platform|wandb|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
     r"data\.(path|source|examples|threads|workers|cache|bad_records|bad_most)|teacher\.weights|"
     r"classify\.(weights|resize)|optim\.bad_steps)$"
 )

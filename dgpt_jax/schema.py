@@ -7,6 +7,7 @@ A schema is a frozen dataclass whose fields have defaults and a `doc`, made by `
 import ast
 import dataclasses
 import difflib
+import textwrap
 import types
 import typing
 
@@ -71,13 +72,14 @@ def parse(schema, config, prefix: str = "config"):
 def override(config: config_dict.ConfigDict, schema, path: str, text: str):
     """Sets `config.model.width`, in the ConfigDict of a schema, to what `text` means there.
 
-    `1e4` is an integer where one is due; `None`, `(2, 2)` and `0.5,1` mean what they say.
+    `1e4` is an integer where one is due; `None`, `(2, 2)`, `0.5,1` and `cls,mean` mean what they
+    say.
     """
-    parent, names = "config", path.split(".")[1:]
+    root, parent, names = schema, "config", path.split(".")[1:]
     for i, name in enumerate(names):
         field = next((f for f in dataclasses.fields(schema) if f.name == name), None)
         if field is None:
-            raise UserError(_unknown(f"{parent}.{name}", schema))
+            raise UserError(_unknown(f"{parent}.{name}", schema, root))
         parent, last = f"{parent}.{name}", i == len(names) - 1
         if dataclasses.is_dataclass(field.type) == last:
             raise UserError(f"{parent} is {'a group of keys' if last else 'a value, not a group'}")
@@ -102,25 +104,53 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
+def lines(config: dict) -> list[str]:
+    """A line for each value of nested dicts: `config.model.width = 768`."""
+    return [f"config.{name} = {value!r}" for name, value in flatten(config).items()]
+
+
+def keys(schema, prefix: str = "") -> list[str]:
+    """The paths of all fields that hold a value: `model.width`."""
+    found = []
+    for field in dataclasses.fields(schema):
+        path = f"{prefix}{field.name}"
+        found += keys(field.type, f"{path}.") if dataclasses.is_dataclass(field.type) else [path]
+    return found
+
+
 def describe(schema, prefix: str = "--config.") -> str:
-    """A line for each field: its flag, type, default and doc."""
-    lines = []
+    """A paragraph for each field: its flag, type, default and doc."""
+    told = []
     for field in dataclasses.fields(schema):
         if dataclasses.is_dataclass(field.type):
-            lines.append(describe(field.type, f"{prefix}{field.name}."))
+            told.append(describe(field.type, f"{prefix}{field.name}."))
         else:
             kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
             about = f"({kind}, default {field.default!r}): {field.metadata['doc']}"
-            lines.append(f"  {prefix}{field.name} {about}")
-    return "\n".join(lines)
+            told.append(_WRAPPED.fill(f"{prefix}{field.name} {about}"))
+    return "\n".join(told)
 
 
-def _unknown(path: str, schema) -> str:
+_WRAPPED = textwrap.TextWrapper(
+    98, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False,
+    break_long_words=False,
+)  # fmt: skip
+
+
+def _unknown(path: str, schema, root=None) -> str:
+    """What to say of an unknown key: the same name elsewhere in `root`, or the nearest one."""
     prefix, _, name = path.rpartition(".")
     names = [field.name for field in dataclasses.fields(schema)]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}.{near[0]}?" if near else f"known here: {', '.join(names)}"
+    every = {f"config.{key}": key.rpartition(".")[2] for key in (keys(root) if root else ())}
+    near = [key for key, last in every.items() if last == name]
+    near = near or [f"{prefix}.{n}" for n in _near(name, names, 0.5)]
+    near = near or [key for key, last in every.items() if last in _near(name, every.values(), 0.6)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(names)}"
     return f"unknown config key {path}: {hint}"
+
+
+def _near(name: str, names, cutoff: float) -> list[str]:
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
 
 
 def _optional(annotation) -> bool:
@@ -150,7 +180,9 @@ def _literal(annotation, text: str):
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # "{[]: 1}", "((((…"
         value = {"true": True, "false": False}.get(text.lower(), text)
-    if _kind(annotation) is tuple and not isinstance(value, (tuple, list)):
+    if _kind(annotation) is tuple and isinstance(value, str):  # names: cls,mean or [cls, mean]
+        value = [part.strip(" '\"") for part in text.strip(" ()[]").split(",") if part.strip()]
+    elif _kind(annotation) is tuple and not isinstance(value, (tuple, list)):
         value = (value,)
     return value
 

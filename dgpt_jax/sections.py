@@ -216,3 +216,9 @@ class Evals:
     knn_test: str = entry("test", "split that is classified, slices allowed")
     knn_resize: int = entry(256, "shorter side in pixels before the centre crop of image_size")
     batch_size: int = entry(256, "examples a step")
+    most: int | None = entry(None, "take the first so many examples of each; default: all")
+    pictures: int = entry(
+        8,
+        "examples to draw for TensorBoard: crops when a command begins, with task=pretrain what is "
+        "predicted of heldout at every evaluation; 0: none",
+    )

@@ -170,6 +170,11 @@ def process_rows(
     return np.concatenate([np.arange(*rows) for rows in sorted(held)])
 
 
+def some(batch, count: int):
+    """At most `count` examples of a global batch that this process holds, as NumPy arrays."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[:count], batch)
+
+
 def global_batch(mesh: jax.sharding.Mesh, batch_size: int, local):
     """Global arrays of `batch_size` examples from this process's rows, a tree of NumPy arrays."""
     rows, sharding = process_rows(mesh, batch_size), batch_sharding(mesh)

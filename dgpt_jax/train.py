@@ -23,6 +23,7 @@ from dgpt_jax import (
     hosts,
     metrics,
     optim,
+    pictures,
     pipeline,
     replay,
     resume,
@@ -91,7 +92,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             keep_every=schedule.keep_every,
             best=config.checkpoint.best,
         ) as checkpoints,
-        contextlib.closing(metrics.Writer(workdir)) as writer,
+        contextlib.closing(metrics.Writer(workdir, config.wandb)) as writer,
         contextlib.closing(progress),
     ):
         train_state, first = resume.begin(
@@ -102,7 +103,8 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
         )
 
-        frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+        # Evaluators find it where it is, instead of making copies.
+        task.frozen = frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
         step_fn = make_train_step(
             task.loss,
             tx,
@@ -113,6 +115,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
         )
         collection = metrics.averages(task.metric_names)
         evaluators = evaluations_of(task).periodic(task, mesh)
+        painter = pretraining.painter(task, mesh) if config.task == "pretrain" else None
         step, results = first, {}
         batches = pipeline.train_batches(
             task.examples, config.batch_size, rows=rows, start_step=first
@@ -147,6 +150,8 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                 asked = time.monotonic()
                 batch = next(batches)
                 clock.waited(time.monotonic() - asked)
+                if step == first and config.evals.pictures:
+                    writer.pictures(step, partial(crops, config, batch))
                 train_state, running = step_fn(train_state, running, batch, frozen)
                 step += 1
                 if step == first + 1:
@@ -180,6 +185,8 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                     told = (name for name in results if not run_log.is_detail(name))
                     shown = " ".join(f"{name} {results[name]:.4f}" for name in told)
                     progress.say(f"step {step}: {shown}")
+                    if painter:
+                        writer.pictures(step, painter(optim.measured(train_state)))
                     clock.restart(step)
                 measured = config.checkpoint.best in results
                 if step % schedule.checkpoint_every == 0 or measured or last:
@@ -200,6 +207,13 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
     then = task.then.format(workdir=workdir)
     progress.say(f"done: {workdir} holds step {step}; next: {then}")
     return 0
+
+
+def crops(config: Train, batch) -> dict:
+    """What the model sees of a batch, as a picture."""
+    seen = {name: batch[name] for name in ("image", "order") if name in batch}
+    seen = sharding.some(seen, config.evals.pictures)
+    return {"crops": pictures.crops(seen, config.model.segments)}
 
 
 def stop_at_bad_numbers(task, train_state, rows, mesh, workdir):
@@ -224,8 +238,8 @@ def stop_at_bad_numbers(task, train_state, rows, mesh, workdir):
 
 def describe(config, task, schedule, mesh, peak, progress):
     """Prints the resolved config and what follows from it."""
-    for name, value in schema.flatten(schema.to_dict(config)).items():
-        progress.say(f"config.{name} = {value!r}")
+    for line in schema.lines(schema.to_dict(config)):
+        progress.say(line)
     for note in task.notes:
         progress.say(note)
     epoch = len(task.examples) / config.batch_size

@@ -1,13 +1,15 @@
 """Commands as users run them: bad input is one clear line and a non-zero exit; what is imported."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import build_tokens
 import pytest
 
-from dgpt_jax import cli, evaluate, hosts, train
+from dgpt_jax import cli, config, evaluate, hosts, train
 from tests.data import image_dataset, random_teacher, token_store
 
 ROOT = Path(__file__).parent.parent
@@ -159,10 +161,81 @@ def test_every_file_imports_and_none_imports_tensorflow(tmp_path):
     assert int(ended.stdout) >= len(files)
 
 
-def test_help_lists_every_field(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+COMMANDS = {config.Train: train, config.Tokens: build_tokens, config.Evaluate: evaluate}
+
+
+def fields(kind, prefix="--config."):
+    """(flag, field) of everything that holds a value."""
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def printed(monkeypatch, capsys, main, *words) -> str:
+    """What a command prints that ends with 0."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
-        cli.run(train.main)
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert "--config.optim.blr (float, default 0.00015): base learning rate" in shown
+        cli.run(main)
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
+def test_help_lists_every_field(monkeypatch, capsys, kind):
+    shown = printed(monkeypatch, capsys, COMMANDS[kind].main, "--help")
+    assert max(map(len, shown.splitlines())) <= 100
+    shown = " ".join(shown.split())
+    known = dict(fields(kind))
+    assert len(known) > 15
+    for flag, field in known.items():
+        assert field.metadata["doc"]
+        start = shown.index(f" {flag} (") + 1
+        told = shown[start : start + 500]
+        assert f"default {field.default!r}): {' '.join(field.metadata['doc'].split())}" in told
+    if kind is config.Train:
+        assert "--config.optim.blr (float, default 0.00015): base learning rate" in shown
+        assert "--config.data.views (int | None, default None): use the first" in shown
+
+
+def test_print_config(monkeypatch, capsys):
+    """Of nothing but a config file; resolved, every field once, and nothing is made or read."""
+    words = (QUICK, "--config.data.path=/absent", "--config.model.taps=None", "--print_config")
+    lines = printed(monkeypatch, capsys, train.main, *words).splitlines()
+    told = dict(line.split(" = ") for line in lines[:-1])
+    assert [f"--{name}" for name in told] == [flag for flag, _ in fields(config.Train)]
+    assert told["config.model.taps"] == "(3, 4, 5, 6)"  # by depth
+    assert told["config.batch_size"] == "64" and told["config.data.path"] == "'/absent'"
+    assert lines[-1].startswith("next: ")
+    # what is not whole is shown, too, with what it lacks
+    message = refused(monkeypatch, train.main, QUICK, "--print_config")
+    assert message.startswith("error: config.data.path is empty")
+    assert "config.batch_size = 64\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--wrokdir=x"], "unknown flag --wrokdir: did you mean --workdir?"),
+        (["--log_every=8"], "unknown flag --log_every: did you mean --config.log_every?"),
+        (["--keep"], "did you mean --config.checkpoint.keep?"),
+        (["--model.width", "8"], "unknown flag --model.width: did you mean --config.model.width?"),
+        (["--allow_config_chang"], "did you mean --allow_config_change?"),
+        (["--qqqqqqqqqqq"], "unknown flag --qqqqqqqqqqq (--help"),
+        (["stray", "--workdir=x"], "unknown argument stray"),
+        (["--workdir=x", "--config.seed"], "--config.seed needs a value"),
+        ([], "the following arguments are required: --workdir"),
+    ],
+)
+def test_flags_that_are_none(monkeypatch, words, message):
+    assert message in refused(monkeypatch, train.main, QUICK, *words)
+
+
+def test_a_command_without_config(monkeypatch):
+    import convert
+
+    message = refused(monkeypatch, convert.main, "a", "b", "--to=timm", "--pool=cls")
+    assert "unknown flag --pool: did you mean --pooling?" in message
+    message = refused(monkeypatch, convert.main, "a", "b", "--to=timm", "--config.x=1")
+    assert "unknown flag --config.x" in message

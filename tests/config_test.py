@@ -21,7 +21,7 @@ def schema_of(path: Path):
 
 def names_of(path: Path) -> list[str]:
     """The file, and the file for each of its pods or other arguments."""
-    found = re.search(r"^(?:PODS|SIZES|AFTER|HEADS) = (.*)$", path.read_text(), re.MULTILINE)
+    found = re.search(r"^(?:PODS|SIZES|AFTER|HEADS|LOSSES) = (.*)$", path.read_text(), re.MULTILINE)
     return [str(path)] + [f"{path}:{pod}" for pod in (ast.literal_eval(found[1]) if found else ())]
 
 
@@ -60,6 +60,21 @@ def test_overrides_are_read_by_the_fields_type():
     assert override("config.data.path=1").data.path == "1"
     assert override("config.model.segments=(2, 7)").model.segments == (2, 7)
     assert override("config.profile=0,5").profile == (0, 5)
+    assert override("config.profile=None").profile is None
+    assert override("config.data.views=None").data.views is None
+    assert override("config.data.bad_records=None").data.bad_records is None
+    assert override("config.data.path=None").data.path == "None"  # a name like any other
+
+
+@pytest.mark.parametrize("text", ["cls,mean", "[cls, mean]", "('cls', 'mean')", "cls, mean,"])
+def test_lists_of_names(text):
+    made = schema.default(config.Evaluate)
+    schema.override(made, config.Evaluate, "config.features", text)
+    assert made.features == ("cls", "mean")
+    schema.override(made, config.Evaluate, "config.features", "cls")
+    assert made.features == ("cls",)
+    with pytest.raises(UserError, match=r"config.shots\[0\] must be int, got 'few'"):
+        schema.override(made, config.Evaluate, "config.shots", "few")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +82,11 @@ def test_overrides_are_read_by_the_fields_type():
     [
         ("config.modle.width=8", "unknown config key config.modle: did you mean config.model?"),
         ("config.model.widht=8", "did you mean config.model.width?"),
-        ("config.lr=1", "unknown config key config.lr"),
+        ("config.lr=1", "unknown config key config.lr: did you mean config.optim.blr?"),
+        ("config.width=8", "config.width: did you mean config.model.width or config.teacher.width"),
+        ("config.teacher.depth=8", "config.teacher.depth: did you mean config.model.depth?"),
+        ("config.optim.flip=8", "config.optim.flip: did you mean config.data.flip?"),
+        ("config.zzzzzz=8", "unknown config key config.zzzzzz: known here: task, seed"),
         ("config.model=8", "is a group of keys"),
         ("config.seed.x=8", "is a value, not a group"),
         ("config.batch_size=1.5", "config.batch_size must be int, got 1.5"),
@@ -133,5 +152,27 @@ def test_config_files_that_fail(tmp_path):
         load(head + "def get_config():\n  c = default(Train)\n  c.bacth = 3\n  return c\n")
     with pytest.raises(UserError, match=r"c.py:3: NameError"):
         load(head + "oops\n")
-    with pytest.raises(UserError, match="no such config file"):
-        cli.load_config(str(tmp_path / "absent.py"))
+    with pytest.raises(UserError, match=r"c.py takes no argument, got :v4"):
+        (tmp_path / "c.py").write_text(head + "def get_config():\n  return default(Train)\n")
+        cli.load_config(f"{tmp_path / 'c.py'}:v4")
+
+
+@pytest.mark.parametrize(
+    "name,near",
+    [
+        ("configs/pretrain_b16.py", ": did you mean configs/pretrain_b16_in1k.py?"),
+        ("pretrain_b16_in1k", ": did you mean configs/pretrain_b16_in1k.py?"),
+        ("configs/zzz.py", ""),
+    ],
+)
+def test_a_config_file_that_is_not_there(monkeypatch, tmp_path, name, near):
+    monkeypatch.chdir(CONFIGS.parent)
+    with pytest.raises(UserError) as caught:
+        cli.load_config(name)
+    assert str(caught.value) == f"no such config file: {name}{near}"
+    monkeypatch.chdir(tmp_path)  # the file is named by where it is
+    with pytest.raises(UserError, match=f"did you mean {CONFIGS}/knn_in1k.py"):
+        cli.load_config("kn_in1k.py")
+    (tmp_path / "knn_mine.py").touch()
+    with pytest.raises(UserError, match=r"did you mean knn_mine.py\?"):
+        cli.load_config(f"{tmp_path}/knn_mien.py")

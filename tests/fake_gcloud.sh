@@ -6,11 +6,15 @@
 #   states       of the slice, one a look, before the true one; error: gcloud fails itself
 #   follows      a line for each `follow`: preempt, drop (the connection) or ok
 #   unreachable  numbers of workers that do not answer, until the slice is deleted
+# Of several slices (--node-count) the workers of slice S are S.0, S.1, …
 set -euo pipefail
 printf '%s\n' "$*" >>"$FAKE/calls"
 shift 2
-kind=$1 verb=$2
+kind=$1 verb=$2 node=$3
 shift 2
+# The number of the slice, before those of its workers, where there are several.
+slice=$(sed -nE 's/.*-([0-9]+):?$/\1/p' <<<"$node")
+if [ "$verb" = scp ]; then slice=$(grep -oE -- '-[0-9]+: ' <<<"$*" | tr -dc 0-9 || true); fi
 
 play() {
   sed -n 1p "$FAKE/$1" 2>/dev/null || true
@@ -30,19 +34,23 @@ end_runs() {
 }
 
 make_node() {
-  local i
-  for ((i = 0; i < WORKERS; i++)); do mkdir -p "$FAKE/home/$i"; done
+  local i s count
+  count=$(grep -oE -- '--node-count=[0-9]+' "$FAKE/calls" | tail -n 1 | tr -dc 0-9 || true)
+  for ((s = 0; s < ${count:-1}; s++)); do
+    for ((i = 0; i < WORKERS; i++)); do mkdir -p "$FAKE/home/${count:+$s.}$i"; done
+  done
   echo READY >"$FAKE/state"
 }
 
 reachable() { ! grep -qx "$1" "$FAKE/unreachable" 2>/dev/null; }
 
 on_workers() { # FUNCTION: for those that --worker names
-  local i status=0
+  local i id status=0
   for ((i = 0; i < WORKERS; i++)); do
     if [ "$worker" != all ] && [ "$worker" != "$i" ]; then continue; fi
-    if reachable "$i"; then
-      "$1" "$FAKE/home/$i" "$i" || status=$?
+    id=${slice:+$slice.}$i
+    if reachable "$id"; then
+      "$1" "$FAKE/home/$id" "$i" || status=$?
     else
       echo "ssh: connect to host 10.0.0.$i port 22: Connection timed out" >&2
       status=255
@@ -52,7 +60,7 @@ on_workers() { # FUNCTION: for those that --worker names
 }
 
 run_there() {
-  (cd "$1" && HOME=$1 HOSTNAME=t1v-n-fake-w-$2 PATH=$FAKE/bin:$PATH bash -c "$command")
+  (cd "$1" && HOME=$1 HOSTNAME=t1v-n-fake$slice-w-$2 PATH=$FAKE/bin:$PATH bash -c "$command")
 }
 
 copy_there() { cp "${sources[@]}" "$1"; }

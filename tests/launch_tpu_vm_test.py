@@ -170,6 +170,32 @@ def test_keep_tells_failures_from_lost_slices(cloud):
     cloud.run("delete", "--queued")
 
 
+def test_two_slices_as_one_run(cloud):
+    """Made together by the queue; one worker of the second that is lost costs both."""
+    cloud.plays(queue="WAITING_FOR_RESOURCES ACTIVE", unreachable="1.0")
+    (cloud.fake / "states").write_text("READY\nREADY\nREADY\nPREEMPTED\n")
+    words = ("--type=v5e-16", "--slices=2")
+    code, output = cloud.run("keep", *words, *cloud.train(20))
+    assert code == 0, output
+    assert "no answer from worker 1.0 of vit (2 workers a slice)" in output
+    first, _ = creates = cloud.calls("queued-resources create")
+    assert "vit is PREEMPTED: the run" in output  # the second of them
+    assert len(creates) == 2 and "--node-count=2" in first and "--node-prefix=vit" in first
+    assert "--node-id" not in first and not cloud.calls("tpu-vm (create|delete)")
+    for worker in ("0-w-0", "0-w-1", "1-w-0", "1-w-1"):
+        assert (cloud.steps / f"t1v-n-fake{worker}").read_text() == 20 * "step\n"
+    (logs,) = (cloud.tree / "tpu_logs/vit").iterdir()
+    assert sorted(path.name for path in logs.iterdir()) == [
+        "0.0.log", "0.1.log", "1.0.log", "1.1.log",
+    ]  # fmt: skip
+    assert (
+        "next: tools/launch_tpu_vm.sh delete --name=vit --zone=us-central2-b --slices=2" in output
+    )
+    code, output = cloud.run("status", "--slices=2")
+    assert code == 0 and "vit is READY, 4 workers" in output and "worker 1.1 ended 0" in output
+    cloud.run("delete", "--slices=2")
+
+
 def test_keep_runs_again_what_has_ended_with_75(cloud):
     command = f"[ -e {cloud.steps}/$HOSTNAME ] || {{ touch {cloud.steps}/$HOSTNAME; exit 75; }}"
     (cloud.fake / "state").write_text("PREEMPTED\n")  # while nobody looked
@@ -257,6 +283,7 @@ def test_a_dry_run_shows_every_command():
         (("create", *TPU, "--type=v9-8"), "no runtime version is known for --type=v9-8"),
         (("create", *TPU, "--zome=x"), "cannot read --zome=x"),
         (("status", "--name=vit"), "--zone is missing"),
+        (("create", *TPU, "--type=v4-8", "--slices=1"), "--slices is for 2 or more, got 1"),
         (("keep", *TPU, "--poll=1s", "--", "ls"), "--poll takes a number, got 1s"),
         (("stop", *TPU, "--", "ls"), "stop takes no command after --"),
     ],

@@ -5,8 +5,13 @@ import io
 import json
 import math
 import struct
+import sys
+import types
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from dgpt_jax import metrics
@@ -18,23 +23,92 @@ VALUES = {
 }  # fmt: skip
 
 
-def test_scalars_reach_jsonl_and_tensorboard(tmp_path):
-    writer = metrics.Writer(tmp_path)
-    writer.scalars(3, {"loss": 1.5, "next": math.nan})
-    writer.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 3, "loss": 1.5, "next": "nan"}]
-    found = {}
-    for path in (tmp_path / "tensorboard").iterdir():
+def events(workdir):
+    """(step, value) of what TensorBoard would show."""
+    for path in (workdir / "tensorboard").iterdir():
         data = path.read_bytes()
         while data:  # TFRecord: length, its checksum, the event, its checksum
             (length,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + length])
-            found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+            yield from ((event.step, value) for value in event.summary.value)
             data = data[16 + length :]
-    assert found[3, "loss"] == 1.5 and math.isnan(found[3, "next"])
+
+
+def test_what_reaches_jsonl_and_tensorboard(tmp_path, capsys):
+    writer = metrics.Writer(tmp_path)
+    writer.scalars(3, {"loss": 1.5, "next": math.nan})
+    writer.config({"batch_size": 8})
+    picture = np.zeros((4, 6, 3), np.uint8)
+    picture[1, 2] = 10, 200, 30
+    writer.pictures(5, lambda: {"predictions": picture})
+    writer.pictures(6, lambda: 1 / 0)
+    writer.close()
+    assert "no pictures of step 6: ZeroDivisionError" in capsys.readouterr().err
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 3, "loss": 1.5, "next": "nan"}]
+    found = {(step, value.tag): value for step, value in events(tmp_path)}
+    assert found[3, "loss"].simple_value == 1.5 and math.isnan(found[3, "next"].simple_value)
+    (text,) = (value for _, value in events(tmp_path) if value.tag.startswith("config"))
+    assert b'"batch_size": 8' in text.tensor.string_val[0]
+    shown = Image.open(io.BytesIO(found[5, "predictions"].image.encoded_image_string))
+    np.testing.assert_array_equal(np.asarray(shown), picture)
     metrics.Writer(tmp_path).close()  # a resumed run appends
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+
+
+class FakeWandb(types.ModuleType):
+    """What of wandb is called, written down."""
+
+    def __init__(self, fails=""):
+        super().__init__("wandb")
+        self.told, self.fails = [], fails
+
+    def Image(self, picture):
+        return picture.shape
+
+    def init(self, **how):
+        if self.fails:
+            raise RuntimeError(self.fails)
+        self.told.append(how)
+        return self
+
+    config = SimpleNamespace(update=lambda *_, **__: None)
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, values):
+        self.told.append(values)
+
+    def finish(self):
+        self.told.append("finished")
+
+
+def test_wandb_where_the_config_asks(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    ids = set()
+    for _ in range(2):  # a command that goes on, goes on with its run
+        writer = metrics.Writer(tmp_path, "vit")
+        writer.config({"batch_size": 8})
+        writer.scalars(3, {"loss": 1.5})
+        writer.pictures(4, lambda: {"crops": np.zeros((4, 6, 3), np.uint8)})
+        writer.close()
+        begun, loss, picture, end = fake.told
+        assert begun["project"] == "vit" and begun["resume"] == "allow"
+        assert begun["id"] == (tmp_path / "wandb_id").read_text() and len(begun["id"]) == 16
+        assert loss == {"step": 3, "loss": 1.5} and picture == {"step": 4, "crops": (4, 6, 3)}
+        assert end == "finished"
+        ids.add(begun["id"])
+        fake.told.clear()
+    assert len(ids) == 1
+    metrics.Writer(tmp_path).close()
+    assert not fake.told  # off, unless a project is named
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails="no API key\nconfigured"))
+    with pytest.raises(UserError, match=r"config.wandb=vit: no API key configured \(WANDB_MODE"):
+        metrics.Writer(tmp_path, "vit")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="needs the package wandb"):
+        metrics.Writer(tmp_path, "vit")
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -27,6 +27,7 @@ from dgpt_jax import (
     tasks,
     train,
 )
+from dgpt_jax.evals import pretraining
 from dgpt_jax.step import make_train_step
 from tests.data import TINY
 
@@ -94,6 +95,9 @@ def run(layout: str, store: str, fault: str, task: str) -> dict[str, np.ndarray]
     params = gather(optim.measured(current))
     (evaluate,) = train.evaluations_of(task).periodic(task, mesh)
     measured = evaluate(optim.measured(current))
+    if jax.process_count() > 1 and run.task == "pretrain":  # every process draws what they all have
+        drawn = pretraining.painter(task, mesh)(optim.measured(current))()["predictions"]
+        assert drawn.shape[1] > 500 and drawn.std() > 10
     return {"losses": np.array(losses)} | norms | measured | flat(params, "params")
 
 

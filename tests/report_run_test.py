@@ -2,12 +2,18 @@
 
 import base64
 import html.parser
+import http.server
 import json
 import re
+import shutil
+import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 import report_run
+from PIL import Image
 
 from dgpt_jax import cli
 from tests.run_log_test import write
@@ -94,6 +100,60 @@ def test_what_the_page_shows(run, tmp_path):
         and '{"k": 1}' not in text
     )
     assert re.search(r"checkpoints of steps\s*4", text)
+
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture
+def internet():
+    """(what a browser is to believe of every address, what was asked for there)."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"--host-resolver-rules=MAP * 127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+
+
+def browse(flag, page, tmp_path) -> np.ndarray:
+    """What the browser draws of a file."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             "--disable-component-update", "--hide-scrollbars", "--window-size=1300,2500", flag,
+             f"--user-data-dir={tmp_path / 'user'}", f"--screenshot={page}.png"]  # fmt: skip
+    subprocess.run(
+        [BROWSER, *flags, f"file://{page}"], check=True, capture_output=True, timeout=120
+    )
+    return np.asarray(Image.open(f"{page}.png").convert("RGB"))
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium is installed")
+def test_in_a_browser(run, internet, tmp_path):
+    """It is drawn, curves and all, and asks for nothing, whatever a config says."""
+    flag, asked = internet
+    numbers = np.random.default_rng(0).integers(0, 256, (300, 600, 3), np.uint8)
+    Image.fromarray(numbers).save(run / "shown.png")
+    (tmp_path / "r.html").write_text(report_run.page(run))
+    drawn = browse(flag, tmp_path / "r.html", tmp_path)
+    assert not asked
+    assert drawn.shape == (2500, 1300, 3) and (drawn.mean(axis=2) < 100).sum() > 5000  # text
+    at = [m.start() for m in re.finditer(re.escape(numbers[0, :5].tobytes()), drawn.tobytes())]
+    assert len(at) == 1  # the picture, to the pixel
+    blue = np.all(np.abs(drawn.astype(int) - (31, 119, 180)) < 12, axis=2)  # a line of matplotlib
+    assert blue.sum() > 100
+    # The same text as a page of its own does ask.
+    (tmp_path / "raw.html").write_text(HOSTILE.replace("//example.com/y", "http://example.com/y"))
+    browse(flag, tmp_path / "raw.html", tmp_path)
+    assert {"/x.js", "/y.png"} <= {*asked}
 
 
 def test_a_run_with_little_in_it(tmp_path, monkeypatch, capsys):

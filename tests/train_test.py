@@ -1,5 +1,6 @@
 """The whole loop: resuming is exact, the loss falls, what it writes is read by everything else."""
 
+import io
 import json
 import shutil
 import signal
@@ -39,6 +40,7 @@ from dgpt_jax import (
 from dgpt_jax.schema import UserError
 from dgpt_jax.tasks.pretrain import open_pretrain
 from tests.data import TINY, image_dataset, random_teacher, token_store
+from tests.metrics_test import events
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,6 +185,20 @@ def test_the_loss_falls_on_digits(tmp_path):
     heldout = [x for x in heldout if "heldout/next" in x]
     assert [x["step"] for x in heldout] == [30, 60]
     assert heldout[-1]["heldout/visible"] < heldout[0]["heldout/visible"]
+    # And what TensorBoard shows: the first batch, and predictions whenever they are measured.
+    shown = [(s, v.tag, v.image) for s, v in events(tmp_path / "run") if v.HasField("image")]
+    assert [(step, tag) for step, tag, _ in shown] == [
+        (0, "crops"), (30, "predictions"), (60, "predictions"),
+    ]  # fmt: skip
+    assert (shown[0][2].height, shown[1][2].height) == (116, 6 * 116)
+    cosines = [_mean_of_last_rows(image) for _, _, image in shown[1:]]
+    assert cosines[1] > cosines[0]  # brighter
+
+
+def _mean_of_last_rows(image) -> float:
+    """The green of the cosine maps, which viridis raises with the value."""
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    return pixels[4 * 116 :, 160:, 1].mean()
 
 
 def test_overfit_8_images(tmp_path):
@@ -240,15 +256,18 @@ def test_the_online_teacher_gives_the_stored_tokens_losses(made):
 
 def test_online_and_pixel_runs(made, tmp_path):
     dataset, teacher, _ = made
-    for targets, visible in (("online", 1.0), ("pixels", 0.0)):
+    knn = {"knn": str(dataset), "knn_test": "train", "knn_resize": 16, "every": "3 steps"}
+    heldout = {"heldout": str(dataset), "heldout_split": "train", "most": 16}
+    for targets, visible, evals in (("online", 1.0, knn | heldout), ("pixels", 0.0, knn)):
         run = settings(
             dataset, total="3 steps", data={"targets": targets}, loss={"visible": visible},
-            teacher={"weights": str(teacher)},
-            evals={"knn": str(dataset), "knn_test": "train", "knn_resize": 16, "every": "3 steps"},
+            teacher={"weights": str(teacher)}, evals=evals,
         )  # fmt: skip
         assert train.train(run, tmp_path / targets) == 0
         text = (tmp_path / targets / "metrics.jsonl").read_text()
         assert ("visible" in text) == bool(visible) and "knn/cls" in text
+        drawn = {value.tag for _, value in events(tmp_path / targets) if value.HasField("image")}
+        assert drawn == ({"crops", "predictions"} if "heldout" in evals else {"crops"})
 
 
 def test_a_run_is_opened_again(made, whole):

@@ -12,6 +12,7 @@ import visualize
 from PIL import Image
 
 from dgpt_jax import cli, digpt, heads, load, maps, segments, vit
+from dgpt_jax import pictures as drawing
 from dgpt_jax.schema import UserError
 from tests.data import smooth_image, tiny_model
 
@@ -147,10 +148,22 @@ def test_perfect_predictions_look_like_the_teacher(monkeypatch):
 
 def test_the_order_is_drawn_on_the_picture():
     grey = np.full((16, 16, 3), 100, np.uint8)
-    drawn = visualize.ordered(grey, np.array([3, 1, 0, 2]), (2, 2))
+    drawn = drawing.ordered(grey, np.array([3, 1, 0, 2]), (2, 2))
     assert drawn.shape == (192, 192, 3)
     corner = [tuple(drawn[y + 90, x + 90]) for y in (0, 96) for x in (0, 96)]
     assert corner == [(100,) * 3, (100,) * 3, (204,) * 3, (100,) * 3]  # segment 2 is the last
+
+
+def test_heat():
+    """Grey where nothing is known; dark to bright between the bounds."""
+    values = np.array([[[np.nan, 0.0], [0.5, 1.0]], [[0.0, 0.25], [0.5, np.nan]]])
+    drawn = drawing.heat(values, 0.0, 1.0)
+    assert drawn.dtype == np.uint8 and drawn.shape == (2, 2, 2, 3)
+    assert np.all(drawn[0, 0, 0] == 222) and np.all(drawn[1, 1, 1] == 222)
+    np.testing.assert_allclose(drawn[0, 0, 1], (68, 1, 84), atol=2)  # viridis, not its mirror image
+    np.testing.assert_allclose(drawn[0, 1, 1], (253, 231, 37), atol=2)
+    own = drawing.heat(values)  # each up to its own largest value
+    np.testing.assert_array_equal(own[1, 1, 0], own[0, 1, 1])
 
 
 @pytest.mark.parametrize("show", visualize.SHOWN)

@@ -32,7 +32,7 @@ def measure(args):
         scratch = Path(scratch)
         clip_weights.save(scratch / "teacher", random_teacher(tower), tower)
         settings = {
-            "source": str(photographs(scratch, args.examples)),
+            "source": str(photographs(scratch, args.examples, 500, 375)),
             "teacher": {"weights": str(scratch / "teacher"), "dtype": args.dtype},
             "batch_size": args.batch_size, "codec": args.codec, "threads": args.threads,
         }  # fmt: skip

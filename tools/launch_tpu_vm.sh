@@ -27,6 +27,8 @@ options
   --project=ID     default: gcloud's
   --spot           cheaper, may be preempted
   --queued         wait in Google's queue for capacity; give it to every command for this slice
+  --slices=N       so many slices as one run (Multislice), named NAME-0, NAME-1, …; goes by the
+                   queue; JAX joins them along the mesh's data axis; give it to every command
   --extras=LIST    of setup.py; default tpu,gcs
   --env=KEY=VALUE  environment of WORDS; may be repeated
   --port=PORT      of JAX's coordinator; default 8476, which Google Cloud opens between TPUs
@@ -38,7 +40,6 @@ options
   --delete_at_end  `keep` deletes the slice when WORDS have ended, with success or without
   --dry_run        print every gcloud command instead of running it
 
-Several slices as one run: tools/launch_gke.yaml.
 Exit codes: that of WORDS (training: 0 done, 75 stopped by a signal after saving), else 1.
 END
 }
@@ -53,7 +54,7 @@ say() { echo "[$(date +%T)] $*" >&3; }
 # ---- what was asked for
 
 command='' name='' zone='' type='' version='' project='' extras=tpu,gcs port=8476 logs=''
-spot=false queued=false dry_run=false delete_at_end=false restarts=1000 poll=30
+slices='' spot=false queued=false dry_run=false delete_at_end=false restarts=1000 poll=30
 environment=() create_args=() ssh_args=() words=()
 
 parse() {
@@ -68,7 +69,7 @@ parse() {
     case $1 in
       --name=?* | --zone=?* | --type=?* | --version=?* | --project=?* | --extras=?* | --logs=?*)
         key=${1%%=*} && printf -v "${key#--}" %s "${1#*=}" ;;
-      --port=[0-9]* | --restarts=[0-9]* | --poll=[0-9]*)
+      --port=[0-9]* | --restarts=[0-9]* | --poll=[0-9]* | --slices=[0-9]*)
         [[ ${1#*=} =~ ^[0-9]+$ ]] || fail "${1%%=*} takes a number, got ${1#*=}"
         key=${1%%=*} && printf -v "${key#--}" %s "${1#*=}" ;;
       --env=?*=*) environment+=("${1#--env=}") ;;
@@ -87,6 +88,12 @@ parse() {
     *) [ ${#words[@]} = 0 ] || fail "$command takes no command after --" ;;
   esac
   case $command in keep | create) choose_version ;; esac
+  nodes=("$name")
+  if [ -n "$slices" ]; then
+    [ "$slices" -gt 1 ] || fail "--slices is for 2 or more, got $slices"
+    queued=true nodes=()
+    while [ ${#nodes[@]} -lt "$slices" ]; do nodes+=("$name-${#nodes[@]}"); done
+  fi
   logs=${logs:-tpu_logs/$name}
   place=(--zone="$zone" ${project:+--project="$project"})
 }
@@ -115,7 +122,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/tpu_vm_slice.sh"
 # Worker 0's output until its run ends, through broken connections.
 follow() {
   local broken=0
-  until ssh_to 0 "$(worker follow)" </dev/null; do
+  until ssh_to 0 0 "$(worker follow)" </dev/null; do
     look
     [ "$state" = READY ] && ((++broken < 5)) || return 0
     sleep "$poll"
@@ -136,7 +143,7 @@ verdict() {
   done
   codes=$(sed -nE 's/^worker [^ ]+ ended ([0-9]+).*/\1/p' "$scratch/answers")
   if answered running; then
-    if grep -q '^worker 0 running' "$scratch/answers"; then outcome=running; fi
+    if grep -q "^worker $(number 0 0) running" "$scratch/answers"; then outcome=running; fi
   elif answered 'ended [0-9]+ stopped'; then
     outcome=stopped
   elif answered idle; then
@@ -153,24 +160,27 @@ verdict() {
 }
 
 fetch_logs() {
-  local folder i
+  local folder i node id
   folder=$logs/$(date +%Y%m%d-%H%M%S)
   if ! $dry_run; then mkdir -p "$folder"; fi
-  for ((i = 0; i < workers; i++)); do
-    if $dry_run; then ssh_to "$i" "$(worker log)" && continue; fi
-    ssh_to "$i" "$(worker log)" >"$folder/$i.log" 2>"$folder/$i.error" </dev/null &&
-      rm "$folder/$i.error" &
-    if ((i % 8 == 7)); then wait; fi
+  for node in "${!nodes[@]}"; do
+    for ((i = 0; i < workers; i++)); do
+      if $dry_run; then ssh_to "$node" "$i" "$(worker log)" && continue; fi
+      id=$(number "$node" "$i")
+      ssh_to "$node" "$i" "$(worker log)" >"$folder/$id.log" 2>"$folder/$id.error" </dev/null &&
+        rm "$folder/$id.error" &
+      if ((i % 8 == 7)); then wait; fi
+    done
   done
   wait
-  say "logs of $workers workers: $folder"
+  say "logs of $((workers * ${#nodes[@]})) workers: $folder"
 }
 
 # ---- commands
 
 next() { echo "next: $*" >&3; }
 
-here() { echo "tools/launch_tpu_vm.sh $1 --name=$name ${place[*]}$($queued && echo ' --queued')"; }
+here() { echo "tools/launch_tpu_vm.sh $1 --name=$name ${place[*]}$($queued && echo " ${slices:+--slices=}${slices:---queued}")"; }
 
 # Ends as the run has ended.
 finish() {
@@ -250,7 +260,7 @@ main() {
       next "$(here create) --type=TYPE" && exit ;;
   esac
   look
-  if [ "$command" = status ]; then say "$name is $state, $workers workers"; fi
+  if [ "$command" = status ]; then say "$name is $state, $((workers * ${#nodes[@]})) workers"; fi
   [ "$state" = READY ] || fail "$name is $state, not READY: \`create\` or \`keep\` makes it so"
   case $command in
     setup) setup && next "$(here run) -- python -m dgpt_jax.train …" ;;

@@ -20,9 +20,9 @@ tpus() {
   fi
 }
 
-# What gcloud says about the slice, or ABSENT, or UNKNOWN where it fails itself.
+# What gcloud says (KIND FORMAT [NODE]) about the slice, or ABSENT, or UNKNOWN where it fails itself.
 ask() {
-  if tpus "$1" describe "$name" "${place[@]}" --format="$2" 2>"$scratch/asked"; then
+  if tpus "$1" describe "${3:-$name}" "${place[@]}" --format="$2" 2>"$scratch/asked"; then
     return
   elif grep -qiE 'not[ _]?found' "$scratch/asked"; then
     echo ABSENT
@@ -32,14 +32,19 @@ ask() {
   fi
 }
 
-# Sets the slice's state and its number of workers. READY is what can be worked with.
+# Sets the state, of several slices that of the first which is not READY, and the workers of a slice.
+# READY is what can be worked with.
 look() {
   workers=0
   if $queued; then
     state=$(ask queued-resources 'value(state.state)')
     if ! $dry_run && [ "$state" != ACTIVE ]; then return; fi
   fi
-  read -r state workers <<<"$(ask tpu-vm 'value(state,networkEndpoints.len())')"
+  local node
+  for node in "${nodes[@]}"; do
+    read -r state workers <<<"$(ask tpu-vm 'value(state,networkEndpoints.len())' "$node")"
+    if ! $dry_run && [ "$state" != READY ]; then return; fi
+  done
   if $dry_run; then state=READY workers=1; fi
 }
 
@@ -48,6 +53,7 @@ make() {
   local kind=(tpu-vm create "$name" --version="$version")
   if $queued; then
     kind=(queued-resources create "$name" --node-id="$name" --runtime-version="$version")
+    if [ -n "$slices" ]; then kind[3]=--node-count=$slices kind+=(--node-prefix="$name"); fi
   fi
   if $spot; then kind+=(--spot); fi
   say "creating $name: $type in $zone"
@@ -104,27 +110,43 @@ worker() { quoted bash tpu_vm_worker.sh "$@"; }
 # The same for a worker that may not be set up yet, which is then idle.
 perhaps() {
   # shellcheck disable=SC2016
-  echo "[ -e tpu_vm_worker.sh ] || exec echo worker \${HOSTNAME##*-w-} idle; $(worker "$@")"
+  echo "[ -e tpu_vm_worker.sh ] ||" \
+    "exec echo worker \${SLICE:+\$SLICE.}\${HOSTNAME##*-w-} idle; $(worker "$@")"
 }
 
-ssh_to() { tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" "${ssh_args[@]}" --command="$2"; }
+# The name of worker $2 of slice $1: its number alone where there is one slice.
+number() { echo "${slices:+$1.}$2"; }
+
+# SLICE WORKER LINE; the worker is told of which slice it is.
+ssh_to() {
+  tpus tpu-vm ssh "${nodes[$1]}" "${place[@]}" --worker="$2" "${ssh_args[@]}" \
+    --command="${slices:+export SLICE=$1; }$3"
+}
 
 # Runs a line on all workers at once; their answers go to $scratch/answers. Returns 1, and says who,
 # where one did not answer. (Not --output-directory: some versions of gcloud lose its name.)
 everywhere() {
-  local i missing=''
+  local i node missing=''
   : >"$scratch/answers"
-  ssh_to all "$1" >"$scratch/told" 2>&1 || true
+  for node in "${!nodes[@]}"; do
+    ssh_to "$node" all "$1" >"$scratch/told.$node" 2>&1 &
+    if $dry_run; then wait; fi
+  done
+  wait
   if $dry_run; then return; fi
-  grep -E '^worker [^ ]+ ' "$scratch/told" | sort -k 2n >"$scratch/answers" || true
-  for ((i = 0; i < workers; i++)); do
-    grep -q "^worker $i " "$scratch/answers" || missing+=" $i"
+  cat "$scratch"/told.* >"$scratch/told"
+  grep -E '^worker [^ ]+ ' "$scratch/told" | sort -k 2V >"$scratch/answers" || true
+  for node in "${!nodes[@]}"; do
+    for ((i = 0; i < workers; i++)); do
+      grep -q "^worker $(number "$node" "$i") " "$scratch/answers" ||
+        missing+=" $(number "$node" "$i")"
+    done
   done
   if [ -n "$missing" ] || grep -qE '^worker [^ ]+ (failed|busy)' "$scratch/answers"; then
     grep -vE '^worker [^ ]+ |^$' "$scratch/told" | tail -n 20 >&2 || true
     cat "$scratch/answers" >&2
   fi
-  [ -z "$missing" ] || say "no answer from worker$missing of $name ($workers workers)"
+  [ -z "$missing" ] || say "no answer from worker$missing of $name ($workers workers${slices:+ a slice})"
   [ -z "$missing" ]
 }
 
@@ -139,8 +161,11 @@ setup() {
     [ ! -e "$file" ] || printf '%s\0' "$file"
   done | tar czf "$scratch/dgpt_jax.tgz" --null -T -) ||
     fail "$root is no git working tree, whose files could be copied"
-  tpus tpu-vm scp "$scratch/dgpt_jax.tgz" "$root/tools/tpu_vm_worker.sh" "$name:" "${place[@]}" \
-    --worker=all "${ssh_args[@]}" >&2 || return
+  local node
+  for node in "${nodes[@]}"; do
+    tpus tpu-vm scp "$scratch/dgpt_jax.tgz" "$root/tools/tpu_vm_worker.sh" "$node:" "${place[@]}" \
+      --worker=all "${ssh_args[@]}" >&2 || return
+  done
   everywhere "$(worker setup "$extras")" || return
   if answered busy; then fail "a run is on in $name: \`attach\` or \`stop\`"; fi
   if answered failed; then fail "dgpt_jax could not be installed on all workers: see above"; fi

@@ -10,7 +10,7 @@ venv=$HOME/dgpt_jax_venv
 mkdir -p "$run"
 
 # The line break before it: another worker's half line may stand there.
-answer() { printf '\nworker %s %s\n' "${HOSTNAME##*-w-}" "$*"; }
+answer() { printf '\nworker %s %s\n' "${SLICE:+$SLICE.}${HOSTNAME##*-w-}" "$*"; }
 
 running() { ! flock -n "$run/lock" true; }
 

@@ -17,7 +17,6 @@ IMAGE are files or folders; CHECKPOINT is a work directory or weights. `--show` 
 
 from pathlib import Path
 
-import cv2
 import matplotlib
 
 matplotlib.use("Agg")
@@ -26,10 +25,10 @@ import numpy as np
 
 from dgpt_jax import bad_records, cli, examples, load, records, segments, token_store, views
 from dgpt_jax.maps import cls_attention, foreground, neighbours, pca_colours, prediction_maps
+from dgpt_jax.pictures import heat, prediction_rows, teacher, unit
 from dgpt_jax.schema import UserError
 
 KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-HEATMAP = matplotlib.colormaps["viridis"].with_extremes(bad="#dddddd")
 
 
 def grid(rows: dict[str, np.ndarray], out, captions: dict[str, list[str]] | None = None):
@@ -57,14 +56,6 @@ def grid(rows: dict[str, np.ndarray], out, captions: dict[str, list[str]] | None
     )  # fmt: skip
     figure.savefig(out, dpi=160 if captions else 130)
     plt.close(figure)
-
-
-def heat(maps: np.ndarray, low=0.0, high=None) -> np.ndarray:
-    """(B, G, G) as colours (B, G, G, 3), from `low` to `high`, or to each map's largest value; NaN
-    is grey."""
-    most = np.nanmax(maps, axis=(1, 2), keepdims=True) if high is None else high
-    scaled = (maps - low) / np.maximum(most - low, 1e-12)
-    return HEATMAP(np.ma.masked_invalid(scaled))[..., :3]
 
 
 def read_pictures(paths, size: int) -> np.ndarray:
@@ -150,25 +141,14 @@ def show_predictions(args):
         )
     maps = prediction_maps(model, pictures, tokens, orders, cls)
     shape = model.model.segments
-    rows = {"image, order": [ordered(*both, shape) for both in zip(pictures, orders, strict=True)]}
-    captions = {}
-    teacher = np.full_like(next(iter(maps.values()))["teacher"], np.nan)
-    for found in maps.values():
-        teacher = np.where(np.isnan(teacher), found["teacher"], teacher)
-    drawn = {"teacher": teacher} | {f"{n}: predicted": m["prediction"] for n, m in maps.items()}
-    # Unit vectors: the loss compares directions, and a prediction may be of any length.
-    drawn = {title: _unit(tokens) for title, tokens in drawn.items()}
-    known = {title: ~np.isnan(tokens[..., 0]) for title, tokens in drawn.items()}
-    colours = pca_colours(np.concatenate([drawn[t][known[t]] for t in drawn])[None])[0]
-    for title, where in known.items():
-        rows[title] = picture = np.full((*where.shape, 3), 0.87)
-        picture[where], colours = np.split(colours, [where.sum()])
-    for name, found in maps.items():
-        rows[f"{name}: cosine"] = heat(found["similarity"], 0.0, 1.0)
-        captions[f"{name}: cosine"] = per_place(found["similarity"], orders, shape, name)
+    rows = prediction_rows(maps, pictures, orders, shape)
+    captions = {
+        f"{name}: cosine": per_place(found["similarity"], orders, shape, name)
+        for name, found in maps.items()
+    }
     # What a constant guess has: without it a cosine says little.
-    mean = np.nanmean(drawn["teacher"], axis=(0, 1, 2))
-    guess = drawn["teacher"] @ _unit(mean)
+    tokens = unit(teacher(maps))
+    guess = tokens @ unit(np.nanmean(tokens, axis=(0, 1, 2)))
     rows["mean token: cosine"] = heat(guess, 0.0, 1.0)
     for name in maps:
         lines = per_place(guess, orders, shape, name)
@@ -176,10 +156,6 @@ def show_predictions(args):
         pairs = zip(before, lines, strict=True)
         captions["mean token: cosine"] = [f"{a}\n{name} {b}".strip() for a, b in pairs]
     return rows, captions
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def per_place(maps: np.ndarray, orders: np.ndarray, shape, name: str) -> list[str]:
@@ -191,27 +167,6 @@ def per_place(maps: np.ndarray, orders: np.ndarray, shape, name: str) -> list[st
         places = order[first : first + segments.visible_count(shape)]
         lines.append(" ".join(f"{of_image[segment]:.2f}" for segment in places))
     return lines
-
-
-def ordered(picture: np.ndarray, order: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A picture, enlarged, with its segments numbered by their place in the order; the last one,
-    which the encoder never sees, is pale."""
-    times = max(1, -(-192 // len(picture)))
-    drawn = np.ascontiguousarray(picture.repeat(times, axis=0).repeat(times, axis=1))
-    high, wide = len(drawn) // shape[0], len(drawn) // shape[1]
-    for place, segment in enumerate(order):
-        top, left = segment // shape[1] * high, segment % shape[1] * wide
-        part = drawn[top : top + high, left : left + wide]
-        if place >= segments.visible_count(shape):
-            part[:] = 255 - (255 - part) // 3
-        corner = (left + wide - 1, top + high - 1)
-        cv2.rectangle(drawn, (left, top), corner, (255, 255, 255), 1)
-        where = (left + wide // 12, top + high // 3)
-        for colour, thick in (((255, 255, 255), 5), ((200, 0, 0), 2)):
-            cv2.putText(
-                drawn, str(place + 1), where, cv2.FONT_HERSHEY_SIMPLEX, high / 90, colour, thick
-            )
-    return drawn
 
 
 SHOWN = {"tokens": show_tokens, "attention": show_attention, "neighbours": show_neighbours}

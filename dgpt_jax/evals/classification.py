@@ -52,6 +52,7 @@ def accuracy(task, mesh) -> Callable:
     rows = sharding.process_rows(mesh, batch_size)
     source = records.Split(config.evals.heldout, config.evals.heldout_split)
     pipeline.require_labels(source, config.classify)
+    length = _count(source, config)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
 
     def load(index):
@@ -79,12 +80,17 @@ def accuracy(task, mesh) -> Callable:
         names = [f"val/top{k}{suffix}" for suffix in RESIZES for k in (1, 5)]
         shape = (len(task.heads),) if task.heads else ()
         totals = dict.fromkeys(names, jnp.zeros(shape, jnp.int32))
-        for local in pipeline.eval_batches(load, len(source), batch_size, rows=rows):
+        for local in pipeline.eval_batches(load, length, batch_size, rows=rows):
             batch = sharding.global_batch(mesh, batch_size, local)
             totals = add(totals, params, frozen, batch)
-        return _shares({name: np.asarray(x) for name, x in totals.items()}, task, len(source))
+        return _shares({name: np.asarray(x) for name, x in totals.items()}, task, length)
 
     return evaluate
+
+
+def _count(source: records.Split, config) -> int:
+    """Examples that are measured."""
+    return min(len(source), config.evals.most or len(source))
 
 
 def _shares(hits: dict[str, np.ndarray], task, count: int) -> dict[str, float]:
@@ -102,7 +108,7 @@ def rows(task, workdir) -> list[dict]:
     """Rows of results (evals/results.py) from what a run has logged: for each way of resizing the
     last evaluation and the best one; of a grid also every head's at the last one, as a detail."""
     config = task.config
-    count = len(records.Split(config.evals.heldout, config.evals.heldout_split))
+    count = _count(records.Split(config.evals.heldout, config.evals.heldout_split), config)
     curves = {
         name: {step: x for step, x in curve.items() if math.isfinite(x)}
         for name, curve in run_log.read(workdir).curves.items()

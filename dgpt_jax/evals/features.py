@@ -132,12 +132,13 @@ class Extractor:
     """(params, pictures, view) → {name: Bank}.
 
     `encode(params, pictures)` is jittable: uint8 (B, size, size, 3) to {name: (B, …)}; it is
-    compiled once. `view` makes the picture of an image. Each process reads its own part of every
-    batch. On a host are the labels and the batches on their way, on a device its part of the rows.
+    compiled once. `view` makes the picture of an image. `most`: only the first so many. Each
+    process reads its own part of every batch. On a host are the labels and the batches on their
+    way, on a device its part of the rows.
     """
 
-    def __init__(self, encode: Callable, mesh, *, batch_size: int):
-        self._mesh, self._batch_size = mesh, batch_size
+    def __init__(self, encode: Callable, mesh, *, batch_size: int, most: int | None = None):
+        self._mesh, self._batch_size, self._most = mesh, batch_size, most
         self._rows = sharding.process_rows(mesh, batch_size)
         where = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._encode = jax.jit(
@@ -151,18 +152,19 @@ class Extractor:
             return {"image": view(image), "label": label}
 
         memory, labels, waiting = None, [], deque()
-        batches = pipeline.eval_batches(load, len(source), self._batch_size, rows=self._rows)
+        length = min(len(source), self._most or len(source))
+        batches = pipeline.eval_batches(load, length, self._batch_size, rows=self._rows)
         for step, local in enumerate(batches):
             del local["valid"]  # what pads the last batch is beyond the end of the bank
             batch = sharding.global_batch(self._mesh, self._batch_size, local)
             found, label = self._encode(params, batch)
             if memory is None:
-                memory = self._empty(found, len(source))
+                memory = self._empty(found, length)
             memory = _put(memory, found, step)
             waiting.append(label)
             if len(waiting) > 1:  # one step late, so that host and devices work side by side
                 labels.append(np.asarray(waiting.popleft()))
-        labels = np.concatenate([*labels, *map(np.asarray, waiting)])[: len(source)]
+        labels = np.concatenate([*labels, *map(np.asarray, waiting)])[:length]
         return {name: Bank(rows, labels) for name, rows in memory.items()}
 
     def _empty(self, found, length: int):

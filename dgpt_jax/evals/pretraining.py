@@ -1,11 +1,13 @@
-"""What is measured while pretraining: the loss on held-out data, a small kNN."""
+"""What is measured while pretraining, the loss on held-out data and a small kNN, and drawn."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dgpt_jax import heads, pipeline, records, sharding, vit
+from dgpt_jax import heads, maps, pictures, pipeline, records, sharding, vit
 from dgpt_jax.evals import features, knn
 
 
@@ -29,6 +31,7 @@ def heldout_loss(task, mesh) -> Callable:
     batch_size = task.config.evals.batch_size
     rows = sharding.process_rows(mesh, batch_size)
     load, length = task.heldout()
+    length = min(length, task.config.evals.most or length)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
 
     @jax.jit
@@ -47,6 +50,33 @@ def heldout_loss(task, mesh) -> Callable:
     return evaluate
 
 
+def painter(task, mesh) -> Callable | None:
+    """params → what to call, later and elsewhere, for {name: picture}: what is predicted of some
+    held-out examples (config.evals.pictures), beside the teacher's tokens."""
+    config = task.config
+    if not (config.evals.heldout and config.evals.pictures) or config.data.targets == "pixels":
+        return None
+    load, length = task.heldout()
+    count = min(config.evals.pictures, length)
+    examples = [load(i * length // count) for i in range(count)]  # they may be sorted by class
+    local = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    where, shape = sharding.replicated(mesh), config.model.segments
+    batch, frozen = jax.device_put((local, task.frozen), where)
+
+    @partial(jax.jit, out_shardings=where)
+    def predict(params, frozen, batch):
+        tokens, cls = task.tokens(frozen, batch), task.target.cls
+        given = params, batch["image"], tokens, batch["order"]
+        return maps.aligned(task.module, config.model, *given, cls=cls)
+
+    def draw(pairs):
+        found = maps.in_place(pairs, local["order"], shape)
+        rows = pictures.prediction_rows(found, local["image"], local["order"], shape)
+        return {"predictions": pictures.sheet(rows)}
+
+    return lambda params: partial(draw, predict(params, frozen, batch))
+
+
 def knn_accuracy(task, mesh) -> Callable:
     """kNN accuracy (k = 20) of frozen CLS and mean features on a labelled image dataset."""
     config, model = task.config.evals, task.config.model
@@ -59,13 +89,14 @@ def knn_accuracy(task, mesh) -> Callable:
         images = vit.normalise(pictures)
         return module.apply(variables, images, ("cls", "mean"), method="pooled")
 
-    extract = features.Extractor(encode, mesh, batch_size=config.batch_size)
+    extract = features.Extractor(encode, mesh, batch_size=config.batch_size, most=config.most)
     view = features.centre_view(model.image_size, config.knn_resize, squash=False)
 
     def evaluate(params) -> dict[str, float]:
         banks = [extract(params["encoder"], source, view) for source in (train, test)]
         return {
-            f"knn/{pooling}": knn.correct(banks[0][pooling], test_bank, ks=(20,))[20] / len(test)
+            f"knn/{pooling}": knn.correct(banks[0][pooling], test_bank, ks=(20,))[20]
+            / len(test_bank)
             for pooling, test_bank in banks[1].items()
         }
 

@@ -75,7 +75,9 @@ class Predictor:
             masked = jnp.where(masks[None], logits[:, None], -jnp.inf)
             return {"class": masked.argmax(axis=-1).astype(jnp.int32)}
 
-        self._banks = features.Extractor(encode, mesh, batch_size=settings.batch_size)
+        self._banks = features.Extractor(
+            encode, mesh, batch_size=settings.batch_size, most=settings.most
+        )
         self._params = jax.device_put(classifier.params, sharding.replicated(mesh))
         self._place = partial(jax.device_put, device=sharding.replicated(mesh))
 

@@ -107,14 +107,9 @@ class Pretrain:
                 predictions, images, order_BS, patch=model.patch, segment_grid=model.segments
             )
         else:
-            if self.config.data.targets == "online":
-                dtype = self.config.teacher.dtype
-                tokens = towers.teacher_tokens(self.teacher.tower, frozen, pictures, dtype=dtype)
-            else:
-                tokens = self.target.codec.decode(batch["tokens"])
             parts = digpt.token_losses(
                 predictions,
-                jax.lax.stop_gradient(tokens),
+                jax.lax.stop_gradient(self.tokens(frozen, batch)),
                 order_BS,
                 grid=(model.grid, model.grid),
                 segment_grid=model.segments,
@@ -122,6 +117,13 @@ class Pretrain:
             )
         total = sum(weight * parts[name].mean() for name, weight in self.weights.items())
         return total, parts
+
+    def tokens(self, frozen, batch):
+        """The teacher's tokens of a batch, (B, [1+]N, C), stored or made."""
+        if self.config.data.targets == "online":
+            tower, dtype = self.teacher.tower, self.config.teacher.dtype
+            return towers.teacher_tokens(tower, frozen, batch["image"], dtype=dtype)
+        return self.target.codec.decode(batch["tokens"])
 
     def heldout(self):
         """(load, length) of the held-out examples: one fixed view and order each."""
