@@ -4,6 +4,7 @@ A config file starts from `default(Train)` (or `Tokens`, `Evaluate`), so that ev
 can be overridden on the command line; `schema.parse` turns the result into the dataclass.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from dgpt_jax import supervised
@@ -106,11 +107,17 @@ class Train:
         optim = self.optim
         if optim.layer_decay != 1 or optim.kind != "adamw" or optim.grid:
             raise UserError("config.optim.layer_decay, kind and grid are for config.task=classify")
-        weights = self.loss.next, self.loss.visible
-        if min(weights) < 0 or sum(weights) == 0:
-            raise UserError(f"config.loss needs a positive weight, got next, visible = {weights}")
-        if self.data.targets == "pixels" and self.loss.visible:
-            raise UserError("config.data.targets=pixels has no visible loss: set loss.visible to 0")
+        weights = dataclasses.asdict(self.loss)
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise UserError(f"config.loss needs a positive weight, got {weights}")
+        for name in ("visible", "direct"):
+            if self.data.targets == "pixels" and weights[name]:
+                raise UserError(f"config.data.targets=pixels has only next: set loss.{name} to 0")
+        if self.loss.direct and self.model.taps[-1] != self.model.depth:
+            raise UserError(
+                f"config.loss.direct reads the last block: config.model.taps must end with "
+                f"{self.model.depth} (depth), got {self.model.taps}"
+            )
         if self.model.segments == (1, 1) and self.loss.next:
             raise UserError("config.model.segments (1, 1) has no next segment: set loss.next to 0")
         if self.data.targets == "online" and not self.teacher.weights:

@@ -67,8 +67,22 @@ class Decoder(nn.Module):
         return pred(queries).astype(jnp.float32)
 
 
+class Direct(nn.Module):
+    """Plain feature distillation: predictions of what the encoder sees, without a decoder."""
+
+    out_width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, last_BND):
+        """The last block's residuals (B, N, D) to predictions (B, N, C) float32."""
+        normed = vit.layer_norm(1e-6, "norm")(last_BND).astype(self.dtype)
+        pred = nn.Dense(self.out_width, kernel_init=vit.xavier, dtype=self.dtype, name="pred")
+        return pred(normed).astype(jnp.float32)
+
+
 class DiGPT(nn.Module):
-    """The pretraining model. `decoders` names those that exist: "next", "visible" or both."""
+    """The pretraining model. `decoders` names those that exist, of "next", "visible", "direct"."""
 
     encoder: vit.Encoder
     segments: tuple[int, int]
@@ -82,6 +96,9 @@ class DiGPT(nn.Module):
 
     def setup(self):
         for name in self.decoders:
+            if name == "direct":
+                self.direct = Direct(self.out_width, self.encoder.dtype)
+                continue
             decoder = Decoder(
                 width=self.decoder_width,
                 depth=self.decoder_depth,
@@ -97,7 +114,7 @@ class DiGPT(nn.Module):
         """Normalised images (B, height, width, 3) and orders, int (B, S), to {name: (B, V·T+1, C)}.
 
         Predictions of `next` stand for the segments at places 1..S-1 of the order, those of
-        `visible` for places 0..V-1, patch by patch, and then for the teacher's CLS token.
+        `visible` and `direct` for places 0..V-1, patch by patch, then for the teacher's CLS token.
         """
         taps, mask_NN = self.encode(images, order_BS)
         positions_BSTE = self.query_positions(order_BS, images.shape[1] // self.encoder.patch)
@@ -129,9 +146,10 @@ class DiGPT(nn.Module):
 
     def decode(self, name: str, taps, positions_BSTE, mask_NN):
         """What one decoder predicts, (B, V·T+1, C), from what `encode` and the above give."""
-        visible = segments.visible_count(self.segments)
-        places = {"next": slice(1, None), "visible": slice(0, visible)}
-        positions_BNE = append_cls(positions_BSTE[:, places[name]], 0.0)
+        if name == "direct":
+            return self.direct(taps[-1])
+        places = segments.predicted_places(name, segments.visible_count(self.segments))
+        positions_BNE = append_cls(positions_BSTE[:, places], 0.0)
         return getattr(self, name)(taps, positions_BNE, mask_NN)
 
 
@@ -148,7 +166,7 @@ def append_cls(x_BVTD, cls):
 
 
 def token_losses(predictions, tokens, order_BS, *, grid: tuple[int, int], segment_grid, cls: bool):
-    """{"next", "visible"}: mean of 2-2cos between predictions and the teacher's tokens, in [0, 4].
+    """{name: (B,)}: mean of 2-2cos between predictions and the teacher's tokens, in [0, 4].
 
     predictions: what DiGPT returns. tokens (B, [1+]rows·cols, C) of a teacher with `rows`×`cols`
     square grid, CLS first where `cls`; without it, predictions of CLS are left out. `grid` is the
@@ -168,7 +186,7 @@ def token_losses(predictions, tokens, order_BS, *, grid: tuple[int, int], segmen
 
 def align(predictions, tokens, order_BS, *, grid: tuple[int, int], segment_grid, cls: bool):
     """{name: (predictions, the teacher's tokens)} patch by patch, both (B, V, T, C), on one grid;
-    of `next` for places 1..S-1 of the order, of `visible` for 0..V-1. Takes what token_losses does.
+    of `next` for places 1..S-1 of the order, of the others for 0..V-1. Takes what token_losses has.
     """
     patches = tokens[:, 1:] if cls else tokens
     side = round(patches.shape[1] ** 0.5)
@@ -183,14 +201,13 @@ def align(predictions, tokens, order_BS, *, grid: tuple[int, int], segment_grid,
     student = tuple(g // s for g, s in zip(grid, segment_grid, strict=True))
     teacher = tuple(g // s for g, s in zip(teacher_grid, segment_grid, strict=True))
     visible = segments.visible_count(segment_grid)
-    places = {"next": slice(1, None), "visible": slice(0, visible)}
     result = {}
     for name, prediction in predictions.items():
         pred_BVTC = prediction[:, :-1].reshape(batch, visible, -1, width)
         if student != teacher:
             resize = segments.resize_matrix(student, teacher)
             pred_BVTC = jnp.einsum("mt,bvtc->bvmc", resize, pred_BVTC)
-        result[name] = pred_BVTC, target_BSTC[:, places[name]]
+        result[name] = pred_BVTC, target_BSTC[:, segments.predicted_places(name, visible)]
     return result
 
 

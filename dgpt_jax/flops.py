@@ -43,9 +43,9 @@ def forward_flops(
     memory = 2 * tokens * len(model.taps) * width * wide * depth
     cross_attention = 8 * tokens * wide**2 + 4 * tokens**2 * wide
     decoder_block = block_flops(tokens, wide, r * wide) + cross_attention
-    prediction = 2 * tokens * wide * out_width
+    decoder = memory + depth * decoder_block + 2 * tokens * wide * out_width
     for name in decoders:
-        found[name] = memory + depth * decoder_block + prediction
+        found[name] = 2 * tokens * width * out_width if name == "direct" else decoder
     return found
 
 

@@ -142,7 +142,7 @@ def in_place(pairs: dict, orders: np.ndarray, shape: tuple[int, int]) -> dict:
 def _placed(x_BVTC: np.ndarray, orders: np.ndarray, shape: tuple[int, int], name: str):
     """Segments in their order, (B, V, T, C), to where they are in the image, (B, G, G, C)."""
     batch, visible, patches, width = x_BVTC.shape
-    places = slice(1, None) if name == "next" else slice(0, visible)
+    places = segments.predicted_places(name, visible)
     x_BSTC = np.full((batch, segments.count(shape), patches, width), np.nan, np.float32)
     x_BSTC[np.arange(batch)[:, None], orders[:, places]] = x_BVTC
     side = round((x_BSTC.shape[1] * patches) ** 0.5)

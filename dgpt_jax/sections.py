@@ -34,7 +34,9 @@ class Model:
     decoder_depth: int = entry(2, "blocks of each decoder")
     decoder_heads: int = entry(32, "attention heads of each decoder")
     cls_mask: str = entry(
-        "official", "who sees the CLS token: official (last visible segment), self (only itself)"
+        "official",
+        "who sees the CLS token: official (last visible segment), self (only itself), all (leaks "
+        "later segments to earlier ones; to compare with)",
     )
     remat: str = entry("none", "what the backward pass recomputes: none, dots, full")
     eps: float = entry(1e-6, "of the encoder's LayerNorms")
@@ -48,7 +50,7 @@ class Model:
     def resolved(self) -> "Model":
         """The model with size and taps filled in. Raises UserError where numbers do not match."""
         one_of("config.model.size", self.size, SIZES)
-        one_of("config.model.cls_mask", self.cls_mask, ("official", "self"))
+        one_of("config.model.cls_mask", self.cls_mask, ("official", "self", "all"))
         one_of("config.model.remat", self.remat, ("none", "dots", "full"))
         one_of("config.model.activation", self.activation, ("gelu", "gelu_tanh", "quick_gelu"))
         sized = dict(zip(("width", "depth", "heads", "patch"), SIZES[self.size], strict=True))
@@ -141,6 +143,11 @@ class Teacher:
 class Loss:
     next: float = entry(1.0, "weight of the generative loss (next segment); 0 leaves it out")
     visible: float = entry(1.0, "weight of the discriminative loss (seen segments); 0: left out")
+    direct: float = entry(
+        0.0,
+        "weight of plain feature distillation: the seen tokens, predicted without a decoder by one "
+        "linear layer on the last block; 0: left out",
+    )
 
 
 @dataclass(frozen=True)

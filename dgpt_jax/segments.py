@@ -19,6 +19,12 @@ def visible_count(segments: tuple[int, int]) -> int:
     return max(1, count(segments) - 1)
 
 
+def predicted_places(name: str, visible: int) -> slice:
+    """Which places of an order the predictions called `name` stand for: `next` places 1..V, the
+    others (`visible`, `direct`) what the encoder sees, 0..V-1."""
+    return slice(1, None) if name == "next" else slice(0, visible)
+
+
 def split(grid: np.ndarray, segments: tuple[int, int]):
     """(..., rows, cols, C) to (..., S, T, C); works on NumPy and JAX arrays alike."""
     *lead, rows, cols, channels = grid.shape
@@ -46,13 +52,13 @@ def attention_mask(visible: int, tokens: int, cls_mask: str = "official") -> np.
 
     Returns bool (V·T+1, V·T+1). A patch sees its own and earlier segments; CLS sees everything.
     `cls_mask` says who sees CLS besides itself: "official", the last visible segment (the official
-    code's mask, padded by reflection, gives this); "self", nobody. CLS must not be seen by earlier
-    segments, because it knows the later ones.
+    code's mask, padded by reflection, gives this); "self", nobody; "all", every patch, so that
+    earlier segments learn through it of later ones: it is there to be compared with.
     """
     place = np.repeat(np.arange(visible), tokens)
     mask = np.ones((visible * tokens + 1,) * 2, bool)
     mask[:-1, :-1] = place[:, None] >= place[None, :]
-    mask[:-1, -1] = (place == visible - 1) if cls_mask == "official" else False
+    mask[:-1, -1] = {"official": place == visible - 1, "self": False, "all": True}[cls_mask]
     return mask
 
 

@@ -25,6 +25,7 @@ def make_train_step(
     accum_steps: int,
     prepare: Callable[[jax.Array, Any], Any] | None = None,
     seed: int = 0,
+    places: TrainState | None = None,
 ) -> Callable:
     """The step (state, metrics, batch, frozen) → (state, metrics); the first two are donated.
 
@@ -32,7 +33,9 @@ def make_train_step(
     `accum_steps` micro-batches that a scan runs through, and their gradients are averaged: the same
     update as one big batch. Before that, `prepare(key, batch)`, if given, makes of the whole batch
     what the loss gets, with the key of (seed, step). Metrics leave out steps whose numbers are not
-    finite.
+    finite. `places` are the shardings of the state: told them, the step leaves state and metrics
+    (replicated) placed as it wants them, or else its own result is new to it, and it is compiled a
+    second time.
     """
     tx = optax.with_extra_args_support(tx)
     gradient = sharding.on_mesh(jax.value_and_grad(loss, has_aux=True), mesh)
@@ -68,4 +71,5 @@ def make_train_step(
         metrics = jax.tree.map(lambda new, old: jnp.where(good, new, old), merged, metrics)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=(0, 1))
+    out = None if places is None else (places, sharding.replicated(mesh))
+    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out)

@@ -112,8 +112,14 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             accum_steps=config.accum_steps,
             prepare=task.prepare,
             seed=config.seed,
+            places=jax.tree.map(lambda leaf: leaf.sharding, train_state),
         )
         collection = metrics.averages(task.metric_names)
+
+        def nothing_yet():  # placed as the step leaves it
+            put = partial(sharding.placed, place=sharding.replicated(mesh))
+            return jax.tree.map(put, jax.device_get(collection.empty()))
+
         evaluators = evaluations_of(task).periodic(task, mesh)
         painter = pretraining.painter(task, mesh) if config.task == "pretrain" else None
         step, results = first, {}
@@ -123,7 +129,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
         batches = pipeline.ahead(batches, partial(sharding.global_batch, mesh, config.batch_size))
         clock = metrics.Clock(first, schedule.total, config.batch_size)
         profile = metrics.Profile(workdir, config.profile, first)
-        running = collection.empty()
+        running = nothing_yet()
         pending = None  # what is logged is fetched one interval late: the host never waits
 
         def flush():
@@ -175,7 +181,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                         values,
                         running.compute() | optim.counts(train_state.opt_state),
                     )
-                    running = collection.empty()
+                    running = nothing_yet()
                 results = {}
                 if evaluators and (step % schedule.eval_every == 0 or last):
                     flush()

@@ -126,6 +126,23 @@ def test_mistakes_are_one_clear_line(text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_distillation_reads_the_last_block_and_no_pixels():
+    made = schema.default(config.Train)
+    made.data.path = "somewhere"
+    made.loss.update(next=0.0, visible=0.0, direct=1.0)
+    assert schema.parse(config.Train, made).loss.direct == 1
+    made.data.targets = "pixels"
+    with pytest.raises(UserError, match=r"has only next: set loss.direct to 0"):
+        schema.parse(config.Train, made)
+    made.data.targets = "stored"
+    made.model.taps = (6, 8)
+    with pytest.raises(UserError, match=r"taps must end with 12 \(depth\), got \(6, 8\)"):
+        schema.parse(config.Train, made)
+    made.loss.direct = 0.0
+    with pytest.raises(UserError, match=r"needs a positive weight, got \{'next': 0.0, 'visible'"):
+        schema.parse(config.Train, made)
+
+
 def test_absent_groups_are_filled_in_like_others():
     assert schema.parse(config.Train, {"data": {"path": "x"}}).model.width == 768
 

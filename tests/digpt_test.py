@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from dgpt_jax import digpt, segments, vit
 from dgpt_jax.convert import digpt as official
 from dgpt_jax.convert import layout
+from dgpt_jax.convert.weights import Weights
 from dgpt_jax.schema import parse
 from dgpt_jax.sections import SIZES, Model
 from tests.paths import GOLDEN
@@ -121,7 +122,7 @@ def pixel_gradients(model, order, seed=0):
 
     Rows are the places that are predicted, and then the prediction of CLS.
     """
-    module = digpt.build(model, out_width=8)
+    module = digpt.build(model, out_width=8, decoders=("next", "visible", "direct"))
     rng = np.random.default_rng(seed)
     images = rng.standard_normal((1, model.image_size, model.image_size, 3)).astype(np.float32)
     params = jax.jit(module.init)(jax.random.key(seed), images, order[None])["params"]
@@ -161,11 +162,18 @@ def test_causality_by_gradient(cut, cls_mask, seed):
     order = segments.sample_order(np.random.default_rng(seed), cut)
     total = segments.count(cut)
     sees = np.arange(total)[None, :] <= np.arange(total - 1)[:, None]  # places ≤ i
-    # Row i of `next` is the segment at place i+1: it may know places ≤ i, and so may `visible` i.
-    # CLS is predicted from all places but the last.
+    # Row i of `next` is the segment at place i+1: it may know places ≤ i, and so may row i of the
+    # others. CLS is predicted from all places but the last.
     expected = np.concatenate([sees, sees[-1:]])
     for name, grads in pixel_gradients(model, order, seed).items():
         np.testing.assert_array_equal(grads != 0, expected, err_msg=name)
+
+
+def test_cls_that_all_see_leaks():
+    """`next` then learns of the segment that it is to predict, as it must not."""
+    model = parse(Model, TINY | dict(patch=4, image_size=24, cls_mask="all"))
+    grads = pixel_gradients(model, segments.raster_order((2, 2)))
+    assert all((found[:, :3] != 0).all() and (found[:, 3] == 0).all() for found in grads.values())
 
 
 def test_causality_test_finds_a_shifted_mask(monkeypatch):
@@ -194,7 +202,7 @@ def test_causality_test_finds_a_shifted_mask(monkeypatch):
 )
 def test_any_geometry(model, teacher_side, cls):
     model = parse(Model, TINY | model)
-    decoders = ("next", "visible") if model.segments != (1, 1) else ("visible",)
+    decoders = ("next", "visible", "direct") if model.segments != (1, 1) else ("visible", "direct")
     module = digpt.build(model, out_width=6, decoders=decoders)
     rng = np.random.default_rng(0)
     size = model.image_size
@@ -223,11 +231,32 @@ def test_perfect_predictions_have_zero_loss():
         "next": np.concatenate([parts[:, 1:].reshape(3, -1, 5), tokens[:, :1]], axis=1),
         "visible": np.concatenate([parts[:, :-1].reshape(3, -1, 5), tokens[:, :1]], axis=1),
     }
+    predictions["direct"] = predictions["visible"]
     same = dict(grid=(side, side), segment_grid=cut, cls=True)
     for value in digpt.token_losses(predictions, tokens, order, **same).values():
         np.testing.assert_allclose(value, 0, atol=1e-6)
     wrong = digpt.token_losses(predictions, tokens, order[::-1], **same)
     assert min(v.max() for v in wrong.values()) > 0.5
+
+
+def test_distillation_is_one_layer_on_the_last_block():
+    """Of the whole image with one segment; weights that hold no decoder are opened as such."""
+    model = parse(Model, TINY | dict(patch=8, image_size=16, segments=(1, 1)))
+    module = digpt.build(model, out_width=6, decoders=("direct",))
+    images, order = digpt.dummy_inputs(model)
+    images = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
+    params = jax.jit(module.init)(jax.random.key(0), images, order)["params"]
+    assert set(params) == {"encoder", "direct"}
+    taps, mask = module.apply({"params": params}, images, order, method="encode")
+    assert mask.all() and len(taps) > 1
+    last = np.asarray(taps[-1], np.float64)
+    normed = last - last.mean(axis=-1, keepdims=True)
+    normed /= np.sqrt(np.square(normed).mean(axis=-1, keepdims=True) + 1e-6)
+    found = module.apply({"params": params}, images, order)["direct"]
+    np.testing.assert_allclose(found, normed @ params["direct"]["pred"]["kernel"], atol=1e-5)
+    weights = Weights(model, layout.flatten(params), None, "here")
+    assert (weights.decoders, weights.out_width) == (("direct",), 6)
+    assert set(weights.shapes()) == set(weights.params)
 
 
 def test_initial_values_follow_the_official_code():

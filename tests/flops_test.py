@@ -12,7 +12,7 @@ from dgpt_jax.schema import parse
 from tests.data import tiny_model
 
 
-@pytest.mark.parametrize("decoders", [("next", "visible"), ("next",)])
+@pytest.mark.parametrize("decoders", [("next", "visible"), ("next", "direct")])
 def test_flops_are_those_of_an_unrolled_compile(monkeypatch, decoders):
     model = tiny_model(
         image_size=64, patch=8, width=384, heads=3, depth=3, taps=(1, 3), decoder_width=256,

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "git clone": (".ci/run", ""),  # what stands here is a clone
     "python tools/bench.py": ("tests/bench_test.py", "bench.beside("),  # compiles for minutes
     "python tools/plan.py": ("tests/plan_test.py", "tools/plan.py"),
+    "python tools/ablate.py": ("tests/ablate_test.py", "tools/ablate.py"),  # trains for an hour
     "python -m dgpt_jax.evaluate --config=configs/robustness_in1k.py": (
         "tests/robustness_test.py",
         "robustness.evaluate(",

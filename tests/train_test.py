@@ -254,13 +254,19 @@ def test_the_online_teacher_gives_the_stored_tokens_losses(made):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
-def test_online_and_pixel_runs(made, tmp_path):
+def test_online_and_pixel_runs(made, tmp_path, monkeypatch):
+    """Each with a step that is compiled once, though the first metrics come from elsewhere."""
     dataset, teacher, _ = made
+    steps, make = [], train.make_train_step
+    monkeypatch.setattr(
+        train, "make_train_step", lambda *a, **kw: steps.append(make(*a, **kw)) or steps[-1]
+    )
     knn = {"knn": str(dataset), "knn_test": "train", "knn_resize": 16, "every": "3 steps"}
     heldout = {"heldout": str(dataset), "heldout_split": "train", "most": 16}
     for targets, visible, evals in (("online", 1.0, knn | heldout), ("pixels", 0.0, knn)):
         run = settings(
-            dataset, total="3 steps", data={"targets": targets}, loss={"visible": visible},
+            dataset, total="3 steps", log_every=2, data={"targets": targets},
+            loss={"visible": visible},
             teacher={"weights": str(teacher)}, evals=evals,
         )  # fmt: skip
         assert train.train(run, tmp_path / targets) == 0
@@ -268,6 +274,7 @@ def test_online_and_pixel_runs(made, tmp_path):
         assert ("visible" in text) == bool(visible) and "knn/cls" in text
         drawn = {value.tag for _, value in events(tmp_path / targets) if value.HasField("image")}
         assert drawn == ({"crops", "predictions"} if "heldout" in evals else {"crops"})
+    assert [step._cache_size() for step in steps] == [1, 1]
 
 
 def test_a_run_is_opened_again(made, whole):

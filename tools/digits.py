@@ -20,14 +20,14 @@ TOWER = towers.Tower(
 )  # fmt: skip
 
 
-def write_digits(folder: Path):
-    """scikit-learn's digits as 32×32 files folder/{train,test}/CLASS/i.{png,jpg}."""
+def write_digits(folder: Path, size: int = 32):
+    """scikit-learn's digits as size×size files folder/{train,test}/CLASS/i.{png,jpg}."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     for place, i in enumerate(order):
         split = "test" if place < TEST else "train"
         image = Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8))
-        image = image.resize((32, 32), Image.Resampling.BICUBIC)
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
         save(image, folder / split / str(digits.target[i]) / f"{i:04d}", lossless=bool(i % 2))
 
 

@@ -115,6 +115,26 @@ def accuracies(cells: dict[str, dict[tuple, tuple[float, float]]], out):
     plt.close(figure)
 
 
+def differences(cells: dict[str, dict[str, tuple[float, float]]], out, title: str):
+    """Dots with intervals, {row: {"PROTOCOL SHOTS": (mean, half an interval)}}; a panel a column
+    of studies.table, a line a row."""
+    columns, rows = list(next(iter(cells.values()))), list(cells)
+    size = (2.2 * len(columns) + 2, 0.4 * len(rows) + 1.6)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        means, halves = np.array([cells[row][column] for row in rows]).T
+        axis.axvline(0, color="grey", linewidth=1)
+        axis.errorbar(means, range(len(rows)), xerr=np.nan_to_num(halves), fmt="o", capsize=3)
+        axis.set(title=column, xlabel="points")
+        axis.set_yticks(range(len(rows)), rows)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0, 0].invert_yaxis()
+    figure.suptitle(f"{title} (mean and 95 % interval, paired by seed)", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
 def diff(logs, names, tolerance: float) -> bool:
     """Prints where two runs part; whether they differ."""
     a, b = logs

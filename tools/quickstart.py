@@ -20,21 +20,19 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import digits
-import glyphs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import plot
 import visualize
+from small_images import IMAGES, accuracies, banks, once, raw_pixels
 
-from dgpt_jax import cli, config, evaluate, load, metrics, schema, sharding, towers
+from dgpt_jax import cli, load, metrics, towers
 from dgpt_jax.convert import teacher as teacher_weights
-from dgpt_jax.evals.features import Bank
 from dgpt_jax.schema import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("both", "next", "visible", "pixels")
-IMAGES = {"digits": digits.write_digits, "glyphs": glyphs.write_glyphs}
 
 
 def say(text: str):
@@ -136,44 +134,21 @@ def feature_sets(out: Path, images: dict) -> dict:
         "D-iGPT both": trained["both"],
     }
     encoders = {
-        "raw pixels": lambda x: jnp.asarray(x[..., 0], jnp.float32).reshape(len(x), -1) / 255,
+        "raw pixels": raw_pixels,
         **{name: partial(student.features, pooling="mean") for name, student in students.items()},
         "the teacher": lambda x: towers.teacher_tokens(teacher.tower, teacher.params, x)[:, 0],
     }
-    found, mesh = {}, sharding.make_mesh(config.Mesh())
-    for name, encode in encoders.items():
-        encode = jax.jit(encode)
-        found[name] = {
-            split: Bank.of(np.asarray(encode(pictures)), labels, mesh)
-            for split, (pictures, labels) in images.items()
-        }
-    return found
+    return {name: banks(jax.jit(encode), images) for name, encode in encoders.items()}
 
 
 def measure(features: dict) -> dict:
     """{name: {(protocol, shots): (mean, standard error) accuracy in percent over the draws}}."""
-    table = {}
-    for name, splits in features.items():
-        table[name] = {}
-        for protocol in ("knn", "linear"):
-            settings = schema.parse(
-                config.Evaluate,
-                dict(
-                    data="images",
-                    protocol=protocol,
-                    shots=(5, 50, 0),
-                    seeds=(0, 1, 2),
-                    k=(20,),
-                ),
-            )
-            for row in evaluate.measure(settings, splits["train"], splits["test"]):
-                table[name].setdefault((protocol, row["shots"]), []).append(row["accuracy"])
     return {
         name: {
             key: (np.mean(v), np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0.0)
-            for key, v in columns.items()
+            for key, v in accuracies(splits).items()
         }
-        for name, columns in table.items()
+        for name, splits in features.items()
     }
 
 
@@ -211,16 +186,14 @@ def main():
     out, started = Path(args.out).resolve(), time.monotonic()
     logs, pictures = out / "logs", out / "pictures"
     say(f"everything goes to {out}")
-    if not pictures.exists():
-        IMAGES[args.images](out / "pictures.part")
-        (out / "pictures.part").rename(pictures)
+    once(pictures, IMAGES[args.images])
     words = ("tools/import_images.py", pictures, f"--out={out / 'images'}")
     run(logs, Command("import", out / "images" / "dataset_info.json", words))
     images = {split: digits.read_pictures(out / "images", split) for split in ("train", "test")}
     if not (out / "teacher").exists():
         say("training the teacher (supervised: it sees the training labels)")
-        digits.train_teacher(out / "images", out / "teacher.part", steps=args.steps or 600)
-        (out / "teacher.part").rename(out / "teacher")
+    train_teacher = partial(digits.train_teacher, out / "images", steps=args.steps or 600)
+    once(out / "teacher", train_teacher)
     run(logs, token_store(out, "tokens"))
     held_out = ("--config.split=test", "--config.views=1", f"--config.like={out / 'tokens'}")
     run(logs, token_store(out, "tokens_test", *held_out))

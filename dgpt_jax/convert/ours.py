@@ -45,7 +45,7 @@ def _weights(params, about: dict, source: str, *, part: bool = False) -> Weights
     weights = Weights(model, params, about["pooling"], source, how, about.get("run", {}))
     if weights.full and part:
         return weights
-    if weights.full and not any(f"{name}/token" in params for name in DECODERS):
+    if weights.full and not any(f"{name}/pred/kernel" in params for name in DECODERS):
         raise UserError(f"{source} holds neither a decoder nor a final norm")
     params = layout.read(table(weights), params, weights.shapes(), what=source)
     return dataclasses.replace(weights, params=params)

@@ -85,7 +85,7 @@ def _decode(module, name, params, taps, places, mask):
 
 def _outside(weights: Weights) -> dict:
     """Variables without blocks and decoders."""
-    inside = ("encoder/blocks/", "next/", "visible/")
+    inside = ("encoder/blocks/", "next/", "visible/", "direct/")
     flat = {p: x for p, x in weights.params.items() if not p.startswith(inside)}
     return {"params": layout.unflatten(flat)}
 

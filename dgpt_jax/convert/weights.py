@@ -18,7 +18,7 @@ from dgpt_jax.convert.layout import Entry
 from dgpt_jax.convert.teacher import interpolate_positions
 from dgpt_jax.schema import UserError, parse
 
-DECODERS = ("next", "visible")
+DECODERS = ("next", "visible", "direct")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Weights:
 
     @property
     def decoders(self) -> tuple[str, ...]:
-        return tuple(name for name in DECODERS if f"{name}/token" in self.params)
+        return tuple(name for name in DECODERS if f"{name}/pred/kernel" in self.params)
 
     @property
     def out_width(self) -> int:
@@ -158,7 +158,7 @@ def encoder_shapes(model: Model, pooling: str, num_classes: int) -> Mapping[str,
 
 @lru_cache
 def full_shapes(
-    model: Model, out_width: int, decoders: tuple[str, ...] = DECODERS
+    model: Model, out_width: int, decoders: tuple[str, ...] = ("next", "visible")
 ) -> Mapping[str, tuple[int, ...]]:
     """{path: shape} of digpt.DiGPT's parameters."""
     module = digpt.build(model, out_width=out_width, decoders=decoders)

@@ -1,6 +1,6 @@
 """The pretraining task: D-iGPT on stored tokens, on a live teacher, or iGPT on pixels."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import numpy as np
@@ -55,8 +55,7 @@ class Pretrain:
         self.notes = notes
         self.frozen = teacher.params if teacher else {}
         self.given: dict = {}
-        weights = {"next": config.loss.next, "visible": config.loss.visible}
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
         self.metric_names = (*self.weights, "loss", "grad_norm")
         self.module = digpt.build(
             config.model, out_width=target.width, decoders=tuple(self.weights), dtype=config.dtype
@@ -98,7 +97,7 @@ class Pretrain:
         return {"target": {"width": target.width, "grid": target.grid, "cls": target.cls}}
 
     def loss(self, params, frozen, batch):
-        """(scalar, {"next", "visible": (B,)}): the weighted sum and its parts."""
+        """(scalar, {"next", "visible", "direct": (B,)}): the weighted sum and its parts."""
         model, pictures, order_BS = self.config.model, batch["image"], batch["order"]
         images = vit.normalise(pictures)
         predictions = self.module.apply({"params": params}, images, order_BS)
