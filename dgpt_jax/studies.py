@@ -68,7 +68,7 @@ def studies(base: Train) -> dict[str, Study]:
     return {
         "views": Study(
             "K stored views of an image against fresh crops every epoch, at equal steps",
-            "the paper has fresh crops only",
+            "fresh crops only",
             {"online, fresh crops": online}
             | {f"K = {k}": {"data.views": k} for k in (1, 2, 4, 8, 16)},
         ),
@@ -91,7 +91,7 @@ def studies(base: Train) -> dict[str, Study]:
         ),
         "codec": Study(
             "how the teacher's tokens are stored",
-            "the paper stores none",
+            "none are stored",
             {
                 "float16": {"data.path": "tokens_float16"},
                 "int8": {},
@@ -131,12 +131,12 @@ def studies(base: Train) -> dict[str, Study]:
         ),
         "order": Study(
             "the order of the segments: random for every image and step, or raster",
-            "the paper never compares them",
+            "never compared",
             {"random": {}, "raster": {"data.order": "raster"}},
         ),
         "taps": Study(
             "which depths of the encoder feed the decoders",
-            "the paper never compares them",
+            "never compared",
             {
                 f"taps {', '.join(map(str, model.taps))}": {},
                 f"tap {model.depth} only": {"model.taps": (model.depth,)},
@@ -144,7 +144,7 @@ def studies(base: Train) -> dict[str, Study]:
         ),
         "cls_mask": Study(
             "who sees the CLS token in pretraining",
-            "the paper never compares them",
+            "never compared",
             {
                 "last segment (official)": {},
                 "nobody": {"model.cls_mask": "self"},
