@@ -18,7 +18,7 @@ WIDTH = 32
 OVERRIDES = {
     Train: (
         "total=4 steps", "batch_size=16", "log_every=1", "platform=cpu",
-        f"model.width={WIDTH}", "model.depth=4", "model.heads=2", "model.taps=None",
+        f"model.width={WIDTH}", "model.depth=8", "model.heads=2", "model.taps=None",
         "model.decoder_width=32", "model.decoder_heads=2",
         "data.examples=None", "data.lanes=None", "teacher.width=None", "teacher.grid=None",
         "classify.mix_group=16", "optim.warmup=2 steps",

@@ -114,6 +114,7 @@ def read_wide(tmp_path, *, examples, shard_size, views, reads):
 
 def check_wide(tmp_path, shards_a_view, memory, **kwargs):
     process = psutil.Process()
+    gc.collect()  # files that earlier tests have left open
     before = process.num_fds()
     rss = process.memory_info().rss / 1e6
     seconds, found = read_wide(tmp_path, **kwargs)

@@ -32,7 +32,7 @@ ELSEWHERE = {
     "python tools/plan.py": ("tests/plan_test.py", "tools/plan.py"),
     "python tools/ablate.py": ("tests/ablate_test.py", "tools/ablate.py"),  # trains for an hour
     "python -m dgpt_jax.evaluate --config=configs/robustness_in1k.py": (
-        "tests/robustness_test.py",
+        "tests/imagenet_sets.py",
         "robustness.evaluate(",
     ),
     "import torch": ("tests/checkpoint_tool_test.py", "def test_the_onnx_recipe"),
@@ -42,6 +42,9 @@ ADDED = {
     "python tools/bench_input.py": "--examples=32 --seconds=0.1",
     "python tools/bench_tokens.py": "--teacher=B/16 --examples=8 --batch_size=4 --seconds=0.1",
     "python tools/convert.py D-iGPT_B_PT_1K.pth": "--heads=3 --decoder_heads=2",
+    "python -m dgpt_jax.train --config=configs/quickstart_finetune.py:attentive": (
+        "--config.classify.num_classes=1000 --config.model.patch=16 --config.model.image_size=224"
+    ),
 }
 # Words that a small run has otherwise.
 OTHERWISE = {

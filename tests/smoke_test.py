@@ -39,7 +39,7 @@ def test_every_config_shrinks(name, tmp_path):
     if kind is config.Train:
         words = "config.data.path=somewhere", run_of_smoke(tmp_path)
         before, small = shrunk(name, *words)
-        assert small.model.width == 32 and small.model.depth == 4 and small.batch_size == 16
+        assert small.model.width == 32 and small.model.depth == 8 and small.batch_size == 16
         assert config.steps(small.total, batch_size=16, examples=1) == 4
         whole = schema.parse(kind, before)
         for field in ("patch", "image_size", "segments", "remat", "eps", "activation"):
@@ -69,4 +69,4 @@ def test_a_tiny_model_takes_the_weights_of_none_but_a_tiny_one(tmp_path):
 def test_it_has_the_last_word(tmp_path):
     words = ("config.data.path=x", "config.batch_size=4096", "config.model.taps=(6,12)")
     _, small = shrunk(str(CONFIGS / "pretrain_b16_in1k.py:v5e-16"), *words)
-    assert small.batch_size == 16 and small.accum_steps == 2 and small.model.taps == (2, 3, 4)
+    assert small.batch_size == 16 and small.accum_steps == 2 and small.model.taps == (4, 5, 7, 8)
