@@ -71,6 +71,11 @@ def fit(config):
     if task.train == "head" and (config.optim.layer_decay != 1 or not task.weights):
         raise UserError("config.classify.train=head needs classify.weights and optim.layer_decay=1")
     _fit_grid(config)
+    if task.resize is not None and task.resize < config.model.image_size:
+        raise UserError(
+            f"config.classify.resize {task.resize} is smaller than config.model.image_size "
+            f"{config.model.image_size}, which is cut from it"
+        )
     if (task.mixup or task.cutmix) and (config.batch_size % task.mix_group or task.mix_group % 2):
         raise UserError(
             f"config.classify.mix_group {task.mix_group} must be even and divide "

@@ -211,6 +211,7 @@ def test_what_does_not_fit(dataset, whole):
     for changes, message in (
         ({"model": {"width": 48}}, r"has width 24, the config 48: set config.model.width=24"),
         ({"classify": {"num_classes": 3}}, "has labels of 2 classes, the config expects 3"),
+        ({"classify": {"resize": 15}}, "config.classify.resize 15 is smaller than .*image_size 16"),
     ):
         with pytest.raises(UserError, match=message):
             started(dataset, whole, **changes)

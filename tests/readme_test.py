@@ -43,7 +43,8 @@ ADDED = {
     "python tools/bench_tokens.py": "--teacher=B/16 --examples=8 --batch_size=4 --seconds=0.1",
     "python tools/convert.py D-iGPT_B_PT_1K.pth": "--heads=3 --decoder_heads=2",
     "python -m dgpt_jax.train --config=configs/quickstart_finetune.py:attentive": (
-        "--config.classify.num_classes=1000 --config.model.patch=16 --config.model.image_size=224"
+        "--config.classify.num_classes=1000 --config.model.patch=16 --config.model.image_size=224 "
+        "--config.evals.heldout_split=validation --config.classify.resize=256"
     ),
 }
 # Words that a small run has otherwise.
