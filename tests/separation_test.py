@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 SHOTS = {"knn": 5, "linear": 5, "fewshot": 5}
 # What configs/quickstart_finetune.py trains, on all labels.
 HEADS = ("none", "linear", "dinov2", "attentive")
-# Glyphs take longer: after 300 steps kNN is still below the untrained encoder's.
-STEPS = {"digits": 300, "glyphs": 1200}
+# After 300 steps kNN on glyphs is still below the untrained encoder's, and the attentive probe on
+# digits has 86.1 % against 80.0: intervals of 360 pictures touch.
+STEPS = {"digits": 600, "glyphs": 1200}
 
 
 def accuracies(out: Path, name: str, monkeypatch, *words) -> dict[str, dict]:
