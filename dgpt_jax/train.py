@@ -114,11 +114,11 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             seed=config.seed,
             places=jax.tree.map(lambda leaf: leaf.sharding, train_state),
         )
-        collection = metrics.averages(task.metric_names)
+        empty = jax.device_get(metrics.averages(task.metric_names).empty())
 
-        def nothing_yet():  # placed as the step leaves it
+        def nothing_yet():  # placed as the step leaves it; from the host, which waits for no step
             put = partial(sharding.placed, place=sharding.replicated(mesh))
-            return jax.tree.map(put, jax.device_get(collection.empty()))
+            return jax.tree.map(put, empty)
 
         evaluators = evaluations_of(task).periodic(task, mesh)
         painter = pretraining.painter(task, mesh) if config.task == "pretrain" else None
