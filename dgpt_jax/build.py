@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 import dgpt_jax
-from dgpt_jax import hosts, metrics, records, shards, token_codec, token_store, token_writer
+from dgpt_jax import hosts, progress, records, shards, token_codec, token_store, token_writer
 from dgpt_jax.config import Tokens
 from dgpt_jax.schema import UserError
 from dgpt_jax.teacher import Teacher
@@ -33,7 +33,7 @@ def build(config: Tokens, out) -> StoreInfo:
     the same for any number of processes and devices.
     """
     out = epath.Path(out)
-    say = metrics.Progress().say
+    say = progress.Progress().say
     source = records.Split(config.source, config.split)
     teacher = Teacher(config.teacher, config.batch_size, config.tensor)
     for line in (*teacher.notes, *hosts.preflight(out, teacher.mesh)):

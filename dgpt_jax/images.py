@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dgpt_jax import image_files, records, shards
 from dgpt_jax.members import Member, Members
-from dgpt_jax.metrics import Clock, duration
+from dgpt_jax.progress import Clock, duration
 from dgpt_jax.schema import UserError
 
 SETTINGS = "import.json"

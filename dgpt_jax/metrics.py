@@ -1,10 +1,9 @@
-"""Metrics: CLU collections on the device; JSONL, TensorBoard and a progress line; traces."""
+"""Metrics: CLU collections on the device; JSONL, TensorBoard and W&B; traces."""
 
 import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,19 +14,46 @@ from clu import metrics as clu_metrics
 from clu import profiler
 from etils import epath
 
-from dgpt_jax import boards, run_log
+from dgpt_jax import boards, run_log, sharding
 from dgpt_jax.mirror import Mirror
 from dgpt_jax.schema import UserError
 
 Metrics = clu_metrics.Collection
-# Counts of pipeline.Examples, in the files but not on the progress line.
-COUNTERS = ("bad_records", "fetched_bytes", "fetch_wait_seconds")
-MOST_WAIT = 0.1  # of the time, for data, before there is a warning
 
 
 def averages(names: Iterable[str]) -> type[Metrics]:
     """A CLU collection that averages each of the named outputs of a step."""
     return Metrics.create(**{n: clu_metrics.Average.from_output(n) for n in names})
+
+
+class Interval:
+    """The averages of the steps since the last log line, as they run on the devices.
+
+    What is logged of an interval is fetched when the next one ends: the host waits for no step.
+    """
+
+    def __init__(self, names: Iterable[str], mesh):
+        self._empty = jax.device_get(averages(names).empty())
+        self._place = sharding.replicated(mesh)
+        self._ended: tuple[int, dict, dict] | None = None
+        self._begin()
+
+    def _begin(self):  # placed as the step leaves it; from the host, which waits for no step
+        self.running = jax.tree.map(lambda x: sharding.placed(x, self._place), self._empty)
+
+    def end(self, step: int, values: dict[str, float], counts: dict[str, jax.Array]):
+        """Ends it after `step`, with values of the host and more from the device; the next begins.
+        What ended before must have been taken."""
+        self._ended = step, values, self.running.compute() | counts
+        self._begin()
+
+    def take(self) -> tuple[int, dict[str, float]] | None:
+        """(step, all values) of the interval that ended last, once; waits for its last step."""
+        ended, self._ended = self._ended, None
+        if ended is None:
+            return None
+        step, values, computed = ended
+        return step, values | {name: float(v) for name, v in jax.device_get(computed).items()}
 
 
 class Writer:
@@ -120,102 +146,6 @@ def best_and_last(workdir, best: str) -> list[str]:
                 f"{last}"
             )
     return told
-
-
-class Clock:
-    """Throughput and time left, without the compile: it starts when the first step is done."""
-
-    def __init__(self, start_step: int, total: int, batch_size: int):
-        self.total, self.batch_size = total, batch_size
-        self._step, self._waited = start_step, 0.0
-        self._time = time.monotonic()
-        self._rate = None
-
-    def restart(self, step: int):
-        """Forgets what has passed: after the compile, an evaluation, a checkpoint."""
-        self._step, self._time, self._waited = step, time.monotonic(), 0.0
-
-    def waited(self, seconds: float):
-        """Adds time that the loop stood waiting for data."""
-        self._waited += seconds
-
-    def read(self, step: int) -> dict[str, float]:
-        """images/s, share of time waiting for data, and seconds left, since the last reading.
-
-        Empty where no step has been done since.
-        """
-        if step == self._step:
-            return {}
-        elapsed = max(time.monotonic() - self._time, 1e-9)
-        rate = (step - self._step) / elapsed
-        self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
-        values = {
-            "images_per_second": rate * self.batch_size,
-            "data_wait": min(self._waited / elapsed, 1.0),
-            "eta_seconds": (self.total - step) / self._rate,
-        }
-        self.restart(step)
-        return values
-
-
-def duration(seconds: float) -> str:
-    """3725 as 1h02m."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours / 24:.1f}d"
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
-class Progress:
-    """One line on stderr: a live bar in a terminal, plain lines elsewhere. On process 0."""
-
-    def __init__(self, stream=None):
-        self._stream = stream or sys.stderr
-        self._active = jax.process_index() == 0
-        self._live = self._active and self._stream.isatty()
-        self._waits = 0  # intervals in a row in which the loop waited too long for data
-
-    def show(self, step: int, total: int, values: dict[str, float]):
-        if not self._active:
-            return
-        known = ("eta_seconds", "images_per_second", "data_wait", "learning_rate", *COUNTERS)
-        losses = " ".join(f"{n} {v:.4f}" for n, v in values.items() if n not in known)
-        line = (
-            f"step {step}/{total} eta {duration(values.get('eta_seconds', math.inf))} "
-            f"{values.get('images_per_second', 0):.0f} img/s wait {values.get('data_wait', 0):.0%} "
-            f"{losses} lr {values['learning_rate']:.2e}"
-        )
-        if self._live:
-            filled = 20 * step // total
-            bar = "█" * filled + "·" * (20 - filled)
-            self._stream.write(f"\r\x1b[K{bar} {line}")
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
-        self._warn(values.get("data_wait", 0))
-
-    def _warn(self, data_wait: float):
-        """Says so where the input does not keep up; one interval may be an accident."""
-        self._waits = self._waits + 1 if data_wait > MOST_WAIT else 0
-        if self._waits == 2:
-            self.say(
-                f"warning: {data_wait:.0%} of the time the devices wait for data: "
-                f"tools/bench_input.py measures what the input gives here; config.data.threads and "
-                f"config.data.workers are what reads"
-            )
-
-    def say(self, text: str):
-        """A line of its own, above the bar."""
-        if self._active:
-            self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
-            self._stream.flush()
-
-    def close(self):
-        if self._live:
-            self._stream.write("\n")
 
 
 class Profile:

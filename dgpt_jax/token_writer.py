@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 from etils import epath
 
-from dgpt_jax import bad_records, examples, metrics, records, shards, token_store, views
+from dgpt_jax import bad_records, examples, progress, records, shards, token_store, views
 from dgpt_jax.config import Tokens
 from dgpt_jax.schema import UserError
 from dgpt_jax.teacher import Teacher
@@ -240,7 +240,7 @@ class _Watch:
                 f"{self._done}/{self._total} examples ({self._done / self._total:.1%}), "
                 f"{self._done * self._bytes / 1e9:.2f} GB, {rate:.0f} img/s, waiting for "
                 f"{', '.join(f'{what} {share:.0%}' for what, share in found.items())}, "
-                f"eta {metrics.duration(left)}"
+                f"eta {progress.duration(left)}"
             )
 
     def summary(self) -> dict[str, float]:

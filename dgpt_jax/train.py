@@ -37,6 +37,7 @@ from dgpt_jax import (
 from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
 from dgpt_jax.evals import classification, pretraining
+from dgpt_jax.progress import Clock, Progress
 from dgpt_jax.schema import UserError
 from dgpt_jax.step import make_train_step
 
@@ -73,7 +74,7 @@ def evaluations_of(task):
 def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = False) -> int:
     """Trains to the end or to a signal; returns the exit code. Raises UserError."""
     mesh = sharding.make_mesh(config.mesh)
-    progress = metrics.Progress()
+    progress = Progress()
     progress.say("\n".join(hosts.preflight(workdir, mesh)))
     rows = sharding.process_rows(mesh, config.batch_size)
     task = tasks.open_task(config)
@@ -114,12 +115,6 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             seed=config.seed,
             places=jax.tree.map(lambda leaf: leaf.sharding, train_state),
         )
-        empty = jax.device_get(metrics.averages(task.metric_names).empty())
-
-        def nothing_yet():  # placed as the step leaves it; from the host, which waits for no step
-            put = partial(sharding.placed, place=sharding.replicated(mesh))
-            return jax.tree.map(put, empty)
-
         evaluators = evaluations_of(task).periodic(task, mesh)
         painter = pretraining.painter(task, mesh) if config.task == "pretrain" else None
         step, results = first, {}
@@ -127,21 +122,17 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             task.examples, config.batch_size, rows=rows, start_step=first
         )
         batches = pipeline.ahead(batches, partial(sharding.global_batch, mesh, config.batch_size))
-        clock = metrics.Clock(first, schedule.total, config.batch_size)
+        clock = Clock(first, schedule.total, config.batch_size)
         profile = metrics.Profile(workdir, config.profile, first)
-        running = nothing_yet()
-        pending = None  # what is logged is fetched one interval late: the host never waits
+        interval = metrics.Interval(task.metric_names, mesh)
 
         def flush():
-            nonlocal pending
-            if pending is None:
+            if (ended := interval.take()) is None:
                 return
-            at, values, computed = pending
-            values |= {name: float(v) for name, v in jax.device_get(computed).items()}
+            at, values = ended
             in_a_row = values.pop("in_a_row")
             writer.scalars(at, values)
             progress.show(at, schedule.total, values)
-            pending = None
             if in_a_row >= config.optim.bad_steps:
                 stop_at_bad_numbers(task, train_state, rows, mesh, workdir)
 
@@ -158,7 +149,9 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                 clock.waited(time.monotonic() - asked)
                 if step == first and config.evals.pictures:
                     writer.pictures(step, partial(crops, config, batch))
-                train_state, running = step_fn(train_state, running, batch, frozen)
+                train_state, interval.running = step_fn(
+                    train_state, interval.running, batch, frozen
+                )
                 step += 1
                 if step == first + 1:
                     jax.block_until_ready(train_state)
@@ -176,12 +169,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                         save()
                     values = {"learning_rate": float(rate(step - 1).max())} | clock.read(step)
                     values |= task.examples.counters()
-                    pending = (
-                        step,
-                        values,
-                        running.compute() | optim.counts(train_state.opt_state),
-                    )
-                    running = nothing_yet()
+                    interval.end(step, values, optim.counts(train_state.opt_state))
                 results = {}
                 if evaluators and (step % schedule.eval_every == 0 or last):
                     flush()

@@ -1,4 +1,4 @@
-"""What the host writes: JSONL, TensorBoard, the progress line and its clock."""
+"""What the host writes: JSONL, TensorBoard, W&B; averages of an interval."""
 
 import contextlib
 import io
@@ -9,18 +9,15 @@ import sys
 import types
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from dgpt_jax import metrics
+from dgpt_jax import metrics, sharding
+from dgpt_jax.config import Mesh
 from dgpt_jax.schema import UserError
-
-VALUES = {
-    "eta_seconds": 75.0, "images_per_second": 1234.5, "data_wait": 0.04, "learning_rate": 1e-3,
-    "loss": 1.5, "grad_norm": 2.0,
-}  # fmt: skip
 
 
 def events(workdir):
@@ -118,51 +115,6 @@ def test_a_full_disk_is_one_line(tmp_path):
         full.scalars(1, {"loss": 1.0})
 
 
-def test_the_clock_leaves_out_the_compile(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
-    clock = metrics.Clock(0, total=100, batch_size=8)
-    now = 60.0
-    clock.restart(1)  # the first step took a minute
-    assert clock.read(1) == {}
-    now = 65.0
-    clock.waited(1.0)
-    assert clock.read(11) == {"images_per_second": 16, "data_wait": 0.2, "eta_seconds": 44.5}
-    now = 66.0
-    clock.waited(5.0)
-    values = clock.read(13)
-    assert values["images_per_second"] == 16 and values["data_wait"] == 1.0
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_the_progress_line(stream):
-    output = stream()
-    progress = metrics.Progress(output)
-    progress.show(50, 100, VALUES)
-    progress.say("a line of its own")
-    progress.show(60, 100, VALUES)
-    progress.close()
-    shown = output.getvalue()
-    assert (
-        "step 50/100 eta 1m15s 1234 img/s wait 4% loss 1.5000 grad_norm 2.0000 lr 1.00e-03" in shown
-    )
-    if stream is Terminal:  # one line, drawn again, below what was said
-        assert shown.count("\n") == 2 and shown.count("\r") == 3
-        assert "█" * 10 + "·" * 10 in shown
-    else:
-        assert shown.count("\n") == 3 and "\r" not in shown and "█" not in shown
-
-
-def test_durations():
-    shown = [metrics.duration(x) for x in (0, 59.6, 3725, 50 * 3600, math.inf)]
-    assert shown == ["0m00s", "1m00s", "1h02m", "2.1d", "?"]
-
-
 def test_best_and_last_of_evaluations(tmp_path):
     """Of the run as it went on: a line that was cut and a step logged anew do not count."""
     lines = [
@@ -179,10 +131,17 @@ def test_best_and_last_of_evaluations(tmp_path):
     assert metrics.best_and_last(tmp_path, "") == []
 
 
-def test_a_warning_where_the_input_does_not_keep_up(capsys):
-    """Two intervals in a row, and again only after it has kept up in between."""
-    progress, warnings = metrics.Progress(), []
-    for wait in (0.5, 0.05, 0.11, 0.3, 0.9, 0.1, 0.2, 0.2):
-        progress.show(1, 2, {"learning_rate": 1.0, "data_wait": wait})
-        warnings.append("tools/bench_input.py" in capsys.readouterr().err)
-    assert warnings == [False, False, False, True, False, False, False, True]
+def test_an_interval_is_taken_when_the_next_one_ends():
+    mesh = sharding.make_mesh(Mesh())
+    interval = metrics.Interval(("loss",), mesh)
+    for loss in (1.0, 3.0):
+        seen = type(interval.running).single_from_model_output(loss=jnp.float32(loss))
+        interval.running = interval.running.merge(seen)
+    assert interval.take() is None
+    interval.end(2, {"rate": 0.5}, {"skipped": jnp.int32(1)})
+    seen = type(interval.running).single_from_model_output(loss=jnp.float32(7.0))
+    interval.running = interval.running.merge(seen)
+    assert interval.take() == (2, {"rate": 0.5, "loss": 2.0, "skipped": 1.0})
+    assert interval.take() is None
+    interval.end(3, {}, {})
+    assert interval.take() == (3, {"loss": 7.0})

@@ -32,7 +32,7 @@ from dgpt_jax import (
     cli,
     hosts,
     load,
-    metrics,
+    progress,
     resume,
     run_log,
     schema,
@@ -254,7 +254,7 @@ def main():
             pictures = small_images.prepare(out, args.images, base, studies.views(study, base), say)
             todo = [run for run in wanted if run.key not in finished(out)]
             left = seconds_left(todo, base, out, pictures)
-        say(f"{len(wanted)} runs, {len(todo)} to do: about {metrics.duration(left)} alone")
+        say(f"{len(wanted)} runs, {len(todo)} to do: about {progress.duration(left)} alone")
         work(todo, base, out, pictures)
     if missing := write_up(out, args.study, study, wanted):
         print(f"{len(missing)} runs are not finished; next: the same command again")

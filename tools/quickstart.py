@@ -27,7 +27,7 @@ import plot
 import visualize
 from small_images import IMAGES, accuracies, banks, once, raw_pixels
 
-from dgpt_jax import cli, load, metrics, towers
+from dgpt_jax import cli, load, progress, towers
 from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError
 
@@ -215,7 +215,7 @@ def main():
         text.write_text(plot.table(table) + "\n")
     shown = f"Accuracy on {len(images['test'][1])} held-out {args.images}, %, by labels a class:"
     print(f"\n{shown}\n\n{text.read_text()}")
-    say(f"done in {metrics.duration(time.monotonic() - started)}: tables and pictures in {out}")
+    say(f"done in {progress.duration(time.monotonic() - started)}: tables and pictures in {out}")
     print(f"next: look at {out}/accuracy.png, losses.png, tokens.png; load {out}/timm in timm")
 
 
