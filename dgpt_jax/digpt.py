@@ -13,6 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax import losses, segments, vit
+from dgpt_jax.transformer import (
+    Attention,
+    CrossAttention,
+    Mlp,
+    kept,
+    layer_norm,
+    rematerialised,
+    scan_blocks,
+    xavier,
+)
 
 
 class DecoderBlock(nn.Module):
@@ -25,13 +35,13 @@ class DecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, q_BNE, mask_NN, kv_BNE):
         def norm(name, x):
-            return vit.layer_norm(1e-6, name)(x).astype(self.dtype)
+            return layer_norm(1e-6, name)(x).astype(self.dtype)
 
-        attn1 = vit.Attention(self.heads, self.dtype, name="attn1")
-        attn2 = vit.CrossAttention(self.heads, self.dtype, name="attn2")
-        mlp = vit.Mlp(self.mlp_ratio, "gelu", self.dtype, name="mlp")
-        q_BNE = q_BNE + vit.kept(attn1(norm("norm1", q_BNE), mask_NN))
-        q_BNE = q_BNE + vit.kept(attn2(norm("norm2_1", q_BNE), norm("norm2_2", kv_BNE), mask_NN))
+        attn1 = Attention(self.heads, self.dtype, name="attn1")
+        attn2 = CrossAttention(self.heads, self.dtype, name="attn2")
+        mlp = Mlp(self.mlp_ratio, "gelu", self.dtype, name="mlp")
+        q_BNE = q_BNE + kept(attn1(norm("norm1", q_BNE), mask_NN))
+        q_BNE = q_BNE + kept(attn2(norm("norm2_1", q_BNE), norm("norm2_2", kv_BNE), mask_NN))
         return q_BNE + mlp(norm("norm2", q_BNE))
 
 
@@ -49,21 +59,24 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, taps, positions_BNE, mask_NN):
         """taps: a list of (B, N, D); positions (B, N, E), CLS last. Returns (B, N, C) float32."""
-        norm = vit.layer_norm(1e-5, "enc_norm")  # one norm for all taps, as in the official code
+        norm = layer_norm(1e-5, "enc_norm")  # one norm for all taps, as in the official code
         features = jnp.concatenate([norm(tap) for tap in taps], axis=-1).astype(self.dtype)
         batch, tokens, _ = features.shape
         kv = nn.Dense(
-            self.width * self.depth, kernel_init=vit.xavier, dtype=self.dtype, name="enc2dec"
+            self.width * self.depth,
+            kernel_init=xavier,
+            dtype=self.dtype,
+            name="enc2dec",
         )(features)
         # Interleaved: channel d of block i comes from output d·depth + i.
         kv_LBNE = jnp.moveaxis(kv.reshape(batch, tokens, self.width, self.depth), -1, 0)
         token = self.param("token", nn.initializers.normal(0.02), (1, 1, self.width))
-        block = vit.rematerialised(DecoderBlock, self.remat)(
+        block = rematerialised(DecoderBlock, self.remat)(
             self.heads, self.mlp_ratio, self.dtype, name="blocks"
         )
-        queries, _ = vit.scan_blocks(block, self.depth, token + positions_BNE, mask_NN, kv_LBNE)
-        queries = vit.layer_norm(1e-6, "norm")(queries).astype(self.dtype)
-        pred = nn.Dense(self.out_width, kernel_init=vit.xavier, dtype=self.dtype, name="pred")
+        queries, _ = scan_blocks(block, self.depth, token + positions_BNE, mask_NN, kv_LBNE)
+        queries = layer_norm(1e-6, "norm")(queries).astype(self.dtype)
+        pred = nn.Dense(self.out_width, kernel_init=xavier, dtype=self.dtype, name="pred")
         return pred(queries).astype(jnp.float32)
 
 
@@ -76,8 +89,8 @@ class Direct(nn.Module):
     @nn.compact
     def __call__(self, last_BND):
         """The last block's residuals (B, N, D) to predictions (B, N, C) float32."""
-        normed = vit.layer_norm(1e-6, "norm")(last_BND).astype(self.dtype)
-        pred = nn.Dense(self.out_width, kernel_init=vit.xavier, dtype=self.dtype, name="pred")
+        normed = layer_norm(1e-6, "norm")(last_BND).astype(self.dtype)
+        pred = nn.Dense(self.out_width, kernel_init=xavier, dtype=self.dtype, name="pred")
         return pred(normed).astype(jnp.float32)
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import segments, vit
+from dgpt_jax import segments, transformer, vit
 
 
 class Classifier(nn.Module):
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     def setup(self):
         shape = (1, 1 + self.grid**2, self.encoder.width)
         self.pos_embed = self.param("pos_embed", nn.initializers.zeros, shape)
-        self.norm = vit.layer_norm(self.encoder.eps, None)
+        self.norm = transformer.layer_norm(self.encoder.eps, None)
         if self.num_classes:
             self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5))
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgpt_jax import vit
+from dgpt_jax import transformer, vit
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,7 +23,7 @@ class Tower:
     """What a tower is, apart from its weights; the defaults are CLIP's.
 
     Sizes in pixels, widths in channels. `out_width`: None for a tower without a projection.
-    `activation`: a name of vit.ACTIVATIONS. `registers`: tokens that only the blocks see.
+    `activation`: a name of transformer.ACTIVATIONS. `registers`: tokens that only the blocks see.
     """
 
     image_size: int
@@ -83,8 +83,8 @@ class TeacherTower(nn.Module):
             registers = jnp.broadcast_to(registers, (batch, tower.registers, tower.width))
             x = jnp.concatenate([x[:, : tower.cls], registers, x[:, tower.cls :]], axis=1)
         if tower.pre_norm:
-            x = vit.layer_norm(tower.eps, "ln_pre")(x)
-        block = vit.Block(
+            x = transformer.layer_norm(tower.eps, "ln_pre")(x)
+        block = transformer.Block(
             tower.heads,
             activation=tower.activation,
             eps=tower.eps,
@@ -93,10 +93,10 @@ class TeacherTower(nn.Module):
             layer_scale=tower.layer_scale,
             name="blocks",
         )
-        x, _ = vit.scan_blocks(block, tower.depth, x, None)
+        x, _ = transformer.scan_blocks(block, tower.depth, x, None)
         if tower.registers:
             x = jnp.concatenate([x[:, : tower.cls], x[:, tower.cls + tower.registers :]], axis=1)
-        x = vit.layer_norm(tower.eps, "ln_post")(x)
+        x = transformer.layer_norm(tower.eps, "ln_post")(x)
         if tower.out_width is None:
             return x
         proj = nn.Dense(tower.out_width, use_bias=False, dtype=self.dtype, name="proj")

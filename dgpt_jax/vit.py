@@ -1,186 +1,16 @@
-"""The plain pre-LN vision transformer, once: for pretraining, for the teacher, for use.
+"""The vision transformer that D-iGPT trains, and what it is given: normalised pictures, patches."""
 
-Blocks are scanned: their parameters are stacked along a leading layer axis, and the scan returns
-the residual stream before every block, from which callers take what they tap. Names of parameters
-are those of timm, so that a conversion is a renaming. Matmuls run in `dtype`; parameters, LayerNorm
-(two-pass variance), softmax and the residual stream are float32, as under the official autocast.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from dgpt_jax import attention
+from dgpt_jax import transformer
 
 # Of ImageNet's pixels in [0, 1]; what students see, and what exports carry.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-xavier = nn.initializers.xavier_uniform()
-
-
-def swiglu(x):
-    """(…, 2H) to (…, H): the first half gates the second."""
-    gate, value = jnp.split(x, 2, axis=-1)
-    return nn.silu(gate) * value
-
-
-def gelu(x):
-    """x Φ(x), exact, in float32 inside, as torch computes it: 1 + erf cancels in bfloat16, and
-    erfc, which would not, takes three times as long on a CPU."""
-    exact = x.astype(jnp.float32)
-    return (0.5 * exact * (1 + jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
-
-
-ACTIVATIONS: dict[str, Callable] = {
-    "gelu": gelu,
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "swiglu": swiglu,
-}
-
-
-def layer_norm(eps: float, name: str | None) -> nn.LayerNorm:
-    """LayerNorm in float32; the caller casts its result."""
-    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=jnp.float32, name=name)
-
-
-class Projections(nn.Module):
-    """`parts` projections (B, N, D) → (parts, B, N, width), initialised like one fused matrix."""
-
-    parts: int
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BND):
-        shape = (self.parts, x_BND.shape[-1], self.width)
-
-        def init(key, shape, dtype=jnp.float32):
-            fused = xavier(key, (shape[1], shape[0] * shape[2]), dtype)
-            return fused.reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1)
-
-        kernel = self.param("kernel", init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.parts, self.width))
-        out = jnp.einsum("bnd,pde->pbne", x_BND.astype(self.dtype), kernel.astype(self.dtype))
-        return out + bias.astype(self.dtype)[:, None, None]
-
-
-class Attention(nn.Module):
-    """Self-attention; `qkv` has a kernel (3, D, D)."""
-
-    heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BND, mask_NM=None):
-        width = x_BND.shape[-1]
-        qkv = kept(Projections(3, width, self.dtype, name="qkv")(x_BND))
-        out = kept(attention.attend((qkv,), width // self.heads, mask_NM))
-        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(out)
-
-
-class CrossAttention(nn.Module):
-    """Attention from queries (B, N, E) to features (B, M, E): `q` (1, E, E), `kv` (2, E, E)."""
-
-    heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, q_BNE, kv_BME, mask_NM=None):
-        width = q_BNE.shape[-1]
-        q = kept(Projections(1, width, self.dtype, name="q")(q_BNE))
-        kv = kept(Projections(2, width, self.dtype, name="kv")(kv_BME))
-        out = kept(attention.attend((q, kv), width // self.heads, mask_NM))
-        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(out)
-
-
-class Mlp(nn.Module):
-    """`hidden` units, or width · ratio of them; before a gated activation twice as many."""
-
-    ratio: float
-    activation: str
-    dtype: Any
-    hidden: int | None = None
-
-    @nn.compact
-    def __call__(self, x_BND):
-        width = x_BND.shape[-1]
-        units = int(width * self.ratio) if self.hidden is None else self.hidden
-        units *= 2 if self.activation == "swiglu" else 1
-        dense = {"kernel_init": xavier, "dtype": self.dtype}
-        hidden = kept(nn.Dense(units, name="fc1", **dense)(x_BND))
-        return nn.Dense(width, name="fc2", **dense)(ACTIVATIONS[self.activation](hidden))
-
-
-class Block(nn.Module):
-    """Pre-LN transformer block: x += ls1 · attn(norm1 x); x += ls2 · mlp(norm2 x).
-
-    paths_B2 weighs the two branches of each example (`drop_paths`). ls1 and ls2 (D,) exist where
-    `layer_scale`. `mlp_width` is exact where a ratio cannot be:
-    int(width * (mlp_width / width)) may be one less.
-    """
-
-    heads: int
-    mlp_ratio: float = 4.0
-    activation: str = "gelu"
-    eps: float = 1e-6
-    dtype: Any = jnp.float32
-    mlp_width: int | None = None
-    layer_scale: bool = False
-
-    @nn.compact
-    def __call__(self, x_BND, mask_NM=None, paths_B2=None):
-        def scaled(branch, y_BND):
-            if self.layer_scale:
-                name = f"ls{branch + 1}"
-                y_BND = y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:])
-            return y_BND if paths_B2 is None else y_BND * paths_B2[:, branch, None, None]
-
-        attn = Attention(self.heads, self.dtype, name="attn")
-        mlp = Mlp(self.mlp_ratio, self.activation, self.dtype, self.mlp_width, name="mlp")
-        y = layer_norm(self.eps, "norm1")(x_BND).astype(self.dtype)
-        x_BND = x_BND + scaled(0, kept(attn(y, mask_NM)))
-        y = layer_norm(self.eps, "norm2")(x_BND).astype(self.dtype)
-        return x_BND + scaled(1, mlp(y))
-
-
-# What the backward pass recomputes. "none" keeps what matrix products give and recomputes what lies
-# between them (norms, GELU, scores): cheaper than to write it to memory and read it again.
-KEPT = "kept"
-REMAT = {
-    "none": jax.checkpoint_policies.save_only_these_names(KEPT),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def kept(x):
-    """Marks a result of a block that the backward pass reads instead of recomputing it."""
-    return checkpoint_name(x, KEPT)
-
-
-def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None):
-    """Runs `depth` stacked copies of `block` on x, called (x, mask, its slice of layer_inputs).
-
-    Returns the last residual stream and those that the blocks got, stacked on axis 0.
-    """
-
-    def body(block, x, layer_input):
-        args = (mask_NM,) if layer_input is None else (mask_NM, layer_input)
-        return block(x, *args), x
-
-    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
-    return scan(block, x, layer_inputs)
-
-
-def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The block class under a remat policy of REMAT."""
-    return nn.remat(block, policy=REMAT[remat], prevent_cse=False)
 
 
 def patch_bias_init(fan_in: int):
@@ -212,12 +42,12 @@ class Encoder(nn.Module):
     def setup(self):
         self.patch_embed = nn.Dense(
             self.width,
-            kernel_init=xavier,
+            kernel_init=transformer.xavier,
             bias_init=patch_bias_init(3 * self.patch**2),
             dtype=self.dtype,
         )
         self.cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
-        self.blocks = rematerialised(Block, self.remat)(
+        self.blocks = transformer.rematerialised(transformer.Block, self.remat)(
             self.heads, self.mlp_ratio, self.activation, self.eps, self.dtype
         )
 
@@ -227,7 +57,7 @@ class Encoder(nn.Module):
 
     def transform(self, x_BND, mask_NM=None, paths_LB2=None):
         """Tokens through all blocks: the last residual, and what each block got (L, B, N, D)."""
-        return scan_blocks(self.blocks, self.depth, x_BND, mask_NM, paths_LB2)
+        return transformer.scan_blocks(self.blocks, self.depth, x_BND, mask_NM, paths_LB2)
 
     def __call__(self, images, positions, paths_LB2=None):
         """Use: images (B, height, width, 3), positions (1, 1+N, D) to residuals (B, 1+N, D).

@@ -4,7 +4,7 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from dgpt_jax import vit
+from dgpt_jax import transformer
 from dgpt_jax.convert import export, files, formats, parity
 from dgpt_jax.schema import UserError
 from tests.conversions import random_weights, same
@@ -45,7 +45,7 @@ def test_big_vision_in_flax(tmp_path):
         "proj": {leaf: ours[f"proj/{leaf}"] for leaf in ("kernel", "bias")},
     }
     np.testing.assert_allclose(
-        vit.Attention(3, np.float32).apply({"params": attn}, x), theirs, atol=1e-5
+        transformer.Attention(3, np.float32).apply({"params": attn}, x), theirs, atol=1e-5
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dgpt_jax import towers, vit
+from dgpt_jax import towers, transformer
 from dgpt_jax.convert import clip, files, layout
 from dgpt_jax.convert import teacher as convert
 from dgpt_jax.schema import UserError
@@ -130,10 +130,10 @@ def cosine(a, b):
 
 
 def test_every_activation_is_known_to_the_blocks():
-    assert set(vit.ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu", "swiglu"}
+    assert set(transformer.ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu", "swiglu"}
     x = jnp.linspace(-3, 3, 7)
     np.testing.assert_allclose(
-        vit.ACTIVATIONS["gelu"](x), 0.5 * x * (1 + jax.lax.erf(x / 2**0.5)), atol=1e-6
+        transformer.ACTIVATIONS["gelu"](x), 0.5 * x * (1 + jax.lax.erf(x / 2**0.5)), atol=1e-6
     )
 
 

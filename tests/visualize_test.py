@@ -11,7 +11,7 @@ import pytest
 import visualize
 from PIL import Image
 
-from dgpt_jax import cli, digpt, heads, load, maps, segments, vit
+from dgpt_jax import cli, digpt, heads, load, maps, segments, transformer
 from dgpt_jax import pictures as drawing
 from dgpt_jax.schema import UserError
 from tests.data import smooth_image, tiny_model
@@ -42,8 +42,8 @@ def test_attention_makes_the_blocks_output(encoder):
     mixed = jnp.einsum("bhnm,bmhk->bnhk", attention, v).reshape(x.shape)
     proj = block["attn"]["proj"]
     x = x + mixed @ proj["kernel"] + proj["bias"]
-    normed = vit.layer_norm(1e-6, None).apply({"params": block["norm2"]}, x)
-    mlp = vit.Mlp(4.0, "gelu", jnp.float32)
+    normed = transformer.layer_norm(1e-6, None).apply({"params": block["norm2"]}, x)
+    mlp = transformer.Mlp(4.0, "gelu", jnp.float32)
     output = x + mlp.apply({"params": block["mlp"]}, normed)
     np.testing.assert_allclose(output, last, rtol=0, atol=2e-4 * float(jnp.abs(last).max()))
     # and `last` is what features are made of

@@ -20,7 +20,7 @@ import jax
 from dgpt_jax import cli, signals
 from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import change
-from dgpt_jax.vit import ACTIVATIONS
+from dgpt_jax.transformer import ACTIVATIONS
 
 
 def arguments():

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dgpt_jax import segments, vit
+from dgpt_jax import segments, transformer
 from dgpt_jax.convert import digpt, files, formats, layout
 from dgpt_jax.convert.weights import Weights
 from dgpt_jax.schema import UserError
@@ -51,7 +51,7 @@ def outputs(weights: Weights) -> Outputs:
     at once.
     """
     module, model = weights.module(), weights.model
-    block = vit.Block(model.heads, model.mlp_ratio, model.activation, model.eps)
+    block = transformer.Block(model.heads, model.mlp_ratio, model.activation, model.eps)
     outside = _outside(weights)
     with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
         if weights.full:

@@ -11,7 +11,7 @@ from dgpt_jax.convert import clip, dinov2, files, layout, siglip
 from dgpt_jax.convert.source import Source, refusal
 from dgpt_jax.schema import UserError
 from dgpt_jax.towers import TeacherTower, Tower
-from dgpt_jax.vit import ACTIVATIONS
+from dgpt_jax.transformer import ACTIVATIONS
 
 FILES = (
     "model.safetensors",
