@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from bench import timed
 
-from dgpt_jax import cli, images, pipeline, records, shards, token_codec, token_store, views
-from dgpt_jax.config import Data, Model
+from dgpt_jax import cli, hosts, images, pipeline, records, shards, token_codec, token_store, views
+from dgpt_jax.config import Data, Hosts, Model
 from dgpt_jax.schema import parse
 
 THREADS = (1, 2, 8)
@@ -208,8 +208,10 @@ def main():
         one.add_argument("--seconds", type=float, default=3.0, help="seconds a measurement")
         one.add_argument("--workers", default="0", help="worker processes, comma-separated")
         one.add_argument("--tensorflow", metavar="PYTHON", help="an interpreter with TensorFlow")
+        one.add_argument("--platform", default="", help="cpu, gpu or tpu; default: what JAX finds")
         one.add_argument("--dir", help="where things are written; default: the system's")
     args = made.parse_args()
+    hosts.start(Hosts(processes=1), args.platform)
     args.run(args)
 
 
