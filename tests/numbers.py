@@ -17,6 +17,7 @@ import optax
 from dgpt_jax import (
     config,
     hosts,
+    loop,
     metrics,
     optim,
     param_rules,
@@ -25,7 +26,6 @@ from dgpt_jax import (
     sharding,
     state,
     tasks,
-    train,
 )
 from dgpt_jax.evals import pretraining
 from dgpt_jax.step import make_train_step
@@ -93,7 +93,7 @@ def run(layout: str, store: str, fault: str, task: str) -> dict[str, np.ndarray]
             moment = flat(gather(optax.tree.get(current.opt_state, "mu")), "gradient")
             norms = {n: np.linalg.norm(m) / (1 - run.optim.b1) for n, m in moment.items()}
     params = gather(optim.measured(current))
-    (evaluate,) = train.evaluations_of(task).periodic(task, mesh)
+    (evaluate,) = loop.evaluations_of(task).periodic(task, mesh)
     measured = evaluate(optim.measured(current))
     if jax.process_count() > 1 and run.task == "pretrain":  # every process draws what they all have
         drawn = pretraining.painter(task, mesh)(optim.measured(current))()["predictions"]
