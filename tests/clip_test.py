@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from safetensors.numpy import load_file, save_file
 
 from dgpt_jax import towers, transformer
@@ -131,10 +132,14 @@ def cosine(a, b):
 
 def test_every_activation_is_known_to_the_blocks():
     assert set(transformer.ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu", "swiglu"}
-    x = jnp.linspace(-3, 3, 7)
-    np.testing.assert_allclose(
-        transformer.ACTIVATIONS["gelu"](x), 0.5 * x * (1 + jax.lax.erf(x / 2**0.5)), atol=1e-6
-    )
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-6), ("bfloat16", 2**-7)])
+def test_gelu_is_exact_but_for_rounding(dtype, relative):
+    x = jnp.linspace(-6, 6, 2001).astype(dtype)
+    exact = np.asarray(x, np.float64) * scipy.special.ndtr(np.asarray(x, np.float64))
+    found = np.asarray(transformer.ACTIVATIONS["gelu"](x), np.float64)
+    assert (np.abs(found - exact) <= relative * np.abs(exact) + 1e-6).all()
 
 
 def test_open_clip_json(tmp_path):
