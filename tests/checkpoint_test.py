@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dgpt_jax import checkpoint, optim, saving, sharding, state, train
+from dgpt_jax import checkpoint, loop, optim, saving, sharding, state, train
 from dgpt_jax.config import Optim, Train
 from dgpt_jax.schema import UserError, parse
 from tests import data, processes
@@ -136,7 +136,7 @@ def test_the_loop_saves_again_what_failed(store, tmp_path, breaks, monkeypatch, 
     monkeypatch.setattr(saving.Checkpoints, "failed", lambda self, **_: failed(self, wait=True))
     breaks.extend([False, True, False, True])
     evaluators = [lambda _: {"heldout/next": 0.5}]
-    monkeypatch.setattr(train.pretraining, "periodic", lambda *_: evaluators)
+    monkeypatch.setattr(loop.pretraining, "periodic", lambda *_: evaluators)
     run = settings(
         store, checkpoint={"every": "2 steps", "best": "heldout/next"}, log_every=1,
         total="4 steps", evals={"every": "4 steps"},
