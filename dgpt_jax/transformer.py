@@ -3,7 +3,7 @@
 Blocks are scanned: their parameters are stacked along a leading layer axis, and the scan returns
 the residual stream before every block, from which callers take what they tap. Names of parameters
 are those of timm, so that a conversion is a renaming. Matmuls run in `dtype`; parameters, LayerNorm
-(two-pass variance), softmax, GELU and the residual stream are float32, as under the official
+(two-pass variance), softmax, GELU's Φ and the residual stream are float32, as under the official
 autocast.
 """
 
@@ -27,8 +27,8 @@ def swiglu(x):
 
 
 def gelu(x):
-    """x Φ(x), exact; Φ in float32, as torch computes it: 1 + erf would cancel in bfloat16. By erfc,
-    which would not, a step moves more bytes on v5e and takes longer on a CPU (RESULTS.md)."""
+    """x Φ(x), exact; Φ in float32, rounded before the product: in bfloat16 1 + erf would cancel. By
+    erfc, which would not, a step moves more bytes on v5e and takes longer on a CPU (RESULTS.md)."""
     normal_cdf = 0.5 + 0.5 * jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5)
     return x * normal_cdf.astype(x.dtype)
 
