@@ -13,16 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax import losses, segments, vit
-from dgpt_jax.transformer import (
-    Attention,
-    CrossAttention,
-    Mlp,
-    kept,
-    layer_norm,
-    rematerialised,
-    scan_blocks,
-    xavier,
-)
+from dgpt_jax.remat import kept, rematerialised
+from dgpt_jax.transformer import Attention, CrossAttention, LayerNorm, Mlp, scan_blocks, xavier
 
 
 class DecoderBlock(nn.Module):
@@ -35,7 +27,7 @@ class DecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, q_BNE, mask_NN, kv_BNE):
         def norm(name, x):
-            return layer_norm(1e-6, name)(x).astype(self.dtype)
+            return LayerNorm(1e-6, self.dtype, name=name)(x)
 
         attn1 = Attention(self.heads, self.dtype, name="attn1")
         attn2 = CrossAttention(self.heads, self.dtype, name="attn2")
@@ -59,8 +51,10 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, taps, positions_BNE, mask_NN):
         """taps: a list of (B, N, D); positions (B, N, E), CLS last. Returns (B, N, C) float32."""
-        norm = layer_norm(1e-5, "enc_norm")  # one norm for all taps, as in the official code
-        features = jnp.concatenate([norm(tap) for tap in taps], axis=-1).astype(self.dtype)
+        norm = LayerNorm(
+            1e-5, self.dtype, name="enc_norm"
+        )  # one norm for all taps, as in the official code
+        features = jnp.concatenate([norm(tap) for tap in taps], axis=-1)
         batch, tokens, _ = features.shape
         kv = nn.Dense(
             self.width * self.depth,
@@ -75,7 +69,7 @@ class Decoder(nn.Module):
             self.heads, self.mlp_ratio, self.dtype, name="blocks"
         )
         queries, _ = scan_blocks(block, self.depth, token + positions_BNE, mask_NN, kv_LBNE)
-        queries = layer_norm(1e-6, "norm")(queries).astype(self.dtype)
+        queries = LayerNorm(1e-6, self.dtype, name="norm")(queries)
         pred = nn.Dense(self.out_width, kernel_init=xavier, dtype=self.dtype, name="pred")
         return pred(queries).astype(jnp.float32)
 
@@ -89,7 +83,7 @@ class Direct(nn.Module):
     @nn.compact
     def __call__(self, last_BND):
         """The last block's residuals (B, N, D) to predictions (B, N, C) float32."""
-        normed = layer_norm(1e-6, "norm")(last_BND).astype(self.dtype)
+        normed = LayerNorm(1e-6, self.dtype, name="norm")(last_BND)
         pred = nn.Dense(self.out_width, kernel_init=xavier, dtype=self.dtype, name="pred")
         return pred(normed).astype(jnp.float32)
 

@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     def setup(self):
         shape = (1, 1 + self.grid**2, self.encoder.width)
         self.pos_embed = self.param("pos_embed", nn.initializers.zeros, shape)
-        self.norm = transformer.layer_norm(self.encoder.eps, None)
+        self.norm = transformer.LayerNorm(self.encoder.eps)
         if self.num_classes:
             self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5))
 

@@ -83,7 +83,7 @@ def last_attention(encoder: load.Encoder, pictures):
     )
     x_BND = inputs[-1]
     block = jax.tree.map(lambda leaf: jnp.asarray(leaf)[-1], params["encoder"]["blocks"])
-    normed = transformer.layer_norm(model.eps, None).apply({"params": block["norm1"]}, x_BND)
+    normed = transformer.LayerNorm(model.eps).apply({"params": block["norm1"]}, x_BND)
     qkv = block["attn"]["qkv"]
     projected = jnp.einsum("bnd,pde->pbne", normed, qkv["kernel"]) + qkv["bias"][:, None, None]
     q, k, v = projected.reshape(*projected.shape[:-1], model.heads, -1)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -109,7 +109,7 @@ def microbatch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def on_mesh(function: Callable, mesh: jax.sharding.Mesh) -> Callable:
-    """The function, traced so that `per_shard` and `on_tpu` within it know the mesh."""
+    """The function, traced so that `per_shard` and `platform` within it know the mesh."""
 
     @functools.wraps(function)
     def traced(*args):
@@ -119,22 +119,34 @@ def on_mesh(function: Callable, mesh: jax.sharding.Mesh) -> Callable:
     return traced
 
 
-def on_tpu() -> bool:
-    """Whether what is being traced will run on the chips of a TPU mesh (see `on_mesh`)."""
+def platform() -> str | None:
+    """Where what is being traced will run, "cpu", "gpu" or "tpu"; None outside of `on_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.abstract_device.platform == "tpu"
+    return None if mesh.empty else mesh.abstract_device.platform
 
 
-def per_shard(function: Callable, arrays: Sequence[jax.Array], whole: Sequence[jax.Array]):
+def per_shard(function: Callable, arrays, whole, like):
     """function(arrays, whole), each device on its own examples and heads, because the compiler
-    cannot split a kernel. arrays: (parts, B, N, heads · K); whole: what every device needs all of;
-    the result: (B, N, heads · K)."""
+    cannot split a kernel. `arrays`: a tree of (…, B, N, what splits by heads); whole: a tree of
+    what every device needs all of; `like` has the ranks of the result, which is as `arrays` are."""
+
+    def split(tree):
+        return jax.tree.map(lambda x: P(*[None] * (x.ndim - 3), *BATCH, None, "tensor"), tree)
+
     return jax.shard_map(
         function,
-        in_specs=(P(None, *BATCH, None, "tensor"), P()),
-        out_specs=P(*BATCH, None, "tensor"),
+        in_specs=(split(arrays), P()),
+        out_specs=split(like),
         check_vma=False,
-    )(tuple(arrays), tuple(whole))
+    )(arrays, whole)
+
+
+def per_example(function: Callable, arrays, whole, like):
+    """As `per_shard`, where arrays and results split along their first axis, and not by heads."""
+    found = jax.tree.map(lambda _: BATCH, like)
+    return jax.shard_map(function, in_specs=(BATCH, P()), out_specs=found, check_vma=False)(
+        arrays, whole
+    )
 
 
 def each_part(function: Callable, mesh: jax.sharding.Mesh, whole, parts):

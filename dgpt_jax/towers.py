@@ -83,7 +83,7 @@ class TeacherTower(nn.Module):
             registers = jnp.broadcast_to(registers, (batch, tower.registers, tower.width))
             x = jnp.concatenate([x[:, : tower.cls], registers, x[:, tower.cls :]], axis=1)
         if tower.pre_norm:
-            x = transformer.layer_norm(tower.eps, "ln_pre")(x)
+            x = transformer.LayerNorm(tower.eps, name="ln_pre")(x)
         block = transformer.Block(
             tower.heads,
             activation=tower.activation,
@@ -93,10 +93,10 @@ class TeacherTower(nn.Module):
             layer_scale=tower.layer_scale,
             name="blocks",
         )
-        x, _ = transformer.scan_blocks(block, tower.depth, x, None)
+        x, _ = transformer.scan_blocks(block, tower.depth, x, None, trained=False)
         if tower.registers:
             x = jnp.concatenate([x[:, : tower.cls], x[:, tower.cls + tower.registers :]], axis=1)
-        x = transformer.layer_norm(tower.eps, "ln_post")(x)
+        x = transformer.LayerNorm(tower.eps, name="ln_post")(x)
         if tower.out_width is None:
             return x
         proj = nn.Dense(tower.out_width, use_bias=False, dtype=self.dtype, name="proj")

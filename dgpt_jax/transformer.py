@@ -8,14 +8,15 @@ autocast.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from dgpt_jax import attention
+from dgpt_jax import attention, norm_gpu, sharding
+from dgpt_jax.remat import kept
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -41,9 +42,55 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def layer_norm(eps: float, name: str | None) -> nn.LayerNorm:
-    """LayerNorm in float32; the caller casts its result."""
-    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=jnp.float32, name=name)
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, in float32 inside."""
+
+    eps: float
+    dtype: Any = jnp.float32  # of the result
+
+    @nn.compact
+    def __call__(self, x):
+        """(…, D) to the same."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return normalised(x.astype(jnp.float32), scale, bias, self.eps, self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalised(x, scale, bias, eps: float, dtype):
+    """LayerNorm of x, float32 (…, D), rounded to dtype."""
+    return (_normal(x, eps)[0] * scale + bias).astype(dtype)
+
+
+def _normal(x, eps):
+    """x with mean 0 and deviation 1, and 1 over the deviation that it had; a two-pass variance."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
+    return centred * inverse, inverse
+
+
+def _normalised_gradient(eps, dtype, residuals, gradient):
+    x, scale = residuals
+    if sharding.platform() == "gpu":
+        like = (x, *[jax.ShapeDtypeStruct((1, 1), jnp.float32)] * 2)
+        d_x, d_scale, d_bias = sharding.per_example(
+            lambda arrays, scale: norm_gpu.backward(*arrays, scale, eps), (x, gradient), scale, like
+        )
+        return d_x, d_scale.sum(axis=0), d_bias.sum(axis=0)
+    gradient = gradient.astype(jnp.float32)
+    normal, inverse = _normal(x, eps)
+    inner = gradient * scale
+    along = inner.mean(axis=-1, keepdims=True)
+    across = (inner * normal).mean(axis=-1, keepdims=True)
+    axes = tuple(range(x.ndim - 1))
+    d_x = (inner - along - normal * across) * inverse
+    return d_x, (gradient * normal).sum(axis=axes), gradient.sum(axis=axes)
+
+
+normalised.defvjp(
+    lambda x, scale, bias, eps, dtype: (normalised(x, scale, bias, eps, dtype), (x, scale)),
+    _normalised_gradient,
+)
 
 
 class Projections(nn.Module):
@@ -63,8 +110,8 @@ class Projections(nn.Module):
 
         kernel = self.param("kernel", init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.parts, self.width))
-        out = jnp.einsum("bnd,pde->pbne", x_BND.astype(self.dtype), kernel.astype(self.dtype))
-        return out + bias.astype(self.dtype)[:, None, None]
+        out = jnp.einsum("bnd,pde->bnpe", x_BND.astype(self.dtype), kernel.astype(self.dtype))
+        return jnp.moveaxis(out + bias.astype(self.dtype), 2, 0)
 
 
 class Attention(nn.Module):
@@ -77,7 +124,7 @@ class Attention(nn.Module):
     def __call__(self, x_BND, mask_NM=None):
         width = x_BND.shape[-1]
         qkv = kept(Projections(3, width, self.dtype, name="qkv")(x_BND))
-        out = kept(attention.attend((qkv,), width // self.heads, mask_NM))
+        out = attention.attend((qkv,), width // self.heads, mask_NM)
         return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(out)
 
 
@@ -92,7 +139,7 @@ class CrossAttention(nn.Module):
         width = q_BNE.shape[-1]
         q = kept(Projections(1, width, self.dtype, name="q")(q_BNE))
         kv = kept(Projections(2, width, self.dtype, name="kv")(kv_BME))
-        out = kept(attention.attend((q, kv), width // self.heads, mask_NM))
+        out = attention.attend((q, kv), width // self.heads, mask_NM)
         return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(out)
 
 
@@ -140,41 +187,26 @@ class Block(nn.Module):
 
         attn = Attention(self.heads, self.dtype, name="attn")
         mlp = Mlp(self.mlp_ratio, self.activation, self.dtype, self.mlp_width, name="mlp")
-        y = layer_norm(self.eps, "norm1")(x_BND).astype(self.dtype)
+        y = LayerNorm(self.eps, self.dtype, name="norm1")(x_BND)
         x_BND = x_BND + scaled(0, kept(attn(y, mask_NM)))
-        y = layer_norm(self.eps, "norm2")(x_BND).astype(self.dtype)
+        y = LayerNorm(self.eps, self.dtype, name="norm2")(x_BND)
         return x_BND + scaled(1, mlp(y))
 
 
-# What the backward pass recomputes. "none" keeps what matrix products give and recomputes what lies
-# between them (norms, GELU, scores): cheaper than to write it to memory and read it again.
-KEPT = "kept"
-REMAT = {
-    "none": jax.checkpoint_policies.save_only_these_names(KEPT),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def kept(x):
-    """Marks a result of a block that the backward pass reads instead of recomputing it."""
-    return checkpoint_name(x, KEPT)
-
-
-def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None):
+def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None, *, trained=True):
     """Runs `depth` stacked copies of `block` on x, called (x, mask, its slice of layer_inputs).
 
-    Returns the last residual stream and those that the blocks got, stacked on axis 0.
+    Returns the last residual stream and those that the blocks got, stacked on axis 0. On GPUs a
+    loop that is differentiated is unrolled: otherwise all that the backward pass reads is copied
+    once more, into arrays that were filled with zeros before (RESULTS.md).
     """
 
     def body(block, x, layer_input):
         args = (mask_NM,) if layer_input is None else (mask_NM, layer_input)
         return block(x, *args), x
 
-    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+    unroll = depth if trained and sharding.platform() == "gpu" else 1
+    scan = nn.scan(
+        body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth, unroll=unroll
+    )
     return scan(block, x, layer_inputs)
-
-
-def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The block class under a remat policy of REMAT."""
-    return nn.remat(block, policy=REMAT[remat], prevent_cse=False)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dgpt_jax import transformer
+from dgpt_jax.remat import rematerialised
 
 # Of ImageNet's pixels in [0, 1]; what students see, and what exports carry.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -47,7 +48,7 @@ class Encoder(nn.Module):
             dtype=self.dtype,
         )
         self.cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
-        self.blocks = transformer.rematerialised(transformer.Block, self.remat)(
+        self.blocks = rematerialised(transformer.Block, self.remat)(
             self.heads, self.mlp_ratio, self.activation, self.eps, self.dtype
         )
 

@@ -34,14 +34,16 @@ def test_the_peer_gives_the_official_losses_and_gradients():
 
 
 class Stub:
-    """What bench.beside asks of a peer process."""
+    """What bench_peer.beside asks of a peer process."""
 
     def __init__(self, losses):
-        self._losses = losses
+        self._answers = [losses, 9.0]
 
-    def ask(self, command: str):
-        kind, *words = command.split()
-        return self._losses if kind == "loss" else 2.0 * int(*words)
+    def answer(self):
+        return self._answers.pop(0)
+
+    def seconds(self, steps: int) -> float:
+        return 2.0 * steps
 
     def close(self):
         pass
@@ -49,11 +51,14 @@ class Stub:
 
 def test_rounds_against_a_peer(monkeypatch):
     """The ratio is ours over the peer's images a second; other losses end the run."""
-    import bench
+    import bench_peer
 
     class Ours:
         def write(self, work):
             (work / "bench.json").write_text(json.dumps({}))
+
+        def compile(self):
+            self.compile_seconds = 1.0
 
         def losses(self):
             return [2.0, 1.9]
@@ -61,13 +66,13 @@ def test_rounds_against_a_peer(monkeypatch):
         def run(self, steps):
             return [0.5] * steps
 
-    monkeypatch.setattr(bench, "Peer", lambda kind, work: Stub([2.0, 1.9]))
-    seconds, found = bench.beside(Ours(), "torch", 3, 4, lambda _: None)
+    monkeypatch.setattr(bench_peer, "Peer", lambda kind, work: Stub([2.0, 1.9]))
+    seconds, found = bench_peer.beside(Ours(), "torch", 3, 4)
     assert seconds == [0.5] * 12
     assert found["ratio_vs_peer"] == 4.0 and found["peer_ms"] == 2000
-    monkeypatch.setattr(bench, "Peer", lambda kind, work: Stub([2.0, 1.8]))
-    with pytest.raises(bench.UserError, match="other losses"):
-        bench.beside(Ours(), "torch", 3, 4, lambda _: None)
+    monkeypatch.setattr(bench_peer, "Peer", lambda kind, work: Stub([2.0, 1.8]))
+    with pytest.raises(bench_peer.UserError, match="other losses"):
+        bench_peer.beside(Ours(), "torch", 3, 4)
 
 
 def test_chips_by_their_kind():

@@ -32,9 +32,9 @@ def outputs_of(processes, timeout: float | None = None) -> list[str]:
             process.kill()
 
 
-def on_devices(count: int, function):
+def on_devices(count: int, function, *args):
     """Calls a function of a test module in a process with `count` devices."""
-    call = f"import {function.__module__} as tests; tests.{function.__name__}()"
+    call = f"import {function.__module__} as tests; tests.{function.__name__}(*{args!r})"
     process = start(["-c", call], devices=count)
     (output,) = outputs_of([process])
     assert process.returncode == 0, output[-2000:]

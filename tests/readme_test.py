@@ -28,7 +28,7 @@ ELSEWHERE = {
     "tools/test.sh": (".ci/run", "tools/test.sh"),
     "tools/setup_venv.sh": (".ci/run", "tools/setup_venv.sh"),
     "git clone": (".ci/run", ""),  # what stands here is a clone
-    "python tools/bench.py": ("tests/bench_test.py", "bench.beside("),  # compiles for minutes
+    "python tools/bench.py": ("tests/bench_test.py", "bench_peer.beside("),  # compiles for minutes
     "python tools/plan.py": ("tests/plan_test.py", "tools/plan.py"),
     "python tools/ablate.py": ("tests/ablate_test.py", "tools/ablate.py"),  # trains for an hour
     "python -m dgpt_jax.evaluate --config=configs/robustness_in1k.py": (

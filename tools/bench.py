@@ -7,16 +7,15 @@ The data are random and already on the device: what is timed is the step alone. 
 With --peer, steps of both take turns, after it was shown that both compute the same losses.
 """
 
-import contextlib
 import dataclasses
 import json
+import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+import bench_peer
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +35,6 @@ TEACHERS = {
     "L/14": towers.Tower(224, 14, 1024, 24, 16, 4096, 768, "gelu"),
     "H/14": towers.Tower(224, 14, 1280, 32, 16, 5120, 1024, "gelu"),
 }
-PARITY = 1e-4  # of losses in float32, relative
 
 
 def timed(call, seconds: float) -> tuple[float, float]:
@@ -68,7 +66,7 @@ def random_teacher(tower: towers.Tower, seed: int = 0) -> dict:
 
 
 class Ours:
-    """The step of dgpt_jax.train on random data; compiled when it is made."""
+    """The step of dgpt_jax.train on random data."""
 
     def __init__(self, args):
         config = {
@@ -94,11 +92,14 @@ class Ours:
         self.batch = sharding.global_batch(self.mesh, args.batch, self.local)
         self.frozen = jax.device_put(self.task.frozen, sharding.replicated(self.mesh))
         self.empty = metrics.averages(self.task.metric_names).empty
-        step = make_train_step(self.task.loss, tx, self.mesh, accum_steps=args.accum_steps)
+        self.step = make_train_step(self.task.loss, tx, self.mesh, accum_steps=args.accum_steps)
+
+    def compile(self):
         began = time.perf_counter()
-        lowered = step.lower(self.state, self.empty(), self.batch, self.frozen)
+        lowered = self.step.lower(self.state, self.empty(), self.batch, self.frozen)
         self.step = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
+        print(f"compiled in {self.compile_seconds:.0f} s", file=sys.stderr, flush=True)
 
     def _batch(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
@@ -163,53 +164,6 @@ class Ours:
         (work / "bench.json").write_text(json.dumps(told))
 
 
-class Peer:
-    """bench_torch.py in a process of its own, which waits while ours runs."""
-
-    def __init__(self, kind: str, work: Path):
-        words = [sys.executable, Path(__file__).with_name("bench_torch.py"), f"--work={work}"]
-        self._process = subprocess.Popen(
-            [*map(str, words), f"--kind={kind}"], text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-
-    def ask(self, command: str):
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(command + "\n")
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise UserError("the peer has ended (see above): is torch installed? extra `torch`")
-        return json.loads(answer)
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def beside(ours: Ours, kind: str, steps: int, rounds: int, say) -> tuple[list[float], dict]:
-    """Seconds of our steps, and what the peer took: `rounds` turns of `steps` steps each."""
-    with tempfile.TemporaryDirectory() as work:
-        ours.write(Path(work))
-        with contextlib.closing(Peer(kind, Path(work))) as peer:
-            if kind == "torch":
-                a, b = ours.losses(), peer.ask("loss")
-                say(f"losses, float32: {a} ours, {b} the peer's")
-                if not np.allclose(a, b, rtol=PARITY):
-                    raise UserError(f"the peer computes other losses: {b}, not {a}")
-            say(f"the peer compiles: {peer.ask('run 2'):.0f} s for 2 steps")
-            ours.run(2)
-            mine, theirs = [], []
-            for _ in range(rounds):
-                mine.append(ours.run(steps))
-                theirs.append(peer.ask(f"run {steps}") / steps)
-    ratios = [b / statistics.mean(a) for a, b in zip(mine, theirs, strict=True)]
-    found = {
-        "peer": kind, "peer_ms": 1e3 * statistics.median(theirs),
-        "ratio_vs_peer": statistics.median(ratios), "ratios": ratios,
-    }  # fmt: skip
-    return [s for run in mine for s in run], found
-
-
 def report(args, ours: Ours, seconds: list[float], ceiling: float, peer: dict) -> dict:
     devices = jax.devices()
     median = statistics.median(seconds)
@@ -267,18 +221,20 @@ def main():
     made.add_argument("--json", action="store_true", help="print one JSON object")
     made.add_argument("--platform", default="", help="cpu, gpu or tpu; default: what JAX finds")
     args = made.parse_args()
+    if args.peer:
+        # Ours would otherwise take three quarters of a GPU's memory, used or not.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     hosts.start(Hosts(processes=1), args.platform)
     if args.peer and (args.targets != "stored" or len(jax.devices()) > 1):
         raise UserError("--peer is for --targets=stored on one device")
 
-    def say(line):
-        print(line, file=sys.stderr, flush=True)
-
     ours = Ours(args)
-    say(f"compiled in {ours.compile_seconds:.0f} s")
     if args.peer:
-        seconds, peer = beside(ours, args.peer, max(1, args.steps // args.rounds), args.rounds, say)
+        seconds, peer = bench_peer.beside(
+            ours, args.peer, max(1, args.steps // args.rounds), args.rounds
+        )
     else:
+        ours.compile()
         ours.run(3)
         seconds, peer = ours.run(args.steps), {}
     found = report(args, ours, seconds, matmul_rate(args.dtype, 3.0), peer)
