@@ -56,7 +56,7 @@ class Peer:
 def beside(ours, kind: str, steps: int, rounds: int) -> tuple[list[float], dict]:
     """Seconds of our steps, and what the peer took: `rounds` turns of `steps` steps each.
 
-    `ours` is a bench.Ours that is not compiled yet. Raises UserError where both compute other losses.
+    `ours` is a bench.Ours, not compiled yet. Raises UserError where the peer's losses are others.
     """
     with tempfile.TemporaryDirectory() as work:
         ours.write(Path(work))
