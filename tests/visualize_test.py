@@ -42,7 +42,7 @@ def test_attention_makes_the_blocks_output(encoder):
     mixed = jnp.einsum("bhnm,bmhk->bnhk", attention, v).reshape(x.shape)
     proj = block["attn"]["proj"]
     x = x + mixed @ proj["kernel"] + proj["bias"]
-    normed = transformer.layer_norm(1e-6, None).apply({"params": block["norm2"]}, x)
+    normed = transformer.LayerNorm(1e-6).apply({"params": block["norm2"]}, x)
     mlp = transformer.Mlp(4.0, "gelu", jnp.float32)
     output = x + mlp.apply({"params": block["mlp"]}, normed)
     np.testing.assert_allclose(output, last, rtol=0, atol=2e-4 * float(jnp.abs(last).max()))
