@@ -11,6 +11,7 @@ import pytest
 from dgpt_jax import attention_gpu, digpt, norm_gpu, sharding, transformer
 from dgpt_jax.config import Mesh
 from tests.data import tiny_model
+from tests.processes import on_devices
 
 
 def norm_inputs(shape):
@@ -47,6 +48,28 @@ def test_norm_kernel_gives_the_gradients(rows, monkeypatch):
     found = d_x, *(part.sum(axis=0) for part in parts)
     for a, b in zip(found, pull(gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def norm_on_a_mesh():
+    """Each device has its own examples, and the parts of all are added up."""
+    mesh = sharding.make_mesh(Mesh(data=2, fsdp=1, tensor=2))
+    x, scale, bias, gradient = jax.device_put(norm_inputs((4, 7, 80)), sharding.replicated(mesh))
+
+    def results(x, scale, bias, gradient):
+        _, pull = jax.vjp(lambda *a: transformer.normalised(*a, 1e-6, jnp.float32), x, scale, bias)
+        return pull(gradient)
+
+    expected = results(x, scale, bias, gradient)
+    sharding.platform = lambda: "gpu"
+    norm_gpu.backward = partial(norm_gpu.backward, interpret=True)
+    norm_gpu.PROGRAMS = 2
+    found = jax.jit(sharding.on_mesh(results, mesh))(x, scale, bias, gradient)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_norm_kernel_on_a_mesh():
+    on_devices(4, norm_on_a_mesh)
 
 
 @pytest.fixture
