@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgpt_jax import attention_gpu, digpt, norm_gpu, sharding, transformer
+from dgpt_jax import attention_gpu, digpt, kernel_check, norm_gpu, sharding, transformer
 from dgpt_jax.config import Mesh
 from tests.data import tiny_model
 from tests.processes import on_devices
@@ -118,6 +118,24 @@ def test_a_model_is_the_same_on_a_gpu(request):
 def test_unrolled_blocks_save_memory_where_they_should(remat, barriers, as_on_a_gpu):
     step, params = loss_of(remat, jnp.bfloat16)
     assert ("optimization_barrier" in step.lower(params).as_text()) == barriers
+
+
+def test_the_kernels_check_finds_what_is_wrong(as_on_a_gpu, monkeypatch):
+    """As tools/doctor.py runs it on an accelerator."""
+    for name, value in {"BATCH": 1, "WIDTH": 64, "TOKENS": 4, "REPEATS": 2}.items():
+        monkeypatch.setattr(kernel_check, name, value)
+    found = kernel_check.kernels()
+    assert [finding.level for finding in found] == ["ok"] * 3, found
+    right = norm_gpu.backward
+    monkeypatch.setattr(norm_gpu, "backward", lambda *args: tuple(1.02 * x for x in right(*args)))
+    monkeypatch.setattr(attention_gpu, "LOG2E", 1.5)
+    found = kernel_check.kernels()
+    assert [finding.level for finding in found] == ["fail"] * 3, found
+
+
+def test_kernels_that_race_are_found():
+    found = kernel_check.judge("attention", 1e-3, same=False)
+    assert found.level == "fail" and "every time" in str(found)
 
 
 def distance(a, b) -> float:

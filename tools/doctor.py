@@ -3,16 +3,19 @@
     python tools/doctor.py TOKENS IMAGES --workdir=RUN
     python tools/doctor.py --coordinator=HOST:PORT --processes=N      # on all N hosts at once
 
-Packages against the tested versions, devices and their drivers, memory; data sets and token stores
-with their counts; whether the work directory can be written to; whether the hosts of a run reach
-process 0. On all workers of a TPU slice, under srun or in a JobSet the processes join as training
-does. A line is ok, warn or fail, with the remedy; exit code 1 if one is fail.
+Packages against the tested versions, devices and their drivers, whether our kernels compute on them
+what XLA does, memory; data sets and token stores with their counts; whether the work directory can
+be written to; whether the hosts of a run reach process 0. On all workers of a TPU slice, under srun
+or in a JobSet the processes join as training does. A line is ok, warn or fail, with the remedy;
+exit code 1 if one is fail.
 """
 
 import itertools
 import sys
 
-from dgpt_jax import cli, doctor
+import jax
+
+from dgpt_jax import cli, doctor, kernel_check
 from dgpt_jax.config import Hosts
 
 
@@ -26,7 +29,9 @@ def findings(arguments):
         yield from doctor.workdir(arguments.workdir)
     if arguments.coordinator:
         yield from doctor.reach(arguments.coordinator, arguments.processes, arguments.wait)
-    yield from doctor.devices(Hosts(), arguments.platform)
+    yield from (found := doctor.devices(Hosts(), arguments.platform))
+    if found[-1].level == "ok" and jax.default_backend() != "cpu":
+        yield from kernel_check.kernels()
 
 
 def main():
