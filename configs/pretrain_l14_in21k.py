@@ -12,7 +12,7 @@ sheets, beside which nothing has been measured yet):
 
     pod      topology   images a chip   GiB a chip    ms a step, at least   days, at least
     v5p-128  v5p:4x4x4       64          14.7 of 95.7          65 (compute)      0.39
-    v6e-64   v6e:8x8         64          14.6 of 31.3          74 (memory)       0.44
+    v6e-64   v6e:8x8         64          14.5 of 31.3          64 (memory)       0.39
 """
 
 from dgpt_jax.config import Train
