@@ -119,7 +119,8 @@ def plot(reports: list[dict], title: str, out: str):
     chip_counts = [found["chips"] for found in reports]
     for name, label in (("hidden", "communication hidden"), ("exposed", "none of it hidden")):
         axis.plot(chip_counts, [plan_rate(r, name) for r in reports], marker="o", label=label)
-    axis.set(xscale="log", xlabel="chips", ylabel="images/s a chip, at most", title=title, ylim=0)
+    axis.set(xscale="log", xlabel="chips", ylabel="images/s a chip, at most", title=title)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.set_xticks(chip_counts, [str(n) for n in chip_counts])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
