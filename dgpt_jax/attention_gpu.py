@@ -3,8 +3,8 @@
 A program takes one tile of rows of one head of one image and passes over all that they meet, piece
 by piece, in straight lines: sequences are short, and loops that the compiler overlaps gave wrong
 gradients (RESULTS.md). Forward, rows are queries; backward, keys and then queries, with the sums of
-the forward's softmax at hand (FlashAttention-2, arXiv 2307.08691). Masks are bits, 32 rows a word:
-cuDNN's attention takes a mask as a bias, whose gradient it computes too.
+the forward's softmax at hand (FlashAttention-2, arXiv 2307.08691). Masks are bits, 32 rows a word;
+cuDNN's attention, which takes a mask as a bias, is slower at these lengths.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from dgpt_jax import sharding
 from dgpt_jax.remat import kept
 
 TILE = 64  # rows of a program
-FORWARD_PIECE, BACKWARD_PIECE = 128, 32  # of what they meet; larger ones spill from registers
+FORWARD_PIECE, BACKWARD_PIECE = 128, 32  # of what they meet; others are slower (RESULTS.md)
 WORD = 32
 MASKED = -1e30  # finite, so that a row of which all is masked gives no NaN
 LOG2E = 1.4426950408889634  # GPUs compute powers of two
@@ -173,13 +173,13 @@ def _forward(head_width, results, words, *refs):
     highest = jnp.full(TILE, MASKED, jnp.float32)
     total, o = jnp.zeros(TILE, jnp.float32), jnp.zeros((TILE, head.padded), jnp.float32)
     for at in pieces(k_ref.shape[1], FORWARD_PIECE):
-        s = _dot(q, head.read(k_ref, i_k, *at), 1, 1) * (head_width**-0.5 * LOG2E)
+        s = triton.dot(q, head.read(k_ref, i_k, *at), trans_b=True) * (head_width**-0.5 * LOG2E)
         s = jnp.where(_allowed(words, tile, *at), s, MASKED)
         new = jnp.maximum(highest, s.max(axis=1))
         p, scale, highest = jnp.exp2(s - new[:, None]), jnp.exp2(highest - new), new
         v = head.read(v_ref, i_v, *at)
         total = total * scale + p.sum(axis=1)
-        o = o * scale[:, None] + _dot(p.astype(v.dtype), v, 1, 0)
+        o = o * scale[:, None] + triton.dot(p.astype(v.dtype), v)
     head.write(out, 0, tile * TILE, o / total[:, None])
     head.write_sums(sums, tile * TILE, highest + jnp.log2(total))
 
@@ -202,8 +202,9 @@ def _backward(head_width, results, of_keys, of_queries, sums, inner, gradient, *
         q, d_o = head.read(q_ref, 0, *at), head.read(gradient, 0, *at)
         log, delta = head.read_sums(sums, *at)[None, :], head.read_sums(inner, *at)[None, :]
         met = _allowed(of_keys, tile, *at)
-        p, d_s = gradients(met, _dot(k, q, 1, 1), _dot(v, d_o, 1, 1), log, delta)
-        d_k, d_v = d_k + _dot(d_s, q, 1, 0), d_v + _dot(p, d_o, 1, 0)
+        s, d_p = triton.dot(k, q, trans_b=True), triton.dot(v, d_o, trans_b=True)
+        p, d_s = gradients(met, s, d_p, log, delta)
+        d_k, d_v = d_k + triton.dot(d_s, q), d_v + triton.dot(p, d_o)
     head.write(d_k_ref, i_k, start, d_k)
     head.write(d_v_ref, i_v, start, d_v)
 
@@ -213,19 +214,12 @@ def _backward(head_width, results, of_keys, of_queries, sums, inner, gradient, *
     for at in pieces(k_ref.shape[1], BACKWARD_PIECE):  # queries are rows
         k, v = head.read(k_ref, i_k, *at), head.read(v_ref, i_v, *at)
         met = _allowed(of_queries, tile, *at)
-        s, d_p = _dot(q, k, 1, 1), _dot(d_o, v, 1, 1)
+        s, d_p = triton.dot(q, k, trans_b=True), triton.dot(d_o, v, trans_b=True)
         _, d_s = gradients(met, s, d_p, log[:, None], delta[:, None])
-        d_q = d_q + _dot(d_s, k, 1, 0)
+        d_q = d_q + triton.dot(d_s, k)
     head.write(d_q_ref, 0, start, d_q)
 
 
 def _planes(refs):
     """q, k and v as (reference, index on its third axis)."""
     return [(ref, i) for ref in refs for i in range(ref.shape[2])]
-
-
-def _dot(a, b, a_axis: int, b_axis: int):
-    """The product that contracts one axis of each of two matrices, in float32."""
-    return jax.lax.dot_general(
-        a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
-    )

@@ -51,9 +51,8 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, taps, positions_BNE, mask_NN):
         """taps: a list of (B, N, D); positions (B, N, E), CLS last. Returns (B, N, C) float32."""
-        norm = LayerNorm(
-            1e-5, self.dtype, name="enc_norm"
-        )  # one norm for all taps, as in the official code
+        # One norm for all taps, as in the official code.
+        norm = LayerNorm(1e-5, self.dtype, name="enc_norm")
         features = jnp.concatenate([norm(tap) for tap in taps], axis=-1)
         batch, tokens, _ = features.shape
         kv = nn.Dense(

@@ -1,6 +1,6 @@
 """The backward pass of LayerNorm for NVIDIA GPUs, in Triton through Pallas.
 
-One pass over memory gives all three gradients; XLA makes five of it (RESULTS.md).
+One pass over memory gives all three gradients, for which XLA makes several (RESULTS.md).
 """
 
 from functools import partial
