@@ -11,11 +11,11 @@ from etils import epath
 
 from dgpt_jax import (
     STARTED,
+    batching,
     compile_cache,
     metrics,
     optim,
     pictures,
-    pipeline,
     replay,
     run_log,
     saving,
@@ -80,7 +80,7 @@ class Loop:
         """To the last step, or to the next one after a signal; what it leaves is saved."""
         config, schedule = self.config, self.schedule
         batches = self._batches(self.step)
-        batches = pipeline.ahead(
+        batches = batching.ahead(
             batches, partial(sharding.global_batch, self.mesh, config.batch_size)
         )
         profile = metrics.Profile(self.workdir, config.profile, self.step)
@@ -109,7 +109,7 @@ class Loop:
 
     def _batches(self, start: int):
         size = self.config.batch_size
-        return pipeline.train_batches(self.task.examples, size, rows=self._rows, start_step=start)
+        return batching.train_batches(self.task.examples, size, rows=self._rows, start_step=start)
 
     def _advance(self, step_fn: Callable, batches):
         """One step, which is not waited for, unless it is the first: that one was compiled."""
@@ -182,7 +182,7 @@ class Loop:
         first = int(self.state.step) - in_a_row
         with contextlib.closing(self._batches(first)) as batches:
             local = next(batches)
-        ids = pipeline.batch_ids(self.task.examples, size, rows=self._rows, step=first)
+        ids = batching.batch_ids(self.task.examples, size, rows=self._rows, step=first)
         left = replay.write(
             self.workdir, self.task, self.state.params, first, ids, local, self.mesh
         )

@@ -13,10 +13,10 @@ import pytest
 import replay as replay_tool
 
 from dgpt_jax import (
+    batching,
     cli,
     losses,
     optim,
-    pipeline,
     records,
     replay,
     sharding,
@@ -241,8 +241,8 @@ def test_replay_of_a_sound_step_gives_its_loss(store, tmp_path):
     task = open_pretrain(config)
     mesh = sharding.make_mesh(config.mesh)
     params, rows = initial(config, seed=1), np.arange(4)
-    local = next(pipeline.train_batches(task.examples, 4, rows=rows, start_step=2))
-    ids = pipeline.batch_ids(task.examples, 4, rows=rows, step=2)
+    local = next(batching.train_batches(task.examples, 4, rows=rows, start_step=2))
+    ids = batching.batch_ids(task.examples, 4, rows=rows, step=2)
     left = replay.write(tmp_path / "run", task, params, 2, ids, local, mesh)
     found = replay.replay(left)
     assert found.now["loss"] == pytest.approx(found.before["loss"], rel=1e-5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax import pipeline, records, schema, shards, token_store, train, views
+from dgpt_jax import batching, pipeline, records, schema, shards, token_store, train, views
 from dgpt_jax.config import Data, Model, Tokens, Train
 from dgpt_jax.schema import UserError, parse
 from tests import data
@@ -86,7 +86,7 @@ def opened_images(path, **changes) -> pipeline.Examples:
 
 def batches(examples, count, size=4, *, start=0, rows=None):
     rows = np.arange(size) if rows is None else rows
-    stream = pipeline.train_batches(examples, size, rows=rows, start_step=start)
+    stream = batching.train_batches(examples, size, rows=rows, start_step=start)
     with contextlib.closing(stream):
         return [next(stream) for _ in range(count)]
 
@@ -175,7 +175,7 @@ def test_batches_with_skipped_examples_are_the_same_everywhere(spotted):
 
 def test_ids_of_a_batch_are_those_of_the_replacements(spotted):
     examples = opened_images(spotted, bad_most=0.1)
-    names = pipeline.batch_ids(examples, 40, rows=np.arange(40), step=0)
+    names = batching.batch_ids(examples, 40, rows=np.arange(40), step=0)
     assert len(set(names)) == 37 and not {f"train/{index}.jpg" for index in BAD} & set(names)
     assert names.count("train/7.jpg") == 3 and names.count("train/31.jpg") == 2
 

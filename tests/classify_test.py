@@ -12,12 +12,12 @@ import pytest
 
 import dgpt_jax
 from dgpt_jax import (
+    batching,
     checkpoint,
     config,
     load,
     metrics,
     optim,
-    pipeline,
     replay,
     sharding,
     signals,
@@ -56,7 +56,7 @@ def one_step(task, batch, accum: int, number: int = 0):
 def test_micro_batches_are_the_batch(dataset):
     """Mixed, erased and dropped alike, though neighbours are in different micro-batches."""
     task = tasks.open_task(settings(dataset))
-    batch = next(pipeline.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
+    batch = next(batching.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
     assert {name: (x.shape[1:], x.dtype) for name, x in batch.items()} == {
         name: (x.shape, x.dtype) for name, x in task.abstract_example().items()
     }
@@ -112,7 +112,7 @@ def test_the_moving_average_is_what_is_read(dataset, whole):
     )
     mean = jax.device_get(current.params)
     running = metrics.averages(task.metric_names).empty()
-    batches = pipeline.train_batches(task.examples, 8, rows=np.arange(8), start_step=0)
+    batches = batching.train_batches(task.examples, 8, rows=np.arange(8), start_step=0)
     for _, batch in zip(range(6), batches, strict=False):
         placed = sharding.global_batch(mesh, 8, batch)
         current, running = step_fn(current, running, placed, {})
@@ -162,8 +162,8 @@ def test_a_classifier_is_exported_with_its_head(dataset, whole, tmp_path):
 def test_a_bad_step_is_run_again(dataset, tmp_path):
     run = settings(dataset, classify={"mixup": 0.0})
     task, mesh = tasks.open_task(run), sharding.make_mesh(run.mesh)
-    local = next(pipeline.train_batches(task.examples, 8, rows=np.arange(8), start_step=4))
-    ids = pipeline.batch_ids(task.examples, 8, rows=np.arange(8), step=4)
+    local = next(batching.train_batches(task.examples, 8, rows=np.arange(8), start_step=4))
+    ids = batching.batch_ids(task.examples, 8, rows=np.arange(8), step=4)
     params = jax.jit(task.init)(jax.random.key(0))
     found = replay.replay(replay.write(tmp_path, task, params, 4, ids, local, mesh))
     assert found.ids == ids and found.step == 4 and not found.bad_examples()

@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dgpt_jax import orders, pipeline, records, shard_cache, shards, token_store
+from dgpt_jax import batching, orders, pipeline, records, shard_cache, shards, token_store
 from dgpt_jax.config import Data, Model
 from dgpt_jax.schema import UserError, parse
 from tests import data, gcs, processes, stores
@@ -52,7 +52,7 @@ def open_far(path, cache="", **changes):
 
 def batches(examples, count, *, start=0, rows=range(BATCH)):
     rows = np.array(rows)
-    stream = pipeline.train_batches(examples, BATCH, rows=rows, start_step=start)
+    stream = batching.train_batches(examples, BATCH, rows=rows, start_step=start)
     with contextlib.closing(stream):
         return [next(stream) for _ in range(count)]
 
@@ -121,7 +121,7 @@ def test_a_host_fetches_its_share(far, server):
 def test_the_cache_is_bounded_and_empties(far, tmp_path):
     examples = open_far(far, tmp_path, window=1)
     cache, held = examples.sources.splits[0].cache, []
-    stream = pipeline.train_batches(examples, BATCH, rows=np.arange(BATCH), start_step=0)
+    stream = batching.train_batches(examples, BATCH, rows=np.arange(BATCH), start_step=0)
     for _ in range(25):
         next(stream)
         held.append(len([path for path in cache.files() if path.suffix != ".partial"]))
@@ -170,7 +170,10 @@ def test_a_shard_that_is_shorter_than_the_listing_said(far, server):
 def test_what_opening_finds(far, server):
     server.reset()
     open_far(far)
-    assert server.requests < 40 and not [name for name, _ in server.media if "view" in name]
+    assert not [name for name, _ in server.media if "view" in name]
+    # None a shard. gcsfs asks for an object and for what lies below it at once, and gives the
+    # second up where the first is there in time: 35 to 44 in all.
+    assert server.requests < 2 * len(LENGTHS)
     name = next(name for name in server.objects if "view001.array_record-00007" in name)
     whole = server.objects.pop(name)
     with pytest.raises(UserError, match="view001.*00007-of-00040 is missing"):

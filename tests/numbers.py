@@ -15,13 +15,13 @@ import numpy as np
 import optax
 
 from dgpt_jax import (
+    batching,
     config,
     hosts,
     loop,
     metrics,
     optim,
     param_rules,
-    pipeline,
     schema,
     sharding,
     state,
@@ -72,7 +72,7 @@ def run(layout: str, store: str, fault: str, task: str) -> dict[str, np.ndarray]
         return value * (8 if fault == "gradient" else 1), parts
 
     def batches():
-        stream = pipeline.train_batches(task.examples, BATCH, rows=rows, start_step=0)
+        stream = batching.train_batches(task.examples, BATCH, rows=rows, start_step=0)
         for batch in stream:
             if fault == "half":
                 batch = jax.tree.map(lambda x: np.concatenate([x[: len(x) // 2]] * 2), batch)

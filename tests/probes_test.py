@@ -12,12 +12,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dgpt_jax import (
+    batching,
     checkpoint,
     config,
     images,
     load,
     optim,
-    pipeline,
     schema,
     tasks,
     train,
@@ -86,7 +86,7 @@ def test_a_step_of_a_grid_is_that_of_every_head(dataset, encoder, head):
     """The same from a run with one learning rate, which begins with the same head."""
     grid = (0.5, 8.0)
     task = tasks.open_task(grid_settings(dataset, encoder, head, grid))
-    batch = next(pipeline.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
+    batch = next(batching.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
 
     def stepped(task, params, peaks):
         tx = task.optimizer(optim.schedule(peaks, 0, 6))

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dgpt_jax import open_files, pipeline, records, shards
+from dgpt_jax import batching, open_files, pipeline, records, shards
 from dgpt_jax.config import Data, Model
 from dgpt_jax.schema import UserError, parse
 from tests import stores
@@ -32,7 +32,7 @@ def open_store(path, **changes):
 
 def batches(examples, count, batch_size, *, start=0):
     rows = np.arange(batch_size)
-    stream = pipeline.train_batches(examples, batch_size, rows=rows, start_step=start)
+    stream = batching.train_batches(examples, batch_size, rows=rows, start_step=start)
     with contextlib.closing(stream):
         return [next(stream) for _ in range(count)]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgpt_jax import flops, pipeline, towers, train, vit
+from dgpt_jax import batching, flops, towers, train, vit
 from dgpt_jax.config import Train
 from dgpt_jax.convert import files, layout, siglip, teacher
 from dgpt_jax.schema import UserError, parse
@@ -211,7 +211,7 @@ def test_training_without_a_teachers_cls(tmp_path):
     online = open_pretrain(run)
     stored = open_pretrain(parse(Train, settings | {"data": {"path": str(store), "threads": 2}}))
     params = stored.init(jax.random.key(0))
-    batch = next(pipeline.train_batches(stored.examples, 8, rows=np.arange(8), start_step=0))
+    batch = next(batching.train_batches(stored.examples, 8, rows=np.arange(8), start_step=0))
     (_, parts), gradients = jax.jit(jax.value_and_grad(stored.loss, has_aux=True))(
         params, {}, batch
     )

@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 
 import dgpt_jax
 from dgpt_jax import (
+    batching,
     checkpoint,
     cli,
     config,
@@ -28,7 +29,6 @@ from dgpt_jax import (
     images,
     metrics,
     optim,
-    pipeline,
     saving,
     schema,
     sharding,
@@ -78,7 +78,7 @@ def metrics_of(workdir) -> list[dict]:
 
 def stop_after(monkeypatch, steps: int, number):
     """The process gets a signal while it works on a step."""
-    ahead = pipeline.ahead
+    ahead = batching.ahead
 
     def interrupted(batches, place):
         stream = ahead(batches, place)
@@ -90,7 +90,7 @@ def stop_after(monkeypatch, steps: int, number):
         finally:
             stream.close()
 
-    monkeypatch.setattr(pipeline, "ahead", interrupted)
+    monkeypatch.setattr(batching, "ahead", interrupted)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_accumulated_gradients_are_the_batchs(made):
     mesh = sharding.make_mesh(config.Mesh())
     tx = optax.sgd(1.0)  # unlike Adam, shows a gradient of the wrong scale
     task = open_pretrain(settings(made[2]))
-    batch = next(pipeline.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
+    batch = next(batching.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
     results = []
     for k in (1, 4):
         begun = state.create(task.init, tx, mesh, seed=0)
@@ -245,7 +245,7 @@ def test_the_online_teacher_gives_the_stored_tokens_losses(made):
         settings(dataset, data={"targets": "online"}, teacher={"weights": str(teacher)})
     )
     params = stored.init(jax.random.key(0))
-    batch = next(pipeline.train_batches(stored.examples, 8, rows=np.arange(8), start_step=0))
+    batch = next(batching.train_batches(stored.examples, 8, rows=np.arange(8), start_step=0))
     _, a = jax.jit(stored.loss)(params, {}, batch)
     _, b = jax.jit(online.loss)(params, online.frozen, batch)
     for name in ("next", "visible"):

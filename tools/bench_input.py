@@ -20,7 +20,18 @@ import jax
 import numpy as np
 from bench import timed
 
-from dgpt_jax import cli, hosts, images, pipeline, records, shards, token_codec, token_store, views
+from dgpt_jax import (
+    batching,
+    cli,
+    hosts,
+    images,
+    pipeline,
+    records,
+    shards,
+    token_codec,
+    token_store,
+    views,
+)
 from dgpt_jax.config import Data, Hosts, Model
 from dgpt_jax.schema import parse
 
@@ -152,7 +163,7 @@ def batches(args, what: str, size: float, data: dict):
             given = parse(Data, data | {"threads": threads, "workers": workers})
             examples = pipeline.open_examples(given, parse(Model, {}), seed=0)
             rows = np.arange(BATCH)
-            stream = pipeline.train_batches(examples, BATCH, rows=rows, start_step=0)
+            stream = batching.train_batches(examples, BATCH, rows=rows, start_step=0)
             with contextlib.closing(stream):
                 rate, core = timed(lambda stream=stream: next(stream), args.seconds)
                 batch = next(stream)

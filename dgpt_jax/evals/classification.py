@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import bad_records, pipeline, records, run_log, sharding, views, vit
+from dgpt_jax import bad_records, batching, pipeline, records, run_log, sharding, views, vit
 from dgpt_jax.evals import results
 from dgpt_jax.schema import UserError
 
@@ -80,7 +80,7 @@ def accuracy(task, mesh) -> Callable:
         names = [f"val/top{k}{suffix}" for suffix in RESIZES for k in (1, 5)]
         shape = (len(task.heads),) if task.heads else ()
         totals = dict.fromkeys(names, jnp.zeros(shape, jnp.int32))
-        for local in pipeline.eval_batches(load, length, batch_size, rows=rows):
+        for local in batching.eval_batches(load, length, batch_size, rows=rows):
             batch = sharding.global_batch(mesh, batch_size, local)
             totals = add(totals, params, frozen, batch)
         return _shares({name: np.asarray(x) for name, x in totals.items()}, task, length)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import bad_records, pipeline, records, sharding, views
+from dgpt_jax import bad_records, batching, records, sharding, views
 from dgpt_jax.schema import UserError
 
 # Rows that a device compares with at a time (see `groups`): 8 MB of similarities to 256 queries.
@@ -153,7 +153,7 @@ class Extractor:
 
         memory, labels, waiting = None, [], deque()
         length = min(len(source), self._most or len(source))
-        batches = pipeline.eval_batches(load, length, self._batch_size, rows=self._rows)
+        batches = batching.eval_batches(load, length, self._batch_size, rows=self._rows)
         for step, local in enumerate(batches):
             del local["valid"]  # what pads the last batch is beyond the end of the bank
             batch = sharding.global_batch(self._mesh, self._batch_size, local)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import heads, maps, pictures, pipeline, records, sharding, vit
+from dgpt_jax import batching, heads, maps, pictures, records, sharding, vit
 from dgpt_jax.evals import features, knn
 
 
@@ -42,7 +42,7 @@ def heldout_loss(task, mesh) -> Callable:
 
     def evaluate(params) -> dict[str, float]:
         totals = {name: jnp.zeros(()) for name in task.weights}
-        for local in pipeline.eval_batches(load, length, batch_size, rows=rows):
+        for local in batching.eval_batches(load, length, batch_size, rows=rows):
             batch = sharding.global_batch(mesh, batch_size, local)
             totals = add(totals, params, frozen, batch)
         return {f"heldout/{name}": float(x) / length for name, x in totals.items()}
