@@ -1,0 +1,94 @@
+"""What earlier versions wrote still opens, and reads as it did: golden/formats/VERSION."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from dgpt_jax import config as config_lib
+from dgpt_jax import replay, report, train
+from dgpt_jax.schema import parse
+from tests import formats
+from tests.data import TINY
+from tests.paths import GOLDEN
+
+VERSIONS = sorted((GOLDEN / "formats").iterdir())
+TRAIN = dict(
+    total="6 steps", batch_size=8, dtype="float32", log_every=1, model=TINY,
+    data={"path": "tokens", "threads": 2},
+    optim={"blr": 0.064, "warmup": "2 steps"},
+    checkpoint={"every": "3 steps"},
+)  # fmt: skip
+RUNS = {
+    "run": {},
+    "ema": {"optim": TRAIN["optim"] | {"ema": 0.9}},
+    "tuned": {
+        "task": "classify", "data": {"path": "images", "threads": 2},
+        "classify": {"num_classes": 2, "mix_group": 4, "weights": "run"},
+        "optim": TRAIN["optim"] | {"layer_decay": 0.7},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(params=VERSIONS, ids=lambda path: path.name)
+def directory(request, tmp_path, monkeypatch):
+    """A copy of what a version wrote; the working directory, since its paths are relative."""
+    copy = tmp_path / "formats"
+    shutil.copytree(request.param, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def assert_close(actual, expected, path=""):
+    """Equal but for the last bits of floats."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in expected:
+            assert_close(actual[key], expected[key], f"{path}/{key}")
+    elif isinstance(expected, float) or (isinstance(expected, list) and path.count("/") > 1):
+        np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=1e-5, err_msg=path)
+    else:
+        assert actual == expected, path
+
+
+def test_everything_reads_as_it_did(directory):
+    expected = json.loads((directory / "expected.json").read_text())
+    actual = json.loads(json.dumps(formats.summary(directory)))
+    exact = ("images", "tokens", "steps", "results")
+    assert {x: actual[x] for x in exact[:1]} == {x: expected[x] for x in exact[:1]}
+    assert actual["steps"] == expected["steps"] and actual["results"] == expected["results"]
+    decoded = [side["tokens"].pop("decoded") for side in (actual, expected)]
+    np.testing.assert_allclose(*decoded, rtol=1e-6)
+    assert actual["tokens"] == expected["tokens"]
+    for name in ("features", "losses", "logits", "curves"):
+        assert_close(actual[name], expected[name], f"/{name}/")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_resumes_as_it_went_on(directory, name):
+    """From the checkpoint of step 3; the log of the run itself goes to step 6."""
+    expected = formats.curves(directory / name)["loss"]
+    os.truncate(directory / name / "metrics.jsonl", 0)
+    assert train.train(parse(config_lib.Train, TRAIN | RUNS[name]), directory / name) == 0
+    resumed = formats.curves(directory / name)["loss"]
+    assert list(resumed) == ["4", "5", "6"]
+    for step, loss in resumed.items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), step
+
+
+def test_a_bad_step_is_replayed(directory):
+    (dump,) = directory.glob("bad/bad_step_*")
+    replayed = replay.replay(dump)
+    assert replayed.now["loss"] == pytest.approx(replayed.before["loss"], rel=1e-4, nan_ok=True)
+    assert len(replayed.ids) == 8
+
+
+def test_results_and_configs_are_read(directory):
+    for name in RUNS:
+        assert json.loads((directory / name / "config.json").read_text())["total"] == "6 steps"
+    files = [str(path) for path in directory.glob("*/results_*.json")]
+    assert len(files) == 2
+    text = report.report(files)
+    assert all(name in text for name in ("run, step 3", "tuned, step 6"))
