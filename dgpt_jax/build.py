@@ -26,11 +26,12 @@ from dgpt_jax.token_writer import Shard
 SAMPLE = 256  # pictures that the codec and the stored cosine are measured on
 
 
-def build(config: Tokens, out) -> StoreInfo:
+def build(config: Tokens, out, *, check: bool = False) -> StoreInfo:
     """Writes the missing shards of a token store, then its metadata. Raises UserError.
 
-    Complete shards are kept, so a rerun continues, and more views can be added later. The store is
-    the same for any number of processes and devices.
+    Shards of the size in their receipts are kept, so a rerun continues, and more views can be added
+    later; with `check` they are read, and their checksums must be right, too. The store is the same
+    for any number of processes and devices.
     """
     out = epath.Path(out)
     say = progress.Progress().say
@@ -46,7 +47,7 @@ def build(config: Tokens, out) -> StoreInfo:
         hosts.barrier("begun")
         info = StoreInfo.load(out)
         planned = [s for v in range(config.views) for s in _shards_of(config, out, info, v)]
-        todo = _unfinished(out, planned, pool, say)
+        todo = _unfinished(out, planned, pool, say, check=check)
         kept = sum(len(s.indices) for s in planned) - sum(len(s.indices) for s in todo)
         say(f"{kept} of {len(source) * config.views} examples are there and whole")
         _check_space(out, info, todo, say)
@@ -175,22 +176,18 @@ def _views(config: Tokens) -> dict:
     return {name: _json(getattr(config, name)) for name in names}
 
 
-def _unfinished(out, planned: Sequence[Shard], pool, say) -> list[Shard]:
-    """Shards without a receipt, or whose bytes are not those of their receipt; on every process
-    the same list. Each reads its part of what is there."""
+def _unfinished(out, planned: Sequence[Shard], pool, say, *, check: bool) -> list[Shard]:
+    """Shards without a receipt, or which are damaged by it; the same list on every process. Each
+    looks at its part of what is there."""
     known = shards.receipts(out)
     there = [shard for shard in planned if shard.path.name in known]
-    mine = there[jax.process_index() :: jax.process_count()]
-
-    def is_whole(shard):
-        receipt = known[shard.path.name]
-        return receipt.records == len(shard.indices) and shards.is_sound(shard.path, receipt)
-
-    if mine:
-        say(f"checking {len(there)} shards that are there …")
-    for shard, whole in zip(mine, pool.map(is_whole, mine), strict=True):
-        if not whole:
-            say(f"{shard.path.name} is damaged: it is built again")
+    mine = {s.path.name: s for s in there[jax.process_index() :: jax.process_count()]}
+    if check and mine:
+        say(f"reading {len(there)} shards that are there …")
+    damaged = shards.damaged(out, {name: known[name] for name in mine}, pool, check=check)
+    for name, shard in mine.items():
+        if name in damaged or known[name].records != len(shard.indices):
+            say(f"{name} is damaged: it is built again")
             shards.forget(shard.path)
     hosts.barrier("checked")
     known = shards.receipts(out)

@@ -31,11 +31,11 @@ def apply(
             index, names = members.label, list(listed)
         elif b"" not in tops:
             names = [text(top) for top in tops]
-        elif all(VALIDATION.fullmatch(path) for path in members.each_path()):
+        elif all(VALIDATION.fullmatch(path) for path in members.paths):
             labels = imagenet("validation_labels.txt")
             names = imagenet("labels.txt")
             place = {name: i for i, name in enumerate(names)}
-            numbers = (int(VALIDATION.fullmatch(path)[1]) for path in members.each_path())
+            numbers = (int(VALIDATION.fullmatch(path)[1]) for path in members.paths)
             index = np.fromiter((place[labels[n - 1]] for n in numbers), np.int32, len(members))
         else:
             continue
@@ -72,7 +72,7 @@ def table(labels) -> dict[bytes, bytes]:
 def _looked_up(members: Members, table) -> tuple[np.ndarray, list[str]]:
     names: dict[str, int] = {}
     index, missing = np.full(len(members), -1, np.int32), []
-    for i, path in enumerate(members.each_path()):
+    for i, path in enumerate(members.paths):
         label = table.get(path, table.get(posixpath.basename(path)))
         if label is None:
             missing.append(path)

@@ -17,6 +17,7 @@ value where all are integers; with ImageNet's validation images they are ImageNe
 """
 
 import hashlib
+import itertools
 import os
 import posixpath
 import re
@@ -48,11 +49,17 @@ class Found:
         return sum(int(members.size.clip(0).sum()) for members in self.splits.values())
 
     def digest(self) -> str:
-        """Of all that decides what is written, but for the files' contents."""
+        """Of all that decides what is written, but for the files' contents.
+
+        Paths are padded to one width, as they once were in memory: imports begun then resume.
+        """
         state = hashlib.sha256("\n".join(self.classes).encode())
         for name, members in self.splits.items():
-            state.update(f"{name} {members.paths.dtype}".encode())
-            for column in (members.paths, members.offset, members.size, members.label):
+            width = members.paths.width
+            state.update(f"{name} |S{width}".encode())
+            for path in members.paths:
+                state.update(path.ljust(width, b"\0"))
+            for column in (members.offset, members.size, members.label):
                 state.update(np.ascontiguousarray(column))
         return state.hexdigest()[:16]
 
@@ -207,12 +214,10 @@ def _splits(members: Members, src, split: str | None, default: str) -> dict[str,
 
 
 def _in_order(members: Members) -> Members:
-    """Sorted by first folder, then path."""
-    index, tops = members.tops()
-    rank = np.argsort(np.argsort(np.array(tops, dtype=bytes)))
-    members = members.take(np.lexsort((members.paths, rank[index])))
-    twice = np.flatnonzero(members.paths[1:] == members.paths[:-1])
-    if len(twice):
+    """Sorted by first folder, then path. Raises UserError where a path is there twice."""
+    members = members.sorted()
+    twice = [i for i, (a, b) in enumerate(itertools.pairwise(members.paths)) if a == b]
+    if twice:
         places = {text(members[twice[0] + i].file): None for i in range(2)}
         raise UserError(
             f"{len(twice)} images are there twice, the first is {members[twice[0]].id}, in "

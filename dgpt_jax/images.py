@@ -41,12 +41,21 @@ class Report:
 
 
 def import_images(
-    src, out, *, split=None, labels=None, shard_size: int = SHARD_SIZE, threads: int = 8, say=print
+    src,
+    out,
+    *,
+    split=None,
+    labels=None,
+    shard_size: int = SHARD_SIZE,
+    threads: int = 8,
+    check: bool = False,
+    say=print,
 ) -> Report:
     """Writes the images of `src` as an image dataset `out`. Raises UserError.
 
     `shard_size` counts files; see image_files.find for `split` and `labels`. Where `out` holds
-    part of the same import it continues, where it holds all it only reports.
+    part of the same import it continues, where it holds all it only reports. Shards that are there
+    are known by their size; with `check` they are read, and their checksums must be right, too.
     """
     out = epath.Path(out)
     if shard_size < 1 or threads < 1:
@@ -64,29 +73,29 @@ def import_images(
         "files_digest": found.digest(),
     }
     _refuse_another(out, settings)
-    features = records.image_features(found.classes)
     parts = {name: _shards(out, name, part, shard_size) for name, part in found.splits.items()}
     receipts = shards.receipts(out)
-    if (out / "dataset_info.json").exists() and (out / shards.MANIFEST).exists():
-        say(f"{out} is finished: nothing to do")
-        return _report(found, parts, receipts)
-    for path in found.ignored:
-        say(f"passed over, because it is compressed: {path}")
-    counts = ", ".join(f"{name} {len(members)}" for name, members in found.splits.items())
-    say(f"{src}: {counts} images, {len(found.classes)} classes, {_gigabytes(found.bytes)}")
     with ThreadPoolExecutor(threads) as pool:
-        receipts = _sound(out, receipts, pool, say)
+        damaged = shards.damaged(out, receipts, pool, check=check)
+        is_sealed = (out / "dataset_info.json").exists() and (out / shards.MANIFEST).exists()
+        if is_sealed and not damaged:
+            say(f"{out} is finished: nothing to do")
+            return _report(found, parts, receipts)
+        for path in found.ignored:
+            say(f"passed over, because it is compressed: {path}")
+        counts = ", ".join(f"{name} {len(members)}" for name, members in found.splits.items())
+        say(f"{src}: {counts} images, {len(found.classes)} classes, {_gigabytes(found.bytes)}")
+        receipts = _kept(out, receipts, damaged, say)
         _refuse_too_large(out, found, receipts)
         out.mkdir(parents=True, exist_ok=True)
         shards.sweep(out)
         _write_settings(out, settings)
-        progress = _Progress(found, parts, receipts, say)
-        for part in parts.values():
-            for path, members in part.items():
-                if path.name not in receipts:
-                    receipts[path.name] = _write(
-                        path, members, features, pool, 4 * threads, progress
-                    )
+        receipts = _write_missing(found, parts, receipts, pool, 4 * threads, say)
+    return _finish(src, out, found, parts, receipts)
+
+
+def _finish(src, out: epath.Path, found: image_files.Found, parts, receipts) -> Report:
+    """TFDS's metadata and the manifest, now that all shards are there. Raises UserError."""
     report = _report(found, parts, receipts)
     if 0 in report.examples.values():
         name = next(name for name, examples in report.examples.items() if not examples)
@@ -95,7 +104,7 @@ def import_images(
             f"first: {report.broken[0]}"
         )
     written = {name: [receipts[path.name] for path in part] for name, part in parts.items()}
-    records.write_metadata(out, features, written)
+    records.write_metadata(out, records.image_features(found.classes), written)
     shards.seal(out, {path.name: receipts[path.name] for part in parts.values() for path in part})
     return report
 
@@ -131,21 +140,16 @@ def _shards(out, split: str, members: Members, size: int) -> dict[epath.Path, Me
     }
 
 
-def _sound(out, receipts, pool, say) -> dict[str, shards.Receipt]:
-    """The shards that an earlier command completed, read again."""
+def _kept(out, receipts, damaged: list[str], say) -> dict[str, shards.Receipt]:
+    """Receipts of the shards that an earlier command completed; of damaged ones they are taken
+    back."""
     if not receipts:
         return {}
-    say(f"{out} was begun before: reading its {len(receipts)} complete shards")
-    sound = pool.map(lambda name: shards.is_sound(out / name, receipts[name]), receipts)
-    kept = {name: receipts[name] for name, good in zip(receipts, sound, strict=True) if good}
-    for name in receipts.keys() - kept.keys():
+    for name in damaged:
         shards.forget(out / name)
-    damaged = len(receipts) - len(kept)
-    say(
-        f"{len(kept)} shards are kept"
-        + f", {damaged} damaged ones are written again" * (damaged > 0)
-    )
-    return kept
+    again = f", {len(damaged)} damaged ones are written again" * bool(damaged)
+    say(f"{out} was begun before: {len(receipts) - len(damaged)} shards are kept{again}")
+    return {name: receipt for name, receipt in receipts.items() if name not in damaged}
 
 
 def _refuse_too_large(out: epath.Path, found: image_files.Found, receipts):
@@ -200,6 +204,18 @@ class _Progress:
             f"{values.get('images_per_second', 0):.0f} img/s, {self._broken} unreadable so far, "
             f"eta {duration(values.get('eta_seconds', 0))}"
         )
+
+
+def _write_missing(
+    found: image_files.Found, parts, receipts, pool, window: int, say
+) -> dict[str, shards.Receipt]:
+    """Writes the shards without a receipt; the receipts of all."""
+    receipts, features = dict(receipts), records.image_features(found.classes)
+    progress = _Progress(found, parts, receipts, say)
+    for path, members in (shard for part in parts.values() for shard in part.items()):
+        if path.name not in receipts:
+            receipts[path.name] = _write(path, members, features, pool, window, progress)
+    return receipts
 
 
 def _write(path, members: Members, features, pool, window: int, progress) -> shards.Receipt:

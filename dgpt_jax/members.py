@@ -12,7 +12,7 @@ from dgpt_jax.schema import UserError
 
 OWN_FILE = -1  # the offset of an image that is a file by itself
 PIECE = 1 << 16
-SAY_PIECES = 16
+SAY_EVERY = 1 << 20  # images
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,52 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Paths:
+    """N byte strings in one block: path i is `block[start[i] : start[i] + length[i]]`.
+
+    One long path costs its own bytes, where a column of fixed width would widen every row. Parts
+    and rests of paths share the block. width: of the longest in the whole collection, that
+    `image_files.Found.digest` pads to.
+    """
+
+    block: bytearray
+    start: np.ndarray
+    length: np.ndarray
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, i) -> bytes:
+        return bytes(self.block[self.start[i] : self.start[i] + self.length[i]])
+
+    def __iter__(self) -> Iterator[bytes]:
+        view = memoryview(self.block)
+        for piece in range(0, len(self), PIECE):
+            rows = slice(piece, piece + PIECE)
+            starts, lengths = self.start[rows].tolist(), self.length[rows].tolist()
+            for start, length in zip(starts, lengths, strict=True):
+                yield bytes(view[start : start + length])
+
+    def take(self, rows) -> "Paths":
+        return replace(self, start=self.start[rows], length=self.length[rows])
+
+    def without_first(self, count: int) -> "Paths":
+        """The paths without their first `count` bytes."""
+        start, length = self.start + count, self.length - count
+        return replace(self, start=start, length=length, width=self.width - count)
+
+
+@dataclass(frozen=True)
 class Members:
     """The images of one split, in order, as columns: ImageNet-21K has 14 million.
 
-    paths: bytes, N; places: the tars and folders that they lie in, and place, an index into these;
-    offset and size in bytes; label.
+    paths; places: the tars and folders that they lie in, and place, an index into these; offset and
+    size in bytes; label.
     """
 
     places: list[bytes]
-    paths: np.ndarray
+    paths: Paths
     place: np.ndarray
     offset: np.ndarray
     size: np.ndarray
@@ -68,31 +105,38 @@ class Members:
         return len(self.paths)
 
     def __getitem__(self, i) -> Member:
-        path, file, offset = bytes(self.paths[i]), self.places[self.place[i]], int(self.offset[i])
+        path, file, offset = self.paths[i], self.places[self.place[i]], int(self.offset[i])
         if offset == OWN_FILE:
             file = os.path.join(file, posixpath.basename(path))
         return Member(text(path), file, offset, int(self.size[i]), int(self.label[i]))
 
-    def take(self, chosen) -> "Members":
-        columns = ("paths", "place", "offset", "size", "label")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
+    def take(self, rows) -> "Members":
+        columns = ("place", "offset", "size", "label")
+        chosen = {name: getattr(self, name)[rows] for name in columns}
+        return replace(self, paths=self.paths.take(rows), **chosen)
 
     def below(self, folder: bytes) -> "Members":
         """The same, with paths from inside a folder that all of them begin with."""
-        width, cut = self.paths.dtype.itemsize, len(folder) + 1
-        letters = np.ascontiguousarray(self.paths).view("S1").reshape(len(self), width)[:, cut:]
-        return replace(self, paths=np.ascontiguousarray(letters).view(f"S{width - cut}")[:, 0])
+        return replace(self, paths=self.paths.without_first(len(folder) + 1))
 
     def tops(self) -> tuple[np.ndarray, list[bytes]]:
         """(index, N; names): the first folder of every path, b"" where it has none."""
         seen: dict[bytes, int] = {}
-        tops = (path[: max(path.find(b"/"), 0)] for path in self.each_path())
+        tops = (path[: max(path.find(b"/"), 0)] for path in self.paths)
         index = np.fromiter((seen.setdefault(top, len(seen)) for top in tops), np.int32, len(self))
         return index, list(seen)
 
-    def each_path(self) -> Iterator[bytes]:
-        for start in range(0, len(self), PIECE):
-            yield from self.paths[start : start + PIECE].tolist()
+    def sorted(self) -> "Members":
+        """By first folder, then path. Each folder by itself: only its paths are objects then."""
+        index, tops = self.tops()
+        rank = np.empty(len(tops), np.int32)
+        rank[sorted(range(len(tops)), key=tops.__getitem__)] = np.arange(len(tops))
+        order = np.argsort(rank[index], kind="stable")
+        ends = np.cumsum(np.bincount(rank[index]))
+        for rows in np.split(order, ends[:-1]):
+            paths = list(self.paths.take(rows))
+            rows[:] = rows[sorted(range(len(paths)), key=paths.__getitem__)]
+        return self.take(order)
 
 
 def text(path: bytes) -> str:
@@ -100,29 +144,30 @@ def text(path: bytes) -> str:
 
 
 class Columns:
-    """Gathers members, in some 150 bytes for each at the most."""
+    """Gathers members, in 40 bytes for each and those of its path."""
 
     def __init__(self, say):
         self._say = say
         self._places: dict[bytes, int] = {}
-        self._paths, self._pieces = [], []
+        self._block = bytearray()
+        self._start, self._length = array("q"), array("i")
         self._place, self._label = array("i"), array("i")
         self._offset, self._size = array("q"), array("q")
 
     def add(self, path: bytes, place: bytes, offset: int, size: int, label: int = -1):
-        self._paths.append(path)
+        self._start.append(len(self._block))
+        self._length.append(len(path))
+        self._block += path
         self._place.append(self._places.setdefault(place, len(self._places)))
         self._offset.append(offset)
         self._size.append(size)
         self._label.append(label)
-        if len(self._paths) == PIECE:
-            self._pieces.append(np.array(self._paths, dtype=bytes))
-            self._paths = []
-            if len(self._pieces) % SAY_PIECES == 0:
-                self._say(f"listing: {len(self._place)} images so far")
+        if len(self._start) % SAY_EVERY == 0:
+            self._say(f"listing: {len(self._start)} images so far")
 
     def members(self) -> Members:
-        paths = np.concatenate([*self._pieces, np.array(self._paths, dtype="S")])
-        self._pieces = self._paths = None
-        columns = (self._place, self._offset, self._size, self._label)
-        return Members(list(self._places), paths, *map(np.array, columns))
+        """The columns share the memory that they were gathered in."""
+        columns = (self._start, self._length, self._place, self._offset, self._size, self._label)
+        start, length, *others = (np.frombuffer(c, c.typecode) for c in columns)
+        paths = Paths(self._block, start, length, width=max(self._length, default=0) or 1)
+        return Members(list(self._places), paths, *others)

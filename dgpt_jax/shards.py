@@ -1,4 +1,4 @@
-"""ArrayRecord shards: written whole or not at all, and known again by their count and checksum.
+"""ArrayRecord shards: written whole or not at all, and known again by count, size and checksum.
 
 A shard is written under a hidden name and renamed when it is complete; a receipt beside it, written
 after that, says what it holds. `seal` gathers the receipts of a finished directory in a manifest.
@@ -54,6 +54,7 @@ def write(path, records: Iterable[bytes], notes: list[str] | None = None) -> Rec
         local = Path(scratch) / path.name if is_remote(path) else Path(hidden)
         try:
             written = _write_file(local, records)
+            _flush(local)
             receipt = Receipt(written, local.stat().st_size, _crc32(local), tuple(notes or ()))
             if is_remote(path):
                 epath.Path(local).copy(path, overwrite=True)
@@ -86,6 +87,15 @@ def _write_file(path: Path, records: Iterable[bytes]) -> int:
         if writer.is_open():
             writer.close()
     return written
+
+
+def _flush(path: Path):
+    """To the disk itself: after a power loss, too, a shard with a receipt has what it should."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _crc32(path) -> str:
@@ -151,10 +161,20 @@ def _parsed(found: Mapping[str, dict]) -> dict[str, Receipt]:
     return {name: Receipt(**{**r, "notes": tuple(r["notes"])}) for name, r in found.items()}
 
 
-def is_sound(path, receipt: Receipt) -> bool:
-    """Whether the shard is there, with the bytes that its receipt tells; reads it."""
-    path = epath.Path(path)
-    return path.exists() and path.stat().length == receipt.bytes and _crc32(path) == receipt.crc32
+def damaged(
+    directory, known: Mapping[str, Receipt], pool: ThreadPoolExecutor, *, check: bool
+) -> list[str]:
+    """Names of shards that are missing, or of another size than their receipts say: one listing.
+
+    check: also reads the others and compares their checksums.
+    """
+    there = sizes(directory) if known else {}
+    sound = [name for name, receipt in known.items() if there.get(name) == receipt.bytes]
+    if check:
+        read = pool.map(lambda name: _crc32(epath.Path(directory) / name), sound)
+        pairs = zip(sound, read, strict=True)
+        sound = [name for name, crc32 in pairs if crc32 == known[name].crc32]
+    return sorted(known.keys() - set(sound))
 
 
 def forget(path):

@@ -105,22 +105,6 @@ def test_sigterm_keeps_what_is_complete(made, tmp_path):
     assert not list(out.glob(".*.partial"))
 
 
-def test_damaged_shards_are_built_again(made, tmp_path, capfd):
-    root, _, store = made
-    out = shutil.copytree(store, tmp_path / "tokens")
-    first, second = sorted(out.glob("*array_record*"))[1:3]
-    flipped = bytearray(first.read_bytes())
-    flipped[len(flipped) // 2] ^= 1  # of the same length: only a checksum tells
-    first.write_bytes(flipped)
-    second.unlink()
-    data.token_store(tmp_path, root / "images", root / "teacher", **SETTINGS)
-    assert contents(out) == contents(store)
-    said = capfd.readouterr().err
-    assert f"{first.name} is damaged" in said and f"{second.name} is damaged" in said
-    assert f"{EXAMPLES - 12} of {EXAMPLES} examples are there" in said
-    assert shards.receipts(out) == shards.receipts(store)
-
-
 def test_views_are_added_to_a_renamed_store(made, tmp_path):
     _, words, store = made
     out = shutil.copytree(store, tmp_path / "moved")

@@ -97,11 +97,11 @@ def random_siglip(directory):
     return directory
 
 
-def token_store(root, dataset, teacher, **changes):
+def token_store(root, dataset, teacher, *, check=False, **changes):
     """A token store `root/tokens` of 16×16 pictures; `changes` are fields of config.Tokens."""
     settings = dict(
         source=str(dataset), teacher={"weights": str(teacher)}, picture_size=16, picture="png",
         shard_size=16, batch_size=8, threads=2,
     )  # fmt: skip
-    build.build(parse(Tokens, settings | changes), root / "tokens")
+    build.build(parse(Tokens, settings | changes), root / "tokens", check=check)
     return root / "tokens"

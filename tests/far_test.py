@@ -2,6 +2,7 @@
 that is near."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import shutil
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -232,7 +234,12 @@ def test_a_shard_is_uploaded_whole(server):
     assert receipt.records == 60 and receipt.bytes > 15e6  # in several pieces
     assert shards.sizes("gs://bucket/new/tokens")[path.name] == receipt.bytes
     assert shards.receipts("gs://bucket/new/tokens") == {path.name: receipt}
-    assert shards.is_sound(path, receipt)
+    with ThreadPoolExecutor(2) as pool:
+        known = {path.name: receipt}
+        assert shards.damaged("gs://bucket/new/tokens", known, pool, check=True) == []
+        known = {path.name: dataclasses.replace(receipt, crc32="00000000")}
+        assert shards.damaged("gs://bucket/new/tokens", known, pool, check=False) == []
+        assert shards.damaged("gs://bucket/new/tokens", known, pool, check=True) == [path.name]
     shards.forget(path)
     assert shards.receipts("gs://bucket/new/tokens") == {}
     assert not token_store.exists("gs://bucket/new/tokens")

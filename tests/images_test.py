@@ -153,20 +153,6 @@ def test_a_rerun(tmp_path):
         import_all(src, out, shard_size=2)
 
 
-def test_damaged_and_missing_shards_are_written_again(tmp_path):
-    src, out = tmp_path / "src", tmp_path / "out"
-    write_folder(src, 4)
-    import_all(src, out, shard_size=2)
-    whole, said = files_of(out), []
-    (out / "dataset_info.json").unlink()
-    first, second, *_ = sorted(out.glob("[!.]*array_record*"))
-    first.unlink()
-    second.write_bytes(whole[second.name][:-1] + b"?")
-    images.import_images(src, out, shard_size=2, say=said.append)
-    assert "2 shards are kept, 2 damaged ones are written again" in said
-    assert files_of(out) == whole
-
-
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     write_folder(tmp_path / "src", 2)
     usage = namedtuple("usage", "free")(1000)

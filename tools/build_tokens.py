@@ -12,10 +12,15 @@ from dgpt_jax.config import Tokens
 def main():
     made = cli.parser(__doc__, Tokens)
     made.add_argument("--out", required=True, help="directory of the store; made if absent")
+    made.add_argument(
+        "--check",
+        action="store_true",
+        help="read complete shards and compare checksums; default: their sizes",
+    )
     args, config = cli.parse(made, Tokens)
     hosts.start(config.hosts, config.platform)
     signals.raise_on_sigterm()
-    info = build.build(config, args.out)
+    info = build.build(config, args.out, check=args.check)
     least, mean = info.cosine
     kept = f", {info.variance:.2%} of their variance" if info.is_reduced else ""
     print(

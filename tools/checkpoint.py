@@ -10,15 +10,18 @@ oldest of the 9 on: average = decay · average + (1 - decay) · checkpoint.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from dgpt_jax import checkpoint, cli, signals
+from dgpt_jax import checkpoint, cli, open_files, signals
 from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import Weights
 from dgpt_jax.schema import UserError
+
+BLOCK = 1 << 20  # values that are averaged at a time
 
 
 def inspect(path, step: int | None) -> list[str]:
@@ -44,17 +47,55 @@ def average(path, last: int, decay: float | None = None) -> Weights:
     if decay is not None and not 0 <= decay < 1:
         raise UserError(f"decay {decay:g} is not in [0, 1)")
     _, weights = formats.read(path)
-    sums = {name: np.zeros(x.shape, np.float64) for name, x in weights.params.items()}
-    for i, step in enumerate(steps):
-        share = 1 / (i + 1) if decay is None or i == 0 else 1 - decay
-        params, _ = checkpoint.load_params(path, step)
-        for name, leaf in layout.flatten(params).items():
-            sums[name] += share * (leaf - sums[name])
-    params = {name: total.astype(np.float32) for name, total in sums.items()}
+    for names in _groups(weights.params):  # in the places of the newest checkpoint's arrays
+        weights.params.update(_average_of(path, steps, names, weights.params, decay))
     kind = "mean" if decay is None else f"moving average (decay {decay:g})"
     source = f"{path}, {kind} of the steps {', '.join(map(str, steps))}"
     run = {**weights.run, "averaged": steps} | ({} if decay is None else {"decay": decay})
-    return dataclasses.replace(weights, params=params, source=source, run=run)
+    return dataclasses.replace(weights, source=source, run=run)
+
+
+def _groups(params: dict[str, np.ndarray]) -> Iterator[list[str]]:
+    """Names of arrays that together take no more than the largest array does."""
+    limit, names, size = max(x.nbytes for x in params.values()), [], 0
+    for name, array in params.items():
+        if size + array.nbytes > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += array.nbytes
+    yield names
+
+
+def _average_of(path, steps, names, newest, decay: float | None) -> dict[str, np.ndarray]:
+    """Averages of some arrays of the checkpoints `steps`; `newest`: all arrays of the last."""
+    sums: dict[str, np.ndarray] = {}
+    for i, step in enumerate(steps):
+        arrays = newest if step == steps[-1] else _load(path, step, names)
+        for name in names:
+            if arrays[name].shape != newest[name].shape:
+                raise UserError(f"{path}: {name} of step {step} has another shape than the newest")
+            if i == 0:
+                sums[name] = arrays[name].astype(np.float64)
+            else:
+                share = 1 / (i + 1) if decay is None else 1 - decay
+                _move(sums[name].reshape(-1), arrays[name].reshape(-1), share)
+    return {name: total.astype(np.float32) for name, total in sums.items()}
+
+
+def _move(sums: np.ndarray, values: np.ndarray, share: float):
+    """Moves flat sums towards values, block by block: whole differences would be as large again."""
+    for start in range(0, sums.size, BLOCK):
+        block = sums[start : start + BLOCK]
+        block += share * (values[start : start + BLOCK] - block)
+
+
+def _load(path, step: int, names) -> dict[str, np.ndarray]:
+    """Some arrays of a checkpoint."""
+    params = layout.flatten(checkpoint.load_params(path, step, parts=names)[0])
+    if missing := [name for name in names if name not in params]:
+        raise UserError(f"{path}: step {step} has no {missing[0]}, which the newest step has")
+    return params
 
 
 def main():
@@ -69,6 +110,7 @@ def main():
     if (args.dst is None) != (args.action == "inspect"):
         made.error("extract and average write DST, inspect writes nothing")
     signals.raise_on_sigterm()  # nothing half-written is left
+    open_files.return_memory()
     jax.config.update("jax_platforms", "cpu")
     if args.action == "inspect":
         print("\n".join(inspect(args.path, args.step)))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from dgpt_jax import cli, signals
+from dgpt_jax import cli, open_files, signals
 from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import change
 from dgpt_jax.transformer import ACTIVATIONS
@@ -51,6 +51,7 @@ def arguments():
 def main():
     args = arguments()
     signals.raise_on_sigterm()  # nothing half-written is left
+    open_files.return_memory()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator
     target = formats.LAYOUTS[args.to] if args.to else None
     alone = target is not None and (args.part == "encoder" or not target.full)

@@ -26,6 +26,11 @@ def main():
     made.add_argument(
         "--threads", type=int, default=max(8, os.cpu_count() or 1), help="default %(default)s"
     )
+    made.add_argument(
+        "--check",
+        action="store_true",
+        help="read complete shards and compare checksums; default: their sizes",
+    )
     args = made.parse_args()
     # Pillow warns of odd EXIF data and large pictures, with lines of its own source.
     warnings.filterwarnings("ignore", module="PIL")
