@@ -133,19 +133,17 @@ def best_and_last(workdir, best: str) -> list[str]:
     its last."""
     if not best or not (epath.Path(workdir) / run_log.FILE).is_file():
         return []
-    told = []
+    lines = []
     for name, curve in run_log.read(workdir).curves.items():
-        finite = {step: value for step, value in curve.items() if math.isfinite(value)}
-        if (
-            "/" in name and not run_log.is_detail(name) and finite
-        ):  # knn/cls: what an evaluation has measured
-            top = (min if run_log.is_loss(name) else max)(finite, key=finite.get)
-            last = max(finite)
-            told.append(
-                f"{name}: best {finite[top]:.4f} at step {top}, last {finite[last]:.4f} at step "
-                f"{last}"
+        finite = curve.finite()
+        # knn/cls: what an evaluation has measured
+        if "/" in name and not run_log.is_detail(name) and len(finite):
+            top = finite.values.argmin() if run_log.is_loss(name) else finite.values.argmax()
+            (value, step), (last, last_step) = finite.point(top), finite.point(-1)
+            lines.append(
+                f"{name}: best {value:.4f} at step {step}, last {last:.4f} at step {last_step}"
             )
-    return told
+    return lines
 
 
 class Profile:

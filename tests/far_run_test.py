@@ -57,7 +57,7 @@ def test_metrics(server, capsys):
     again.scalars(3, {"loss": 0.5})
     again.close()
     curve = run_log.read("gs://bucket/log").curves["loss"]
-    assert curve == {1: 2.0, 2: 1.0, 3: 0.5}
+    assert curve.as_dict() == {1: 2.0, 2: 1.0, 3: 0.5}
     boards = [name for name in server.objects if name.startswith("log/tensorboard/events")]
     assert boards and all(server.objects[name] for name in boards)
     assert capsys.readouterr().err == ""
@@ -74,7 +74,7 @@ def test_what_cannot_be_copied_is_copied_later(server, monkeypatch, capsys):
     monkeypatch.setattr(mirror, "COPY_EVERY", 0)
     writer.copy()
     writer.scalars(2, {"loss": 1.0})  # by itself, from time to time
-    assert run_log.read("gs://bucket/later").curves["loss"] == {1: 2.0, 2: 1.0}
+    assert run_log.read("gs://bucket/later").curves["loss"].as_dict() == {1: 2.0, 2: 1.0}
     writer.close()
 
 
@@ -135,7 +135,8 @@ def test_a_run(server, tmp_path, monkeypatch):
         pattern = rf"first step \d+ s after .*: (\d+) of \d+ programs from {workdir}/compile_cache"
         assert (int(re.search(pattern, output)[1]) > 0) == again
     assert not (tmp_path / "gs:").exists() and not os.path.exists("gs:")
-    curves = [run_log.read(run).curves["loss"] for run in ("gs://bucket/run", tmp_path / "near")]
+    runs = ("gs://bucket/run", tmp_path / "near")
+    curves = [run_log.read(run).curves["loss"].as_dict() for run in runs]
     assert curves[0] == curves[1] and len(curves[0]) == 40
 
     def command(*words):
