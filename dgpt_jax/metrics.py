@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from dgpt_jax.mirror import Mirror
 from dgpt_jax.schema import UserError
 
 Metrics = clu_metrics.Collection
+MOST_WAITING = 4  # steps whose pictures are not drawn yet; each keeps arrays on a device
 
 
 def averages(names: Iterable[str]) -> type[Metrics]:
@@ -73,6 +75,7 @@ class Writer:
                 name = epath.Path(workdir).name
                 self._boards.append(boards.Wandb(project, name, near))
             self._draughtsman = ThreadPoolExecutor(1)
+            self._waiting = threading.BoundedSemaphore(MOST_WAITING)
 
     def scalars(self, step: int, values: dict[str, float]):
         """Raises UserError where the disk is full."""
@@ -94,9 +97,14 @@ class Writer:
 
     def pictures(self, step: int, draw: Callable[[], dict[str, np.ndarray]]):
         """{name: uint8 (height, width, 3)} of `draw`, which is called in a thread: nothing waits
-        for it. What goes wrong there is said, and no more."""
-        if self._active:
+        for it. What goes wrong there is said, and no more; so is a step that is left out, because
+        drawing does not keep up."""
+        if not self._active:
+            return
+        if self._waiting.acquire(blocking=False):
             self._draughtsman.submit(self._draw, step, draw)
+        else:
+            print(f"no pictures of step {step}: those before are still drawn", file=sys.stderr)
 
     def _draw(self, step: int, draw):
         try:
@@ -105,6 +113,8 @@ class Writer:
                     board.picture(step, name, picture)
         except Exception as e:
             print(f"no pictures of step {step}: {type(e).__name__}: {e}", file=sys.stderr)
+        finally:
+            self._waiting.release()
 
     def config(self, resolved: dict):
         """The resolved config: config.json, and a text in TensorBoard."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +76,30 @@ def test_what_cannot_be_copied_is_copied_later(server, monkeypatch, capsys):
     writer.copy()
     writer.scalars(2, {"loss": 1.0})  # by itself, from time to time
     assert run_log.read("gs://bucket/later").curves["loss"].as_dict() == {1: 2.0, 2: 1.0}
+    writer.close()
+
+
+def test_large_files_are_copied_less_often(server, monkeypatch):
+    """So that copies take COPY_RATE bytes a second on average; before a checkpoint always."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(mirror, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(mirror, "COPY_RATE", 1000.0)
+    monkeypatch.setattr(mirror, "BLOCK", 1 << 16)
+    name = "large/metrics.jsonl"
+    server.objects[name] = b'{"step": 1}\n' * 20_000
+    before = server.objects[name]
+    writer = metrics.Writer("gs://bucket/large")
+    writer.copy()
+    assert server.objects[name] == before  # in blocks
+    copies = []
+    for clock.now in range(0, 600, 10):
+        size = len(server.objects[name])
+        writer.scalars(2, {"loss": 2.0})
+        copies += [clock.now] * (len(server.objects[name]) > size)
+    assert len(copies) == 2 and copies[1] - copies[0] >= len(before) / mirror.COPY_RATE
+    writer.scalars(3, {"loss": 2.0})
+    writer.copy()
+    assert server.objects[name].endswith(b'{"step": 3, "loss": 2.0}\n')
     writer.close()
 
 
