@@ -12,13 +12,12 @@ from pathlib import Path
 
 from etils import epath
 
-from dgpt_jax import shards
+from dgpt_jax import gcs, shards
 
 COPY_EVERY = 60  # seconds, at the least
 # Bytes per second, on average: an object cannot grow, so a copy is of the whole file, and a million
 # lines of metrics with their TensorBoard events are 1 GB.
 COPY_RATE = 1e6
-BLOCK = 16 << 20  # bytes of a file that are in memory while it is copied
 
 
 class Mirror:
@@ -41,7 +40,8 @@ class Mirror:
         self.near = Path(self._scratch.name)
         for name in names:
             if (self._far / name).exists():
-                _copy(self._far / name, self.near / name)
+                filesystem, path = gcs.filesystem(self._far / name)
+                filesystem.get_file(path, str(self.near / name))
 
     def copy_sometimes(self):
         """Copies, if that was not done for a minute, or longer where the files are large."""
@@ -57,7 +57,7 @@ class Mirror:
             for file in _files(self.near):
                 state = (file.stat().st_mtime_ns, file.stat().st_size)
                 if self._copied.get(file) != state:
-                    _copy(file, self._far / file.relative_to(self.near))
+                    self._upload(file)
                     self._copied[file] = state
                     copied += state[1]
         except Exception as e:  # gcsfs and what lies below it raise various
@@ -65,6 +65,12 @@ class Mirror:
                 print(f"{self._far}: not copied there, later again: {e}", file=sys.stderr)
             self._said = True
         self._due = time.monotonic() + max(COPY_EVERY, copied / COPY_RATE)
+
+    def _upload(self, file: Path):
+        """As it is now: a thread of TensorBoard's may be writing on."""
+        with tempfile.TemporaryDirectory() as scratch:
+            still = Path(shutil.copyfile(file, Path(scratch) / file.name))
+            _put(still, self._far / file.relative_to(self.near))
 
     def close(self):
         """Copies for the last time."""
@@ -84,12 +90,13 @@ def written(directory) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(scratch)
         for file in _files(Path(scratch)):
-            _copy(file, far / file.relative_to(scratch))
+            _put(file, far / file.relative_to(scratch))
 
 
-def _copy(source, target):
-    with source.open("rb") as reader, target.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, BLOCK)
+def _put(file: Path, far: epath.Path):
+    """Copies in blocks; the object is there when all of them are."""
+    filesystem, path = gcs.filesystem(far)
+    filesystem.put_file(str(file), path)
 
 
 def _files(directory: Path) -> list[Path]:
