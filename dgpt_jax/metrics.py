@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from dgpt_jax.mirror import Mirror
 from dgpt_jax.schema import UserError
 
 Metrics = clu_metrics.Collection
+MOST_WAITING = 4  # steps whose pictures are not drawn yet; each keeps arrays on a device
 
 
 def averages(names: Iterable[str]) -> type[Metrics]:
@@ -73,6 +75,7 @@ class Writer:
                 name = epath.Path(workdir).name
                 self._boards.append(boards.Wandb(project, name, near))
             self._draughtsman = ThreadPoolExecutor(1)
+            self._waiting = threading.BoundedSemaphore(MOST_WAITING)
 
     def scalars(self, step: int, values: dict[str, float]):
         """Raises UserError where the disk is full."""
@@ -94,9 +97,14 @@ class Writer:
 
     def pictures(self, step: int, draw: Callable[[], dict[str, np.ndarray]]):
         """{name: uint8 (height, width, 3)} of `draw`, which is called in a thread: nothing waits
-        for it. What goes wrong there is said, and no more."""
-        if self._active:
+        for it. What goes wrong there is said, and no more; so is a step that is left out, because
+        drawing does not keep up."""
+        if not self._active:
+            return
+        if self._waiting.acquire(blocking=False):
             self._draughtsman.submit(self._draw, step, draw)
+        else:
+            print(f"no pictures of step {step}: those before are still drawn", file=sys.stderr)
 
     def _draw(self, step: int, draw):
         try:
@@ -105,6 +113,8 @@ class Writer:
                     board.picture(step, name, picture)
         except Exception as e:
             print(f"no pictures of step {step}: {type(e).__name__}: {e}", file=sys.stderr)
+        finally:
+            self._waiting.release()
 
     def config(self, resolved: dict):
         """The resolved config: config.json, and a text in TensorBoard."""
@@ -133,19 +143,17 @@ def best_and_last(workdir, best: str) -> list[str]:
     its last."""
     if not best or not (epath.Path(workdir) / run_log.FILE).is_file():
         return []
-    told = []
+    lines = []
     for name, curve in run_log.read(workdir).curves.items():
-        finite = {step: value for step, value in curve.items() if math.isfinite(value)}
-        if (
-            "/" in name and not run_log.is_detail(name) and finite
-        ):  # knn/cls: what an evaluation has measured
-            top = (min if run_log.is_loss(name) else max)(finite, key=finite.get)
-            last = max(finite)
-            told.append(
-                f"{name}: best {finite[top]:.4f} at step {top}, last {finite[last]:.4f} at step "
-                f"{last}"
+        finite = curve.finite()
+        # knn/cls: what an evaluation has measured
+        if "/" in name and not run_log.is_detail(name) and len(finite):
+            top = finite.values.argmin() if run_log.is_loss(name) else finite.values.argmax()
+            (value, step), (last, last_step) = finite.point(top), finite.point(-1)
+            lines.append(
+                f"{name}: best {value:.4f} at step {step}, last {last:.4f} at step {last_step}"
             )
-    return told
+    return lines
 
 
 class Profile:

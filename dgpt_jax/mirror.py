@@ -3,6 +3,7 @@ copied there whole. Checkpoints take another way: Orbax writes them there itself
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -11,9 +12,12 @@ from pathlib import Path
 
 from etils import epath
 
-from dgpt_jax import shards
+from dgpt_jax import gcs, shards
 
-COPY_EVERY = 60  # seconds
+COPY_EVERY = 60  # seconds, at the least
+# Bytes per second, on average: an object cannot grow, so a copy is of the whole file, and a million
+# lines of metrics with their TensorBoard events are 1 GB.
+COPY_RATE = 1e6
 
 
 class Mirror:
@@ -36,10 +40,11 @@ class Mirror:
         self.near = Path(self._scratch.name)
         for name in names:
             if (self._far / name).exists():
-                (self.near / name).write_bytes((self._far / name).read_bytes())
+                filesystem, path = gcs.filesystem(self._far / name)
+                filesystem.get_file(path, str(self.near / name))
 
     def copy_sometimes(self):
-        """Copies, if that was not done for a minute."""
+        """Copies, if that was not done for a minute, or longer where the files are large."""
         if self._scratch and time.monotonic() > self._due:
             self.copy()
 
@@ -47,17 +52,25 @@ class Mirror:
         """Copies what has changed. What cannot be copied now is said, once, and is tried again."""
         if not self._scratch:
             return
+        copied = 0
         try:
             for file in _files(self.near):
                 state = (file.stat().st_mtime_ns, file.stat().st_size)
                 if self._copied.get(file) != state:
-                    (self._far / file.relative_to(self.near)).write_bytes(file.read_bytes())
+                    self._upload(file)
                     self._copied[file] = state
+                    copied += state[1]
         except Exception as e:  # gcsfs and what lies below it raise various
             if not self._said:
                 print(f"{self._far}: not copied there, later again: {e}", file=sys.stderr)
             self._said = True
-        self._due = time.monotonic() + COPY_EVERY
+        self._due = time.monotonic() + max(COPY_EVERY, copied / COPY_RATE)
+
+    def _upload(self, file: Path):
+        """As it is now: a thread of TensorBoard's may be writing on."""
+        with tempfile.TemporaryDirectory() as scratch:
+            still = Path(shutil.copyfile(file, Path(scratch) / file.name))
+            _put(still, self._far / file.relative_to(self.near))
 
     def close(self):
         """Copies for the last time."""
@@ -77,7 +90,13 @@ def written(directory) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(scratch)
         for file in _files(Path(scratch)):
-            (far / file.relative_to(scratch)).write_bytes(file.read_bytes())
+            _put(file, far / file.relative_to(scratch))
+
+
+def _put(file: Path, far: epath.Path):
+    """Copies in blocks; the object is there when all of them are."""
+    filesystem, path = gcs.filesystem(far)
+    filesystem.put_file(str(file), path)
 
 
 def _files(directory: Path) -> list[Path]:

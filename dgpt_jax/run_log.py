@@ -1,11 +1,14 @@
-"""What a run has logged: metrics.jsonl as curves, and where the curves of two runs part.
+"""What a run has logged: metrics.jsonl as curves.
 
 The file may be that of a run that is being written, was killed in the middle of a line, or was
 continued from a checkpoint.
 """
 
+import bisect
+import itertools
 import json
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from etils import epath
 from dgpt_jax.schema import UserError
 
 FILE = "metrics.jsonl"
+BUCKETS = 1000  # columns of a drawn curve: more than a panel has pixels
 # What hangs on the machine and the hour, not on the run: no difference between two runs.
 OF_THE_MACHINE = (
     "images_per_second", "data_wait", "eta_seconds", "fetched_bytes", "fetch_wait_seconds",
@@ -33,18 +37,116 @@ def is_detail(metric: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """The values of a metric, float64 and perhaps not finite, at ascending steps, int64."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def finite(self) -> "Curve":
+        """The same without values that are not finite."""
+        good = np.isfinite(self.values)
+        return Curve(self.steps[good], self.values[good])
+
+    def point(self, index: int) -> tuple[float, int]:
+        """(value, step)."""
+        return float(self.values[index]), int(self.steps[index])
+
+    def as_dict(self) -> dict[int, float]:
+        """{step: value}, for curves of a few thousand values."""
+        return dict(zip(self.steps.tolist(), self.values.tolist(), strict=True))
+
+
+EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
+
+
+@dataclass(frozen=True)
 class Log:
-    """The curves of a run: {metric: {step: value}}, steps ascending; a value may be NaN or
-    infinite. `damaged` counts lines that were no JSON, a last one without its end left out."""
+    """The curves of a run by metric, in the order in which they were first logged. `damaged` counts
+    lines that were no JSON, a last one without its end left out."""
 
     run: Path
-    curves: dict[str, dict[int, float]]
+    curves: dict[str, Curve]
     damaged: int = 0
 
     def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a metric, empty where the run has none of it."""
-        curve = self.curves.get(name, {})
-        return np.array(list(curve), int), np.array(list(curve.values()), float)
+        curve = self.curves.get(name, EMPTY)
+        return curve.steps, curve.values
+
+    @property
+    def last(self) -> int:
+        """The last step, 0 where nothing was logged."""
+        return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
+
+
+class _Table:
+    """Lines with the same metrics: the number and the step of each line, and a column a metric."""
+
+    def __init__(self, names: Iterable[str]):
+        self.lines, self.steps = array("q"), array("q")
+        self.columns = {name: array("d") for name in names}
+
+    def add(self, line: int, step: int, values: dict[str, float]):
+        if self.steps and self.steps[-1] == step:
+            self._cut(len(self.steps) - 1)
+        self.lines.append(line)
+        self.steps.append(step)
+        for column, value in zip(self.columns.values(), values.values(), strict=True):
+            column.append(value)
+
+    def forget_from(self, step: int):
+        self._cut(bisect.bisect_left(self.steps, step))
+
+    def _cut(self, rows: int):
+        for column in (self.lines, self.steps, *self.columns.values()):
+            del column[rows:]
+
+
+class _Columns:
+    """Gathers the lines of a log: 8 bytes a value, and 16 a line for its step and its number."""
+
+    def __init__(self):
+        self._tables: dict[tuple[str, ...], _Table] = {}
+        self._lines, self._newest = 0, -math.inf
+
+    def add(self, step: int, values: dict[str, float]):
+        if step < self._newest:
+            for table in self._tables.values():
+                table.forget_from(step)
+        self._newest = step
+        if (names := tuple(values)) not in self._tables:
+            self._tables[names] = _Table(names)
+        self._tables[names].add(self._lines, step, values)
+        self._lines += 1
+
+    def curves(self) -> dict[str, Curve]:
+        """Takes the columns away, so that a value is in memory once. Metrics of the same tables
+        share their steps."""
+        orders: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        curves = {}
+        for name in dict.fromkeys(name for names in self._tables for name in names):
+            of = tuple(names for names in self._tables if name in names)
+            tables = [self._tables[names] for names in of]
+            if of not in orders:
+                orders[of] = _in_order(tables)
+            steps, rows = orders[of]
+            values = np.concatenate([table.columns.pop(name) for table in tables])
+            if len(steps):
+                curves[name] = Curve(steps, values[rows])
+        return curves
+
+
+def _in_order(tables: Sequence[_Table]) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, row of each among the rows of all tables); of a step the last line counts."""
+    rows = np.argsort(np.concatenate([table.lines for table in tables]), kind="stable")
+    steps = np.concatenate([table.steps for table in tables])[rows]
+    last = np.ones(len(steps), bool)
+    last[:-1] = steps[1:] != steps[:-1]
+    return steps[last], rows[last]
 
 
 def read(run) -> Log:
@@ -52,41 +154,36 @@ def read(run) -> Log:
 
     Where steps go back, the run went on from a checkpoint: what it had logged from there on is
     forgotten, because the run that goes on has nothing of it. Within a step the last value counts.
+    A million lines of twelve metrics take 130 MB.
     """
     path = epath.Path(run) / FILE
     if not path.is_file():
         raise UserError(f"{run} has no {FILE}: is it a work directory?")
-    *lines, rest = path.read_bytes().decode(errors="replace").split("\n")
-    entries = [_entry(line) for line in lines if line.strip()]
-    damaged = entries.count(None)
-    entries = [entry for entry in (*entries, _entry(rest)) if entry is not None]
-    curves: dict[str, dict[int, float]] = {}
-    newest = None
-    for step, values in entries:
-        if newest is not None and step < newest:
-            curves = {
-                name: {at: value for at, value in curve.items() if at < step}
-                for name, curve in curves.items()
-            }
-        newest = step
-        for name, value in values.items():
-            curves.setdefault(name, {})[step] = value
-    return Log(epath.Path(run), {name: curve for name, curve in curves.items() if curve}, damaged)
+    columns, damaged = _Columns(), 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if (entry := _entry(line.decode(errors="replace"))) is not None:
+                columns.add(*entry)
+            elif line.strip() and line.endswith(b"\n"):
+                damaged += 1
+    return Log(epath.Path(run), columns.curves(), damaged)
 
 
 def _entry(line: str) -> tuple[int, dict[str, float]] | None:
     """(step, values) of a line, or None. A line that a kill cut off has the next one behind it."""
     start = line.rfind('{"step"')
     try:
-        found = json.loads(line[max(start, 0) :])
-        step = int(found.pop("step"))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        entry = json.loads(line[max(start, 0) :])
+        step = int(entry.pop("step"))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        return None
+    if not -(2**63) <= step < 2**63:
         return None
     values = {}
-    for name, value in found.items():
+    for name, value in entry.items():
         try:  # NaN and infinities are strings: JSON has none
             values[name] = float(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             continue
     return step, values
 
@@ -129,59 +226,20 @@ def running_mean(values: np.ndarray, points: int) -> np.ndarray:
         return (sums[end] - sums[start]) / (counts[end] - counts[start])
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How a metric differs between two runs.
-
-    `common` steps were compared and `only` are the counts of steps that one run alone has. The
-    `first` and the `largest` are (step, value, value), or None where all are the same.
-    """
-
-    name: str
-    common: int
-    only: tuple[int, int]
-    first: tuple[int, float, float] | None
-    largest: tuple[int, float, float] | None
-
-    @property
-    def same(self) -> bool:
-        return self.first is None and self.common > 0 and self.only == (0, 0)
-
-    def line(self) -> str:
-        if self.first is None:
-            text = f"{self.name}: the same at {self.common} common steps"
-        else:
-            (step, a, b), (at, c, d) = self.first, self.largest
-            text = (
-                f"{self.name}: differs from step {step} on: {a:.7g} and {b:.7g}, by "
-                f"{distance(a, b):.2g}; most at step {at}, by {distance(c, d):.2g}; "
-                f"{self.common} common steps"
-            )
-        parts = [f"{n} only in the {w} run" for n, w in zip(self.only, ("first", "second")) if n]
-        return ", ".join([text, *parts])
-
-
-def distance(a: float, b: float) -> float:
-    """|a - b|; 0 where both are the same infinity or both NaN, infinite where one alone is."""
-    if a == b or (math.isnan(a) and math.isnan(b)):
-        return 0.0
-    return abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf
-
-
-def compare(a: Log, b: Log, names: Iterable[str], tolerance: float = 0.0) -> list[Difference]:
-    """The Difference of each metric. Values whose distance is at most `tolerance` times the larger
-    of both are the same."""
-    found = []
-    for name in names:
-        one, other = a.curves.get(name, {}), b.curves.get(name, {})
-        common = sorted(one.keys() & other.keys())
-        apart = [
-            (step, one[step], other[step])
-            for step in common
-            if (gap := distance(one[step], other[step]))
-            and not gap <= tolerance * max(abs(one[step]), abs(other[step]))
-        ]
-        largest = max(apart, key=lambda x: distance(x[1], x[2]), default=None)
-        only = len(one) - len(common), len(other) - len(common)
-        found.append(Difference(name, len(common), only, apart[0] if apart else None, largest))
-    return found
+def thinned(steps: np.ndarray, values: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
+    """Indices, ascending, of what a drawing shows of a curve: of each of `buckets` equal parts of
+    its steps the smallest and the largest finite value, or one value where none is finite; the
+    first and the last value of all. At most 2 `buckets` + 2; all where they are no more."""
+    if len(steps) <= 2 * buckets:
+        return np.arange(len(steps))
+    edges = np.searchsorted(steps, np.linspace(steps[0], steps[-1], buckets + 1))
+    edges[0], edges[-1] = 0, len(steps)
+    chosen = [0, len(steps) - 1]
+    for start, end in itertools.pairwise(edges):
+        finite = np.flatnonzero(np.isfinite(values[start:end]))
+        if len(finite):
+            part = values[start:end][finite]
+            chosen += [start + finite[part.argmin()], start + finite[part.argmax()]]
+        elif end > start:
+            chosen.append(start)
+    return np.unique(chosen)

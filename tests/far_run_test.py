@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def test_metrics(server, capsys):
     again.scalars(3, {"loss": 0.5})
     again.close()
     curve = run_log.read("gs://bucket/log").curves["loss"]
-    assert curve == {1: 2.0, 2: 1.0, 3: 0.5}
+    assert curve.as_dict() == {1: 2.0, 2: 1.0, 3: 0.5}
     boards = [name for name in server.objects if name.startswith("log/tensorboard/events")]
     assert boards and all(server.objects[name] for name in boards)
     assert capsys.readouterr().err == ""
@@ -74,7 +75,30 @@ def test_what_cannot_be_copied_is_copied_later(server, monkeypatch, capsys):
     monkeypatch.setattr(mirror, "COPY_EVERY", 0)
     writer.copy()
     writer.scalars(2, {"loss": 1.0})  # by itself, from time to time
-    assert run_log.read("gs://bucket/later").curves["loss"] == {1: 2.0, 2: 1.0}
+    assert run_log.read("gs://bucket/later").curves["loss"].as_dict() == {1: 2.0, 2: 1.0}
+    writer.close()
+
+
+def test_large_files_are_copied_less_often(server, monkeypatch):
+    """So that copies take COPY_RATE bytes a second on average; before a checkpoint always."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(mirror, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(mirror, "COPY_RATE", 1000.0)
+    name = "large/metrics.jsonl"
+    server.objects[name] = b'{"step": 1}\n' * 20_000  # bytes: 240,000
+    before = server.objects[name]
+    writer = metrics.Writer("gs://bucket/large")
+    writer.copy()
+    assert server.objects[name] == before
+    copies = []
+    for clock.now in range(0, 600, 10):
+        size = len(server.objects[name])
+        writer.scalars(2, {"loss": 2.0})
+        copies += [clock.now] * (len(server.objects[name]) > size)
+    assert len(copies) == 2 and copies[1] - copies[0] >= len(before) / mirror.COPY_RATE
+    writer.scalars(3, {"loss": 2.0})
+    writer.copy()
+    assert server.objects[name].endswith(b'{"step": 3, "loss": 2.0}\n')
     writer.close()
 
 
@@ -135,7 +159,8 @@ def test_a_run(server, tmp_path, monkeypatch):
         pattern = rf"first step \d+ s after .*: (\d+) of \d+ programs from {workdir}/compile_cache"
         assert (int(re.search(pattern, output)[1]) > 0) == again
     assert not (tmp_path / "gs:").exists() and not os.path.exists("gs:")
-    curves = [run_log.read(run).curves["loss"] for run in ("gs://bucket/run", tmp_path / "near")]
+    runs = ("gs://bucket/run", tmp_path / "near")
+    curves = [run_log.read(run).curves["loss"].as_dict() for run in runs]
     assert curves[0] == curves[1] and len(curves[0]) == 40
 
     def command(*words):

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+import threading
 import types
 from types import SimpleNamespace
 
@@ -51,6 +52,23 @@ def test_what_reaches_jsonl_and_tensorboard(tmp_path, capsys):
     np.testing.assert_array_equal(np.asarray(shown), picture)
     metrics.Writer(tmp_path).close()  # a resumed run appends
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+
+
+def test_pictures_do_not_pile_up(tmp_path, capsys):
+    """Where drawing does not keep up with evaluations, the newest are left out."""
+    writer, go_on = metrics.Writer(tmp_path), threading.Event()
+
+    def draw():
+        assert go_on.wait(60)
+        return {"predictions": np.zeros((4, 6, 3), np.uint8)}
+
+    for step in range(20):
+        writer.pictures(step, draw)
+    go_on.set()
+    writer.close()
+    drawn = [step for step, value in events(tmp_path) if value.tag == "predictions"]
+    assert drawn == list(range(metrics.MOST_WAITING))
+    assert capsys.readouterr().err.count("no pictures of step") == 20 - metrics.MOST_WAITING
 
 
 class FakeWandb(types.ModuleType):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dgpt_jax import class_labels
+from dgpt_jax import class_labels, image_files
 from dgpt_jax.evals import imagenet, labelled, test_sets
 from dgpt_jax.schema import UserError
 from tests.imagenet_sets import WNIDS, counts, measured, picture, stored, write
@@ -136,6 +136,68 @@ def test_objectnet(tmp_path):
     source = test_sets.find(tmp_path, next(s for s in test_sets.SETS if s.name == "objectnet"))
     image, _ = source.read(0)
     assert image.shape == (18, 18, 3) and len(np.unique(image.reshape(-1, 3), axis=0)) == 1
+
+
+def _tar(path):
+    with tarfile.open(path, "w") as file:
+        file.addfile(tarfile.TarInfo("inside.png"), io.BytesIO())
+
+
+LAYOUTS = {  # of files below a folder: whether their names are enough
+    "plain": (["b/2.png", "b/10.png", "a/x.JPEG", "a/._x.JPEG", "a/notes.txt", "READ.me"], True),
+    "numbers": (["10/a.png", "9/a.png", "10/b.png"], True),
+    "odd names": (["a b/ü.png", "a b/z.png", "a-b/.png", "é/1.png", "z/1.PNG"], True),
+    "one class": (["a/1.png", "a/2.png"], True),
+    "an empty folder": (["a/1.png", "b/notes.txt"], True),
+    "a tar": (["a/1.png", "a/2.tar"], False),
+    "tars of classes": (["a.tar", "b.tar"], False),
+    "deeper": (["a/1.png", "b/c/2.png"], False),
+    "splits": (["train/1.png", "val/2.png"], False),
+    "ImageNet's name": (["ILSVRC2012_img_val/1.png"], False),
+    "beside": (["a/1.png", "2.png"], False),
+    "nothing": (["a/notes.txt"], False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_of_class_folders_are_enough(tmp_path, layout):
+    """Where they are, the files are those that image_files.find lists, in its order."""
+    names, enough = LAYOUTS[layout]
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tar(path) if path.suffix == ".tar" else path.write_bytes(name.encode())
+    if enough:
+        folder = tmp_path / names[0].partition("/")[0]
+        (tmp_path / "linked").symlink_to(folder, target_is_directory=True)
+        (folder / "to nothing.png").symlink_to("nowhere")
+    listing = labelled.class_folders(tmp_path)
+    assert (listing is not None) == enough
+    if enough:
+        files, classes, of = listing
+        found = image_files.find(tmp_path, split="train")
+        members = found.splits["train"]
+        assert files.ids == [members[i].id for i in range(len(members))]
+        assert [classes[i] for i in of] == [found.classes[i] for i in members.label]
+        at = files.ids.index(names[0])
+        assert files[at].read() == members[at].read() == names[0].encode()
+        gone = files.take(np.array([files.ids.index(f"{folder.name}/to nothing.png")]))
+        with pytest.raises(UserError, match="to nothing.png: No such file or directory"):
+            gone[0].read()
+
+
+def test_imagenet_c_is_listed_by_name(tmp_path, monkeypatch):
+    """3.75 million files: none is asked for its size, no set is listed twice."""
+    for corruption in imagenet.ALEXNET:
+        for severity in imagenet.SEVERITIES:
+            write(tmp_path / f"imagenet-c/{corruption}/{severity}/{WNIDS[7]}/a.png", picture(7, 0))
+    listed, list_folders = [], labelled.class_folders
+    monkeypatch.setattr(
+        labelled, "class_folders", lambda path: listed.append(path) or list_folders(path)
+    )
+    monkeypatch.setattr(image_files, "find", None)
+    assert measured(tmp_path)["imagenet_c"]["accuracy"] == 100
+    assert len(listed) == len({*listed}) == 75
 
 
 def test_labels_are_padded():

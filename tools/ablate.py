@@ -150,7 +150,7 @@ def carry_out(run: studies.Run, base: Train, out: Path, pictures: dict) -> dict:
         encode = features_of(trained(studies.config_of(run, base, out), directory))
         curves = run_log.read(directory).curves
         kept = ("loss", "next", "visible", "direct", "images_per_second")
-        last = {name: curves[name][max(curves[name])] for name in kept if name in curves}
+        last = {name: curves[name].point(-1)[0] for name in kept if name in curves}
         line |= {"changes": dict(run.changes), "last": last}
     line["accuracy"] = measured(encode, pictures)
     if run.changes is not None:
@@ -184,7 +184,7 @@ def short_run(run: studies.Run, base: Train, out: Path, pictures: dict) -> float
     short = dataclasses.replace(config, total=f"{min(SHORT, steps)} steps")
     measured(features_of(trained(short, place)), pictures)
     passed = time.monotonic() - started
-    (rate,) = list(run_log.read(place).curves["images_per_second"].values())[-1:]
+    rate, _ = run_log.read(place).curves["images_per_second"].point(-1)
     shutil.rmtree(place)
     return passed + max(0, steps - SHORT) * config.batch_size / rate
 

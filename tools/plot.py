@@ -3,7 +3,8 @@
 Draws what the runs have logged against their steps: losses, accuracies, throughput, waiting for
 data. `--smooth=N` draws the mean of N logged points over the raw line, which stays visible; the
 learning rate and what has fewer than 4 N points are left as they are. What was not finite is a
-cross at the bottom.
+cross at the bottom. Of a long curve the smallest and the largest value of every thousandth are
+drawn: no spike is left out.
 
     python tools/plot.py --diff RUN OTHER
 
@@ -22,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from dgpt_jax import cli, run_log
+from dgpt_jax import cli, run_diff, run_log
 from dgpt_jax.schema import UserError
 
 COLUMNS = 4
@@ -60,19 +61,22 @@ def draw(logs, names, out, smooth: int = 0, **save):
 
 def _line(axis, steps, values, colour, label, smooth: int):
     """A run's values; smoothed, the raw ones faint beneath."""
-    bad = ~np.isfinite(values)
+    bad = steps[~np.isfinite(values)]
     marker = "o" if len(steps) < 8 else None
-    shown = np.where(bad, np.nan, values)
+    at = run_log.thinned(steps, values)
+    shown = np.where(np.isfinite(values[at]), values[at], np.nan)
     raw = {"color": colour, "marker": marker, "markersize": 3}
     if smooth > 1:
-        axis.plot(steps, shown, alpha=0.25, **raw)
+        axis.plot(steps[at], shown, alpha=0.25, **raw)
         means = run_log.running_mean(values, smooth)
-        axis.plot(steps, means, color=colour, label=f"{label}, mean of {smooth}")
+        at = run_log.thinned(steps, means)
+        axis.plot(steps[at], means[at], color=colour, label=f"{label}, mean of {smooth}")
     else:
-        axis.plot(steps, shown, label=label, **raw)
-    if bad.any():
+        axis.plot(steps[at], shown, label=label, **raw)
+    if len(bad):
+        bad = bad[run_log.thinned(bad, np.zeros(len(bad)))]
         axis.plot(
-            steps[bad], np.full(bad.sum(), 0.02), "x", color=colour, clip_on=False,
+            bad, np.full(len(bad), 0.02), "x", color=colour, clip_on=False,
             transform=axis.get_xaxis_transform(), label=f"{label}: not finite",
         )  # fmt: skip
 
@@ -138,7 +142,7 @@ def differences(cells: dict[str, dict[str, tuple[float, float]]], out, title: st
 def diff(logs, names, tolerance: float) -> bool:
     """Prints where two runs part; whether they differ."""
     a, b = logs
-    found = run_log.compare(a, b, names, tolerance)
+    found = run_diff.compare(a, b, names, tolerance)
     for difference in sorted(found, key=lambda x: x.same):
         print(difference.line())
     parting = [(x.first[0], x.name) for x in found if x.first]

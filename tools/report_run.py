@@ -71,21 +71,15 @@ def curves(log: run_log.Log, smooth: int) -> str:
 
 def evaluations(log: run_log.Log) -> str:
     """What is measured beside the training: logged at fewer steps than the learning rate is."""
-    every = len(log.curves.get("learning_rate", {}))
+    every = len(log.arrays("learning_rate")[0])
     rows = []
-    for name in log.curves:
-        if len(log.curves[name]) >= every and not name.startswith(("heldout/", "knn")):
+    for name, curve in log.curves.items():
+        if len(curve) >= every and not name.startswith(("heldout/", "knn")):
             continue
-        steps, values = log.arrays(name)
-        good = np.isfinite(values)
-        low = high = (None, None)
-        if good.any():
-            steps_good, values_good = steps[good], values[good]
-            low, high = (
-                (float(values_good[i]), int(steps_good[i]))
-                for i in (values_good.argmin(), values_good.argmax())
-            )
-        rows.append((name, len(steps), *low, *high, float(values[-1]), int(steps[-1])))
+        finite, low, high = curve.finite(), (None, None), (None, None)
+        if len(finite):
+            low, high = map(finite.point, (finite.values.argmin(), finite.values.argmax()))
+        rows.append((name, len(curve), *low, *high, *curve.point(-1)))
     columns = ("metric", "times", "lowest", "at step", "highest", "at step", "last", "at step")
     return table(columns, rows) if rows else note("none was logged")
 
@@ -165,7 +159,6 @@ def page(run, *, smooth: int = 0, log_file: Path | None = None) -> str:
     run = epath.Path(run)
     log, config = run_log.read(run), read_config(run)
     name = html.escape(run.absolute().name)
-    last = max((step for curve in log.curves.values() for step in curve), default=0)
     parts = {
         "Curves": curves(log, smooth),
         "Evaluations while training": evaluations(log),
@@ -181,7 +174,7 @@ def page(run, *, smooth: int = 0, log_file: Path | None = None) -> str:
         cut = f"(the first {LONGEST} characters)\n" if len(text) > LONGEST else ""
         parts["Log"] = f"<pre>{html.escape(cut + text[:LONGEST])}</pre>"
     total = html.escape(str(config.get("total", "?")))
-    told = f"<p>Last logged step: {last}; config.total: {total}.</p>"
+    told = f"<p>Last logged step: {log.last}; config.total: {total}.</p>"
     if log.damaged:
         told += note(f"{log.damaged} damaged lines of {run_log.FILE} were passed over")
     body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in parts.items())

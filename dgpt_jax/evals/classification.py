@@ -4,7 +4,6 @@ At the end it becomes rows of results: of the last evaluation and of the best.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -110,8 +109,9 @@ def rows(task, workdir) -> list[dict]:
     config = task.config
     count = _count(records.Split(config.evals.heldout, config.evals.heldout_split), config)
     curves = {
-        name: {step: x for step, x in curve.items() if math.isfinite(x)}
+        name: curve.finite().as_dict()
         for name, curve in run_log.read(workdir).curves.items()
+        if name.startswith("val/")
     }
     what, how = _protocol(config)
     choice = "head, on the test images" if task.heads else ""
