@@ -85,6 +85,7 @@ class Loop:
         )
         profile = metrics.Profile(self.workdir, config.profile, self.step)
         results = {}
+        self._stream = batches
         with stop, profile, contextlib.closing(batches):
             while self.step < schedule.total and not stop.asked(self.step):
                 if profile.reached(self.step, self.state):
@@ -177,12 +178,14 @@ class Loop:
 
         The parameters are those that it met, because none of these steps has changed them.
         """
-        size = self.config.batch_size
         in_a_row = int(self.state.opt_state.in_a_row)
         first = int(self.state.step) - in_a_row
+        self._stream.close()  # its batches are not used any more; both would share a shard cache
         with contextlib.closing(self._batches(first)) as batches:
             local = next(batches)
-        ids = batching.batch_ids(self.task.examples, size, rows=self._rows, step=first)
+            ids = batching.batch_ids(  # before the stream is closed, and with it the shard cache
+                self.task.examples, self.config.batch_size, rows=self._rows, step=first
+            )
         left = replay.write(
             self.workdir, self.task, self.state.params, first, ids, local, self.mesh
         )

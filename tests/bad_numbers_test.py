@@ -249,6 +249,6 @@ def test_replay_of_a_sound_step_gives_its_loss(store, tmp_path):
     assert found.now["loss"] == pytest.approx(
         float(jax.jit(task.loss)(params, {}, local)[0]), rel=1e-5
     )
-    assert not found.bad_examples() and found.rows()[0][2] > 0
+    assert not found.bad_examples() and found.layers()[0][2] > 0
     with pytest.raises(UserError, match="has no step.json"):
         replay.replay(tmp_path)

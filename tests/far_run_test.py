@@ -14,10 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
-from dgpt_jax import checkpoint, metrics, mirror, run_log, saving, state
+from dgpt_jax import (
+    checkpoint,
+    metrics,
+    mirror,
+    records,
+    replay,
+    run_log,
+    saving,
+    state,
+    token_codec,
+    train,
+    views,
+)
 from dgpt_jax.schema import UserError
 from tests import data, gcs, processes
+from tests.bad_numbers_test import poisoned, settings
 
 TRAIN = ("-m", "dgpt_jax.train", "--config=configs/quickstart.py")
 
@@ -124,6 +138,28 @@ def test_checkpoints(server):
     found, metadata = checkpoint.load_params("gs://bucket/saved")
     np.testing.assert_array_equal(found["encoder"]["kernel"], params["encoder"]["kernel"])
     assert metadata["step"] == 4 and checkpoint.describe("gs://bucket/saved")[0][1] == (2, 3)
+
+
+def test_a_step_of_bad_numbers(server, tmp_path, monkeypatch):
+    """The store and the work directory are remote: the step is written there, with its own ids."""
+    monkeypatch.setattr(token_codec, "is_finite", lambda _: True)
+    images = data.image_dataset(tmp_path, per_class=6)
+    teacher = data.random_teacher(tmp_path / "teacher")
+    store = data.token_store(tmp_path, images, teacher, codec="float16")
+    poisoned(store, range(12))
+    config = settings(server.add(store, "bad/tokens"), log_every=2)
+    with pytest.raises(UserError, match="tools/replay.py gs://bucket/bad/run/bad_step_000000"):
+        train.train(config, epath.Path("gs://bucket/bad/run"))
+    (tmp_path / "step").mkdir()
+    for name, content in list(server.objects.items()):
+        if name.startswith("bad/run/bad_step_000000/"):
+            (tmp_path / "step" / name.rpartition("/")[2]).write_bytes(content)
+    step = replay.replay(tmp_path / "step")
+    assert step.bad_examples() == step.ids and len(set(step.ids)) == 4
+    stored = {x["id"]: views.decode_picture(x["image"]) for x in records.Split(store, "view000")}
+    with np.load(tmp_path / "step/batch_0000.npz") as batch:
+        for id_, image in zip(step.ids, batch["image"], strict=True):
+            np.testing.assert_array_equal(stored[id_.removeprefix("view000/")], image)
 
 
 @pytest.mark.slow

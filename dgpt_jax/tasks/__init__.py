@@ -1,6 +1,7 @@
 """What a run can be of. A task has: config, examples, given (arrays to start from), frozen (arrays
 that the step reads, not trains), notes, metric_names, abstract_example, init, optimizer, prepare
-(None, or of a whole batch what the loss gets), loss, model_flops, told, then (the next command)."""
+(None, or of a whole batch what the loss gets), loss, independent (whether an example's loss does
+not depend on others of its micro-batch), model_flops, told, then (the next command)."""
 
 from dgpt_jax.tasks import classify, pretrain, probes
 

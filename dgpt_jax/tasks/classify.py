@@ -45,6 +45,7 @@ class Classify:
 
     then = "python tools/convert.py {workdir} DIR --to=timm"
     heads: tuple[str, ...] = ()
+    independent = True
 
     def __init__(self, config: Train, *, examples=None, start: Start = FRESH):
         """examples: pipeline.Examples."""

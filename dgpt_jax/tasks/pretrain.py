@@ -44,6 +44,7 @@ class Pretrain:
     """
 
     prepare = None
+    independent = True
     then = "python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint={workdir}"
 
     def __init__(self, config: Train, target: Target, *, examples=None, teacher=None, notes=()):
@@ -93,8 +94,11 @@ class Pretrain:
 
     def told(self) -> dict:
         """What `replayed` needs beside the config."""
-        target = self.target
-        return {"target": {"width": target.width, "grid": target.grid, "cls": target.cls}}
+        target, codec = self.target, self.target.codec
+        metadata = {"width": target.width, "grid": target.grid, "cls": target.cls}
+        if codec is not None:
+            metadata["codec"] = {"name": codec.name, "scale": codec.scale.tolist()}
+        return {"target": metadata}
 
     def loss(self, params, frozen, batch):
         """(scalar, {"next", "visible", "direct": (B,)}): the weighted sum and its parts."""
@@ -178,9 +182,11 @@ def planned(config: Train) -> Pretrain:
 
 
 def replayed(config: Train, told: dict) -> Pretrain:
-    """The task of a step that was written down, whose tokens are decoded already."""
+    """The task of a step that was written down. Older ones name no codec: their tokens are decoded
+    already, which is read as float16's are."""
     target = told["target"]
-    codec = Codec("float16", np.zeros(0))
+    codec = target.get("codec", {"name": "float16", "scale": []})
+    codec = Codec(codec["name"], np.array(codec["scale"], np.float32))
     target = Target(target["width"], tuple(target["grid"]), target["cls"], codec)
     return Pretrain(config, target, teacher=load_teacher(config))
 

@@ -27,6 +27,7 @@ class Probe(Classify):
         kept = {name: x for name, x in start.given.items() if name in whole}
         self.frozen = fresh | kept if start.given else whole
         self.module, self.stacks = _module(config), ()
+        self.independent = told.head == "dinov2"  # the others have BatchNorm
         if config.optim.grid:
             self.then = "python tools/report.py {workdir}/results.json"
             self.stacks = self.module.stacks
