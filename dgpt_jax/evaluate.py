@@ -42,6 +42,7 @@ def evaluate(settings: Evaluate, encoder: load.Encoder) -> list[dict]:
     )
     params = jax.device_put(encoder.params, sharding.replicated(mesh))
     train, test = extract(params, train, view), extract(params, test, view)
+    del params
     how = {
         "source": SOURCES[settings.protocol],
         "path": settings.data,
@@ -49,7 +50,7 @@ def evaluate(settings: Evaluate, encoder: load.Encoder) -> list[dict]:
     }
     rows, name = [], records.open_builder(settings.data).info.name
     for pooling in settings.features:
-        for found in measure(settings, train[pooling], test[pooling]):
+        for found in measure(settings, train.pop(pooling), test.pop(pooling)):
             rows.append(found | {"data": name, "features": pooling, "how": found["how"] | how})
     return rows + results.mean_over_seeds(rows)
 
@@ -69,7 +70,6 @@ def measure(settings: Evaluate, train: features.Bank, test: features.Bank) -> li
     classes that `test` has."""
     _refuse_missing_classes(settings, train.labels, test.labels)
     rows = []
-    whole = settings.protocol != "knn" and [(b.gathered(), b.labels) for b in (train, test)]
     for shots in settings.shots:
         for seed in settings.seeds if shots else settings.seeds[:1]:
             chosen = probe.few_labels(train.labels, shots, seed)
@@ -84,29 +84,29 @@ def measure(settings: Evaluate, train: features.Bank, test: features.Bank) -> li
                 "squash": settings.squash,
                 "train": len(chosen),
             }
-            for found, correct, selection, how in _counts(settings, train, test, whole, chosen):
+            for found, correct, selection, how in _counts(settings, train, test, chosen):
                 rows.append(
                     results.row(what | found, correct, len(test), selection=selection, how=how)
                 )
     return rows
 
 
-def _counts(settings: Evaluate, train, test, whole, chosen):
+def _counts(settings: Evaluate, train: features.Bank, test: features.Bank, chosen: np.ndarray):
     """(what it is, number of correct ones, its selection, more about how) of a protocol's results
-    on the `chosen` training examples; `whole`: features and labels of both, where it needs them."""
+    on the `chosen` training examples."""
     if settings.protocol == "knn":
         how = {"temperature": settings.temperature}
         hits = knn.correct(
             train, test, ks=settings.k, temperature=settings.temperature, chosen=chosen
         )
         return [({"k": k}, correct, "none", how) for k, correct in hits.items()]
-    some = [x[chosen] for x in whole[0]]
+    train = train.select(chosen)
     if settings.protocol == "fewshot":
-        correct = fewshot.correct(some, whole[1], l2=settings.l2)
+        correct = fewshot.correct(train, test, l2=settings.l2)
         return [({}, correct, "none", {"l2": settings.l2})]
-    found = probe.linear_probe(*some, *whole[1])
-    correct = round(found.accuracy * len(test))
-    return [({}, correct, "l2 by cross-validation on the training labels", {"l2": found.l2})]
+    found = probe.linear_probe(train, test)
+    selection = "l2 by cross-validation on the training labels"
+    return [({}, found.correct, selection, {"l2": found.l2})]
 
 
 def _refuse_missing_classes(settings: Evaluate, train: np.ndarray, test: np.ndarray):

@@ -140,13 +140,7 @@ def plan(run: Train, topology: Topology) -> Plan:
     task = tasks.planned(run)
     began = time.monotonic()
     lowered, begun, batch = lower(run, task, mesh)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as e:
-        sizes = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", str(e))
-        if not sizes:
-            raise
-        raise DoesNotFit(_bytes(sizes[1]), topology.chip.hbm) from None
+    compiled = compile_for(lowered, topology)
     seconds = time.monotonic() - began
     program = hlo.Program(compiled.as_text())
     memory = compiled.memory_analysis()
@@ -154,9 +148,9 @@ def plan(run: Train, topology: Topology) -> Plan:
         topology=topology,
         mesh=dict(mesh.shape),
         batch_size=run.batch_size,
-        params_bytes=_sharded_bytes(begun.params),
-        optimizer_bytes=_sharded_bytes(begun.opt_state),
-        batch_bytes=_sharded_bytes(batch),
+        params_bytes=sharded_bytes(begun.params),
+        optimizer_bytes=sharded_bytes(begun.opt_state),
+        batch_bytes=sharded_bytes(batch),
         peak_bytes=memory.peak_memory_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         model_flops=task.model_flops(),
@@ -169,6 +163,17 @@ def plan(run: Train, topology: Topology) -> Plan:
     if made.peak_bytes > topology.chip.hbm:
         raise DoesNotFit(made.peak_bytes, topology.chip.hbm)
     return made
+
+
+def compile_for(lowered, topology: Topology):
+    """The compiled program. Raises DoesNotFit where the compiler refuses it."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        sizes = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", str(e))
+        if not sizes:
+            raise
+        raise DoesNotFit(_bytes(sizes[1]), topology.chip.hbm) from None
 
 
 def lower(run: Train, task, mesh):
@@ -244,7 +249,7 @@ def _in_words(change: dict) -> str:
     return " ".join(words)
 
 
-def _sharded_bytes(tree) -> float:
+def sharded_bytes(tree) -> float:
     """Bytes on one device of a tree of ShapeDtypeStructs with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize

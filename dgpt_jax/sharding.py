@@ -158,6 +158,17 @@ def each_part(function: Callable, mesh: jax.sharding.Mesh, whole, parts):
     )(whole, parts)
 
 
+def sum_over_shards(function: Callable, mesh: jax.sharding.Mesh, whole, parts):
+    """The sum of function(whole, part) over all devices, on each of them; as in `each_part`."""
+
+    def summed(whole, part):
+        return jax.lax.psum(function(whole, part), BATCH[0])
+
+    return jax.shard_map(
+        summed, mesh=mesh, in_specs=(P(), P(None, *BATCH)), out_specs=P(), check_vma=False
+    )(whole, parts)
+
+
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

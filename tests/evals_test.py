@@ -1,29 +1,20 @@
-"""Extraction and kNN against NumPy on 1, 2 and 8 devices, the linear probe against scikit-learn."""
+"""Extraction and kNN against NumPy on 1, 2 and 8 devices."""
 
-import socket
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 
-from dgpt_jax import chips, config, evaluate, load, plan, schema, sharding
+from dgpt_jax import config, evaluate, load, schema, sharding
 from dgpt_jax.convert import layout
 from dgpt_jax.convert.weights import encoder_shapes
 from dgpt_jax.evals import features, knn, probe
 from dgpt_jax.schema import UserError
+from tests.banks import clusters, in_processes, mesh_of
 from tests.data import tiny_model
-from tests.processes import on_devices, outputs_of, start
-
-
-def clusters(n, seed, classes=5, width=16, spread=2.5):
-    centres = np.random.default_rng(0).standard_normal((classes, width)) * 1.2
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, n)
-    x = centres[labels] + spread * rng.standard_normal((n, width))
-    return x.astype(np.float32), labels
+from tests.processes import on_devices
 
 
 def direct_knn(x, y, x_test, y_test, k, temperature):
@@ -38,10 +29,6 @@ def direct_knn(x, y, x_test, y_test, k, temperature):
         np.add.at(votes, y[near], np.exp(similarity[near] / temperature))
         hits += int(votes.argmax() == answer)
     return hits
-
-
-def mesh_of(devices: int):
-    return sharding.make_mesh(config.Mesh(), jax.devices()[:devices])
 
 
 def knn_is_direct(devices: int, length: int, queries: int):
@@ -113,45 +100,16 @@ def many_devices():
     extraction_is_exact(2, 33)
 
 
-def two_processes(address: str, process: int):
+def two_processes():
     """Each reads and holds its own half."""
-    jax.distributed.initialize(address, 2, process)
     features.ROWS = 20
     knn_is_direct(4, 203, 77)
     extraction_is_exact(4, 131)
 
 
-def search_on_a_pod():
-    """The search of ImageNet-1K's ViT-H features, compiled for 64 chips."""
-    mesh = sharding.make_mesh(config.Mesh(), plan.devices_of(chips.topology("v5e:8x8")))
-    batch, length, width = 256, 1_281_167, 1280
-    steps, _ = features.groups(-(-length // batch), batch // 64)
-    split, everywhere = sharding.microbatch_sharding(mesh), sharding.replicated(mesh)
-    rows = jax.ShapeDtypeStruct((steps, batch, width), np.float32, sharding=split)
-    labels = jax.ShapeDtypeStruct((steps, batch), np.int32, sharding=split)
-    queries = jax.ShapeDtypeStruct((batch, width), np.float32, sharding=everywhere)
-    memory = knn._nearest.lower(queries, (rows, labels), 200, mesh).compile().memory_analysis()
-    assert memory.argument_size_in_bytes < 105e6 and memory.temp_size_in_bytes < 25e6
-
-
-@pytest.mark.tpu_aot
-def test_memory_on_a_pod(monkeypatch):
-    """What knn.py says of a v5e-64."""
-    pytest.importorskip("libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    on_devices(1, search_on_a_pod)
-
-
 @pytest.mark.slow
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    call = "import tests.evals_test as t; t.two_processes({!r}, {})"
-    processes = [start(["-c", call.format(address, i)], devices=2) for i in range(2)]
-    outputs = outputs_of(processes)
-    assert all(p.returncode == 0 for p in processes), "\n".join(o[-2000:] for o in outputs)
+    in_processes(2, 2, two_processes)
 
 
 def test_many_devices():
@@ -199,44 +157,6 @@ def test_a_split_that_lacks_classes_is_refused():
     train, test = (features.Bank.of(x, np.array(y), mesh) for y in ([0, 0, 1, 1], [0, 1, 2, 3]))
     with pytest.raises(UserError, match="test has 2 classes that train has not: .*config.train"):
         evaluate.measure(settings, train, test)
-
-
-@pytest.mark.parametrize("l2", [1e-3, 1e-1])
-def test_probe_finds_scikit_learns_minimum(l2):
-    x, y = clusters(300, seed=1)
-    x_test, y_test = clusters(200, seed=2)
-    result = probe.linear_probe(x, y, x_test, y_test, l2_grid=(l2,), iterations=500)
-    mean, std = x.mean(axis=0), x.std(axis=0)
-    standard = (x - mean) / std
-    sklearn = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5000).fit(standard, y)
-
-    def objective(weights, bias):
-        logits = standard @ weights + bias
-        logits -= logits.max(axis=1, keepdims=True)
-        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]
-        return losses.mean() + 0.5 * l2 * np.square(weights).sum()
-
-    theirs = objective(sklearn.coef_.T, sklearn.intercept_)
-    assert objective(result.weights, result.bias) == pytest.approx(theirs, rel=1e-4)
-    accuracy = sklearn.score((x_test - mean) / std, y_test)
-    assert abs(result.accuracy - accuracy) <= 1 / len(y_test)
-
-
-def test_probe_never_looks_at_test_labels():
-    x, y = clusters(100, seed=1)
-    x_test, y_test = clusters(60, seed=2)
-    honest = probe.linear_probe(x, y, x_test, y_test)
-    shuffled = probe.linear_probe(x, y, x_test, np.roll(np.sort(y_test), 7))
-    assert honest.l2 == shuffled.l2
-    np.testing.assert_array_equal(honest.weights, shuffled.weights)
-    assert honest.accuracy > shuffled.accuracy
-
-
-def test_probe_with_one_label_a_class():
-    x, y = clusters(200, seed=1, spread=0.5)
-    chosen = probe.few_labels(y, 1, seed=0)
-    assert len(chosen) == 5
-    assert probe.linear_probe(x[chosen], y[chosen], x, y).accuracy > 0.6
 
 
 def test_folds_and_few_labels():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dgpt_jax.evals import fewshot, probe
-from tests.evals_test import clusters
+from dgpt_jax.evals import features, fewshot, probe
+from tests.banks import clusters, mesh_of
 
 
 def direct(x, y, x_test, classes, l2):
@@ -16,16 +16,21 @@ def direct(x, y, x_test, classes, l2):
     return (x_test @ weights).argmax(axis=1)
 
 
-@pytest.mark.parametrize("length", [12, 24, 25, 26, 300])  # 24 features and the constant
-@pytest.mark.parametrize("l2", [0.5, 2.0**10])
-def test_it_is_the_direct_solution(length, l2):
+def few_shot_is_direct(devices: int, length: int, l2: float):
     x, y = clusters(length, seed=1, width=24)
     x_test, y_test = clusters(9000, seed=2, width=24)
     x, x_test = x * np.arange(1, 25) + 5, x_test * np.arange(1, 25) + 5  # scales and a mean
-    wanted = direct(x, y, x_test, 5, l2)
-    found = fewshot.least_squares(x, y, 5, l2)(x_test)
-    np.testing.assert_array_equal(found, wanted)
-    assert fewshot.correct((x, y), (x_test, y_test), l2=l2) == (wanted == y_test).sum()
+    expected = direct(x, y, x_test, 5, l2)
+    mesh = mesh_of(devices)
+    train, test = features.Bank.of(x, y, mesh, 16), features.Bank.of(x_test, y_test, mesh)
+    np.testing.assert_array_equal(fewshot.least_squares(train, 5, l2)(x_test), expected)
+    assert fewshot.correct(train, test, l2=l2) == (expected == y_test).sum()
+
+
+@pytest.mark.parametrize("length", [12, 24, 25, 26, 300])  # 24 features and the constant
+@pytest.mark.parametrize("l2", [0.5, 2.0**10])
+def test_it_is_the_direct_solution(length, l2):
+    few_shot_is_direct(1, length, l2)
 
 
 def test_draws_are_the_protocols():

@@ -129,3 +129,48 @@ def test_what_does_not_fit_is_told_what_to_change():
         B16, "--topology=v5e:2x2", *SMALL, "--config.batch_size=4096", *change
     )
     assert fits["fits"]
+
+
+# What docstrings in evals/ say of ImageNet-1K's ViT-H features: bytes of the features of both kinds
+# and splits, and bytes beside them, of a chip.
+EVALUATIONS = {
+    "linear_in1k.py:v5e:4x4": (0.80 * GIB, 0.15 * GIB),
+    "linear_in1k.py:v4:2x2x4": (0.80 * GIB, 0.15 * GIB),
+    "knn_in1k.py:v5e:8x8": (220e6, 25e6),
+    "fewshot_in1k.py:v5e:4x4": (0.85 * GIB, 0),
+}
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations(name):
+    file, _, topology = name.partition(":")
+    features, beside = EVALUATIONS[name]
+    (found,), _ = planned_by_command(
+        f"--config={ROOT / 'configs' / file}", f"--topology={topology}", "--width=1280"
+    )
+    hbm = found["hbm_bytes"]
+    assert found["fits"] and hbm["features"] <= features and hbm["temporaries"] <= beside
+    assert hbm["sum"] == hbm["features"] + hbm["temporaries"] + hbm["code"]
+
+
+@pytest.mark.tpu_aot
+def test_an_evaluation_that_does_not_fit():
+    (found,), message = planned_by_command(
+        f"--config={ROOT / 'configs/fewshot_in1k.py'}", "--topology=v5e:2x2", "--width=1280",
+        "--examples=14000000", code=1,
+    )  # fmt: skip
+    assert not found["fits"] and found["needed_bytes"] > 15.75 * GIB
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--topology=v5e:2x2"], ["--width=768", "--device=gpu"], ["--width=768", "--images_a_chip=4"],
+     ["--width=768"], ["--width=0", "--topology=v5e:2x2"]],
+)  # fmt: skip
+def test_flags_of_an_evaluation(words):
+    """A width and a topology are needed, and flags of a training mean nothing."""
+    config_flag = f"--config={ROOT / 'configs/linear_in1k.py'}"
+    reports, message = planned_by_command(config_flag, *words, code=1)
+    assert not reports and message.startswith("error: ") and message.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Says what a training config will need on TPUs that are not there, before they are paid for.
+"""Says what a config will need on TPUs that are not there, before they are paid for.
 
     python tools/plan.py --config=configs/pretrain_b16_in1k.py --topology=v5e:4x4 [--topology=…]
 
@@ -7,6 +7,11 @@ memory, FLOPs, collectives and lower bounds of time, throughput and cost. Exits 
 does not fit, after searching for the change that makes it fit. --device=gpu prints what can be said
 of GPUs without compiling. --images_a_chip=64 with several topologies shows weak scaling: the batch
 grows with the chips; --plot=FILE.png draws it.
+
+    python tools/plan.py --config=configs/linear_in1k.py --topology=v5e:4x4 --width=1280
+
+plans an evaluation on frozen features of this width: their memory, and that of the kNN search or of
+the linear fit, for ImageNet-1K or for --examples, --test_examples and --classes.
 """
 
 import dataclasses
@@ -14,10 +19,18 @@ import json
 
 import jax
 
-from dgpt_jax import chips, cli, flops, plan, tasks
+from dgpt_jax import chips, cli, flops, plan, plan_evals, tasks
 from dgpt_jax.chips import GIB, Topology
-from dgpt_jax.config import Train
+from dgpt_jax.config import Evaluate, Train
 from dgpt_jax.schema import UserError
+
+# Flags of an evaluation.
+SIZES = {
+    "width": "numbers of a feature",
+    "examples": "training examples",
+    "test_examples": "test examples",
+    "classes": "number of classes",
+}
 
 
 def report(made: plan.Plan, run: Train) -> dict:
@@ -171,6 +184,36 @@ def on_gpus(run: Train) -> str:
     return "\n".join(lines)
 
 
+def evaluations(arguments, settings: Evaluate):
+    """Prints the plan of an evaluation for each topology. Raises UserError if one does not fit."""
+    if arguments.images_a_chip or arguments.plot or arguments.device == "gpu":
+        raise UserError("--images_a_chip, --plot and --device=gpu are for training configs")
+    if arguments.width is None:
+        raise UserError(
+            "give the --width of the features: 768 for B/16, 1024 for L/14, 1280 for H/14"
+        )
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"--{name} must be positive, got {size}")
+    sizes = plan_evals.Sizes(**sizes)
+    failed = []
+    say = (lambda line: None) if arguments.json else print
+    for topology in map(chips.topology, arguments.topology):
+        try:
+            planned = plan_evals.plan_evaluation(settings, sizes, topology)
+            numbers = planned.report()
+            say(planned)
+        except plan.DoesNotFit as e:
+            numbers = {"topology": str(topology), "fits": False, "needed_bytes": e.needed}
+            failed.append(f"{topology} does not fit: it {e}; {plan_evals.advice(settings)}")
+        if arguments.json:
+            print(json.dumps(numbers))
+    if failed:
+        raise UserError("\n".join(failed))
+
+
 def main():
     made = cli.parser(__doc__, Train)
     made.add_argument("--topology", action="append", default=[], help="v5e:4x4, 2*v5e:16x16, …")
@@ -178,13 +221,24 @@ def main():
     made.add_argument("--images_a_chip", type=int, help="instead of config.batch_size")
     made.add_argument("--plot", metavar="FILE.png", help="draw weak scaling over the topologies")
     made.add_argument("--json", action="store_true", help="print JSON, one line a topology")
-    arguments, run = cli.parse(made, Train)
+    for name, what in SIZES.items():
+        made.add_argument(f"--{name}", type=int, help=f"of an evaluation: {what}")
+    evaluates = "protocol" in cli.load_config(made.parse_known_args()[0].config)
+    arguments, run = cli.parse(made, Evaluate if evaluates else Train)
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
-    if arguments.device == "gpu":
+    if arguments.device == "gpu" and not evaluates:
         print(on_gpus(run))
         return
     if not arguments.topology:
         raise UserError("name a --topology, like v5e:4x4 or v5p:4x4x8")
+    if evaluates:
+        evaluations(arguments, run)
+    else:
+        trainings(arguments, run)
+
+
+def trainings(arguments, run: Train):
+    """Prints the plan of a training for each topology. Raises UserError if one does not fit."""
     reports, failed = [], []
     say = (lambda line: None) if arguments.json else print
     for topology in map(chips.topology, arguments.topology):

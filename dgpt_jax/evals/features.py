@@ -1,7 +1,7 @@
 """What a model makes of every picture of a dataset, kept split over all devices."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -9,12 +9,17 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dgpt_jax import bad_records, batching, records, sharding, views
 from dgpt_jax.schema import UserError
 
 # Rows that a device compares with at a time (see `groups`): 8 MB of similarities to 256 queries.
 ROWS = 8192
+# Logits that a device computes at a time: 33 MB in float32.
+LOGITS = 2**23
+# Numbers of 4 bytes that every process gives to a sum at a time, an even number.
+GATHERED = 2**20
 
 
 class Pictures(Protocol):
@@ -70,7 +75,7 @@ class Bank:
         """From arrays (N, …) that every host has."""
         shards = sharding.batch_shards(mesh)
         batch_size = -(-batch_size // shards) * shards
-        steps, _ = groups(-(-len(rows) // batch_size), batch_size // shards)
+        steps = bank_steps(len(rows), batch_size, mesh)
         padding = [(0, steps * batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
         padded = np.pad(rows, padding).reshape(steps, batch_size, *rows.shape[1:])
         return Bank(_split(padded, mesh), np.asarray(labels))
@@ -82,7 +87,7 @@ class Bank:
         padded[: len(values)] = values
         return _split(padded.reshape(shape), self.mesh)
 
-    def batches(self):
+    def batches(self) -> Iterator[tuple[jax.Array, np.ndarray]]:
         """(rows (B, …) on every device, labels of those of them that count), in order."""
         size = self.rows.shape[1]
         for step in range(-(-len(self) // size)):
@@ -93,6 +98,41 @@ class Bank:
         """All rows (N, …), on every host."""
         return np.concatenate([np.asarray(x)[: len(y)] for x, y in self.batches()])
 
+    def select(self, indices: np.ndarray) -> "Bank":
+        """The bank of the rows at `indices` (int, ascending), which go through every host; this one
+        where they are all."""
+        if len(indices) == len(self):
+            return self
+        size = self.rows.shape[1]
+        steps, starts = np.unique(indices // size, return_index=True)
+        rows = [
+            np.asarray(_take(self.rows, step, sharding.replicated(self.mesh)))[chosen % size]
+            for step, chosen in zip(steps, np.split(indices, starts[1:]), strict=True)
+        ]
+        return Bank.of(np.concatenate(rows), self.labels[indices], self.mesh)
+
+    def local(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(rows (n, …), their indices (n,)) of what this process holds, about ROWS at a time. Every
+        row of the bank is on one process."""
+        steps, batch_size = self.rows.shape[:2]
+        for shard in self.rows.addressable_shards:
+            if shard.replica_id:
+                continue
+            columns = np.arange(batch_size)[shard.index[1]]
+            _, size = groups(steps, len(columns))
+            for start in range(0, steps, size):
+                indices = np.arange(start, start + size)[:, None] * batch_size + columns
+                counts = indices < len(self)
+                yield np.asarray(shard.data[start : start + size])[counts], indices[counts]
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the rows, float64 (…)."""
+        count = len(self)
+        sums = sum(x.sum(axis=0, dtype=np.float64) for x, _ in self.local())
+        mean = sum_over_processes(sums) / count
+        squares = sum(np.square(x - mean).sum(axis=0) for x, _ in self.local())
+        return mean, np.sqrt(sum_over_processes(squares) / count)
+
 
 def groups(steps: int, rows: int) -> tuple[int, int]:
     """(steps, steps a group): `steps` of `rows` rows on a device, made a multiple of the group, of
@@ -101,6 +141,32 @@ def groups(steps: int, rows: int) -> tuple[int, int]:
     number = -(-steps // largest)
     size = -(-steps // number)
     return number * size, size
+
+
+def bank_steps(length: int, batch_size: int, mesh) -> int:
+    """Steps of a bank of so many rows."""
+    return groups(-(-length // batch_size), batch_size // sharding.batch_shards(mesh))[0]
+
+
+def chunks(part, classes: int = 0):
+    """A device's part (steps, B, …) of arrays laid as a bank, as (n, rows, …) to scan over: about
+    ROWS of them, or as few as keep the logits of `classes` below LOGITS."""
+    steps, batch_size = jax.tree.leaves(part)[0].shape[:2]
+    _, size = groups(steps, batch_size)
+    most = LOGITS // (classes * batch_size) if classes else size
+    size = max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, most))
+    return jax.tree.map(lambda x: x.reshape(steps // size, size * batch_size, *x.shape[2:]), part)
+
+
+def sum_over_processes(value: np.ndarray) -> np.ndarray:
+    """The sum of a float64 array of every process, the same on all."""
+    if jax.process_count() == 1:
+        return value
+    # As pairs of uint32, because JAX would round float64; by blocks, because all are gathered.
+    bits = np.ascontiguousarray(value, np.float64).reshape(-1).view(np.uint32)
+    blocks = np.split(bits, range(GATHERED, len(bits), GATHERED))
+    sums = [multihost_utils.process_allgather(x).view(np.float64).sum(axis=0) for x in blocks]
+    return np.concatenate(sums).reshape(np.shape(value))
 
 
 def _split(array: np.ndarray, mesh) -> jax.Array:
@@ -168,8 +234,7 @@ class Extractor:
         return {name: Bank(rows, labels) for name, rows in memory.items()}
 
     def _empty(self, found, length: int):
-        steps = -(-length // self._batch_size)
-        steps, _ = groups(steps, self._batch_size // sharding.batch_shards(self._mesh))
+        steps = bank_steps(length, self._batch_size, self._mesh)
         return _zeros(found, steps, sharding.microbatch_sharding(self._mesh))
 
 

@@ -1,49 +1,56 @@
 """Few-shot classification by regularised least squares on frozen features.
 
 The protocol of big_vision (`evaluators/fewshot_lsr.py`). Its solution is computed here in float64;
-theirs is in float32.
+theirs is in float32. Accelerators have no float64: every process sums the products of the rows that
+its devices hold, and only these sums, (D, D) and (D, classes), go between processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 
+from dgpt_jax.evals import features
+
 L2 = 2.0**10
 BIAS = 100.0  # a constant feature, large, so that its weight is hardly regularised
-PIECE = 8192  # rows that are classified at a time
 
 
-def least_squares(x: np.ndarray, labels: np.ndarray, classes: int, l2: float = L2):
+def least_squares(support: features.Bank, classes: int, l2: float = L2) -> Callable:
     """classify(rows (M, D)) → (M,), by the W that minimises ‖XW - Y‖² + l2 ‖W‖².
 
     X: the support (N, D), standardised by its mean and standard deviation (+1e-5), and the constant
-    BIAS; Y: 1 for the class (labels (N,)) and -1 for all others. Solved by the eigenvectors of the
-    smaller one of XᵀX and XXᵀ.
+    BIAS; Y: 1 for the class (labels (N,)) and -1 for all others. Columns of mean 0 are orthogonal
+    to a constant one, so the weights of BIAS are a problem of their own.
     """
-    x = x.astype(np.float64)
-    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-5
+    mean, std = support.moments()
+    std += 1e-5
 
-    def standardised(rows):
-        return np.pad((rows - mean) / std, ((0, 0), (0, 1)), constant_values=BIAS)
+    def products(rows, labels):
+        """(D, D + classes): XᵀX of the standardised rows beside their sums by class."""
+        x = (rows - mean) / std
+        by_class = np.zeros((classes, x.shape[1]))
+        order = np.argsort(labels, kind="stable")
+        present, starts = np.unique(labels[order], return_index=True)
+        if len(present):
+            by_class[present] = np.add.reduceat(x[order], starts)
+        return np.concatenate([x.T @ x, by_class.T], axis=1)
 
-    x = standardised(x)
-    y = 2.0 * np.eye(classes)[labels] - 1.0
-    if len(x) >= x.shape[1]:
-        values, vectors = np.linalg.eigh(x.T @ x)
-        weights = (vectors / (values + l2)) @ (vectors.T @ (x.T @ y))
-    else:
-        values, vectors = np.linalg.eigh(x @ x.T)
-        weights = x.T @ ((vectors / (values + l2)) @ (vectors.T @ y))
+    local = sum(products(rows, support.labels[indices]) for rows, indices in support.local())
+    gram, by_class = np.split(features.sum_over_processes(local), [len(mean)], axis=1)
+    targets = 2 * by_class - by_class.sum(axis=1, keepdims=True)
+    weights = np.linalg.solve(gram + l2 * np.eye(len(gram)), targets)
+    counts = np.bincount(support.labels, minlength=classes)
+    bias = BIAS**2 * (2 * counts - len(support)) / (BIAS**2 * len(support) + l2)
 
     def classify(rows: np.ndarray) -> np.ndarray:
-        pieces = (rows[i : i + PIECE] for i in range(0, len(rows), PIECE))
-        return np.concatenate([(standardised(piece) @ weights).argmax(axis=1) for piece in pieces])
+        return ((rows - mean) / std @ weights + bias).argmax(axis=1)
 
     return classify
 
 
-def correct(train: Sequence[np.ndarray], test: Sequence[np.ndarray], *, l2: float = L2) -> int:
-    """How many of `test` are classified correctly; both: features (N, D) and labels (N,)."""
-    (x, y), (x_test, y_test) = train, test
-    classes = int(max(y.max(), y_test.max())) + 1
-    return int((least_squares(x, y, classes, l2)(x_test) == y_test).sum())
+def correct(train: features.Bank, test: features.Bank, *, l2: float = L2) -> int:
+    """How many of `test` are classified correctly."""
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    classify = least_squares(train, classes, l2)
+    hits = sum((classify(rows) == test.labels[indices]).sum() for rows, indices in test.local())
+    return int(features.sum_over_processes(np.float64(hits)))

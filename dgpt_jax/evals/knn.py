@@ -41,7 +41,7 @@ def correct(
     memory = train.rows, train.like(labels, -1)
     hits = dict.fromkeys(ks, 0)
     for queries, answers in test.batches():
-        near, found = _nearest(queries, memory, min(max(ks), len(train)), train.mesh)
+        near, found = nearest(queries, memory, min(max(ks), len(train)), train.mesh)
         for k in ks:
             voted = np.asarray(_vote(near[:, :k], found[:, :k], temperature, classes))
             hits[k] += int((voted[: len(answers)] == answers).sum())
@@ -53,7 +53,7 @@ def _unit(rows):
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _nearest(queries, memory, k: int, mesh):
+def nearest(queries, memory, k: int, mesh):
     """Similarities and labels (Q, k) of the nearest rows, nearest first.
 
     memory: rows (steps, B, D) and labels (steps, B), -1 where a row does not count. Where fewer
@@ -69,9 +69,6 @@ def _nearest(queries, memory, k: int, mesh):
 
 def _nearest_on_device(queries, memory, k: int):
     """The same of the device's rows, with a leading axis of 1."""
-    steps, batch = memory[1].shape
-    _, size = features.groups(steps, batch)
-    memory = tuple(x.reshape(steps // size, size * batch, *x.shape[2:]) for x in memory)
 
     def merge(best, part):
         rows, labels = part
@@ -82,7 +79,7 @@ def _nearest_on_device(queries, memory, k: int):
         return _top(both, k), None
 
     none = jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32)
-    near, labels = jax.lax.scan(merge, none, memory)[0]
+    near, labels = jax.lax.scan(merge, none, features.chunks(memory))[0]
     return near[None], labels[None]
 
 
