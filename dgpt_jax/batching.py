@@ -21,6 +21,15 @@ from dgpt_jax import bad_records, orders, records
 from dgpt_jax.pipeline import Examples
 
 REPLACED = "replaced"  # of a batch: whether an example stands in for one that is bad
+# Neighbouring examples that a thread reads and stacks at a time. One by one, the thread that fills
+# the batch waits for the interpreter's lock at each: 0.7 times as fast, and from worker processes,
+# each with messages and shared memory of its own, 0.5 times.
+CHUNK = 16
+# Examples that are prefetched at most, however small they are.
+MOST_PREFETCHED = 4096
+# Chunks of a worker beside its own buffer: in shared memory, in the queue between the processes,
+# and in the hands and the queue of the thread that waits for the worker here.
+WORKER_CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,11 @@ def train_batches(
 
     Raises UserError where the shards of a far store do not fit the cache, or cannot be fetched.
     """
-    order = _order(examples, batch_size)
-    batches = _batches(examples, order, batch_size, rows, start_step)
-    if isinstance(order, orders.Shuffled):
+    stream = _Local(examples, _order(examples, batch_size), batch_size, rows)
+    batches = _batches(stream, start_step)
+    if isinstance(stream.order, orders.Shuffled):
         return batches
-    return _fetching(batches, examples, order, rows, start_step)
+    return _fetching(batches, stream, start_step)
 
 
 def batch_ids(examples: Examples, batch_size: int, *, rows: np.ndarray, step: int) -> list[str]:
@@ -78,25 +87,51 @@ def _order(examples: Examples, batch_size: int) -> orders.Shuffled | orders.Lane
     return _lanes(examples, batch_size)
 
 
-def _batches(examples, order, batch_size: int, rows, start_step: int) -> Generator:
-    local = len(rows)
-    stream = grain.MapDataset.range(sys.maxsize // batch_size // local * local)
-    stream = stream.map(_Local(examples, order, batch_size, rows)).batch(local)[start_step:]
-    data = examples.data
-    options = grain.ReadOptions(
-        num_threads=data.threads, prefetch_buffer_size=max(2 * local, data.threads)
-    )
-    batches = stream.to_iter_dataset(options)
+def _batches(stream: _Local, start_step: int) -> Generator:
+    local, data = len(stream.rows), stream.examples.data
+    stop = sys.maxsize // stream.batch_size // local * local
+    first, chunk = stream(start_step * local), math.gcd(local, CHUNK)
+    chunks = grain.MapDataset.range(start_step * local, stop).map(stream).batch(chunk)
+    prefetch = _prefetch(stream, sum(x.nbytes for x in first.values())) // chunk
     if data.workers:
         _allow_workers()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-    iterator = iter(batches)
+        prefetch = max(1, prefetch // data.workers - WORKER_CHUNKS)
+    chunks = chunks.to_iter_dataset(grain.ReadOptions(min(data.threads, prefetch), prefetch))
+    # It deals the chunks out to the workers, and takes them back, by turns: their order stays.
+    chunks = iter(chunks.mp_prefetch(grain.MultiprocessingOptions(data.workers)))
     try:
-        for batch in iterator:
-            examples.policy.count(batch.pop(REPLACED))
+        while True:
+            batch = _filled(chunks, first, local)
+            stream.examples.policy.count(batch.pop(REPLACED))
             yield batch
+            del batch  # or it stays while the next is filled
     finally:
-        iterator.close()  # or its threads and processes complain at interpreter exit
+        chunks.close()  # or its threads and processes complain at interpreter exit
+
+
+def _prefetch(stream: _Local, example_bytes: int) -> int:
+    """Number of examples that all threads and workers read before they are asked for."""
+    local = len(stream.rows)
+    most = min(MOST_PREFETCHED, stream.order.prefetch_steps * local)
+    return max(2 * local, min(stream.examples.data.prefetch_bytes // example_bytes, most))
+
+
+def _filled(chunks: Iterator, example: dict, local: int) -> dict[str, np.ndarray]:
+    """The next `local` rows, each like this example. Chunks go as soon as they are copied, so that
+    a batch is never there twice."""
+    batch, row = _empty(local, example), 0
+    while row < local:
+        chunk = next(chunks)
+        rows = slice(row, row + len(chunk[REPLACED]))
+        for name, x in chunk.items():
+            batch[name][rows] = x
+        row = rows.stop
+    return batch
+
+
+def _empty(rows: int, example: dict) -> dict[str, np.ndarray]:
+    """A batch to be filled with examples like this one."""
+    return {name: np.empty((rows, *x.shape), x.dtype) for name, x in example.items()}
 
 
 def _lanes(examples: Examples, batch_size: int) -> orders.Lanes:
@@ -106,13 +141,13 @@ def _lanes(examples: Examples, batch_size: int) -> orders.Lanes:
     return orders.Lanes(lengths, batch_size, lanes, data.window, examples.seed)
 
 
-def _fetching(
-    batches: Generator, examples: Examples, order: orders.Lanes, rows, start_step: int
-) -> Generator:
+def _fetching(batches: Generator, stream: _Local, start_step: int) -> Generator:
     """The batches, with the shards of the lanes' present and next windows fetched before them."""
-    splits, lanes = examples.sources.splits, order.lanes_of(rows)
-    cache, most = splits[0].cache, len(lanes) * order.most_shards
-    largest = max(shard.bytes for split in splits for shard in split.shards)
+    splits, order = stream.examples.sources.splits, stream.order
+    lanes = order.lanes_of(stream.rows)
+    cache, files = splits[0].cache, [shard for split in splits for shard in split.shards]
+    most, largest = len(lanes) * order.most_shards, max(shard.bytes for shard in files)
+    most = min(most, len(files))
     cache.refuse_unless_it_fits(most, largest, f"{most} shards of {len(lanes)} lanes")
     windows = None
     try:
@@ -139,24 +174,38 @@ def eval_batches(
     batch_size: int,
     *,
     rows: np.ndarray,
-    threads: int = 8,
+    threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; bool `valid` is False on what pads the last batch. `rows` (int)
-    are those of the global batches that this process holds."""
+    are those of the global batches that this process holds; `threads` load at a time, None: as many
+    as ThreadPoolExecutor has by itself. One batch is there at a time, and what its user keeps."""
+    example = load(int(min(rows[0], length - 1)))
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, length, batch_size):
-            wanted = start + rows
-            loaded = list(pool.map(load, np.minimum(wanted, length - 1)))
-            batch = {key: np.stack([example[key] for example in loaded]) for key in loaded[0]}
-            yield batch | {"valid": wanted < length}
+            indices = start + rows
+            loaded = _loaded(pool, load, np.minimum(indices, length - 1), example)
+            yield loaded | {"valid": indices < length}
+            del loaded
+
+
+def _loaded(pool: ThreadPoolExecutor, load: Callable, indices, example: dict) -> dict:
+    """A batch of examples like this one; the threads of the pool put each into its row."""
+    batch = _empty(len(indices), example)
+
+    def put(row: int, index: int):
+        for name, x in load(index).items():
+            batch[name][row] = x
+
+    list(pool.map(put, range(len(indices)), indices))  # raises what a thread has raised
+    return batch
 
 
 def ahead(batches: Generator, place: Callable, depth: int = 2) -> Generator:
     """`place` (host to device, asynchronous) applied `depth` batches before they are used."""
     queue: deque = deque()
     with contextlib.closing(batches):
-        for batch in batches:
-            queue.append(place(batch))
+        for placed in map(place, batches):
+            queue.append(placed)
             if len(queue) > depth:
                 yield queue.popleft()
         yield from queue

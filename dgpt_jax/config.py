@@ -65,11 +65,11 @@ class Train:
         if not 0 <= self.data.bad_most <= 1:
             raise UserError(f"config.data.bad_most {self.data.bad_most} must be within 0 and 1")
         _crops("config.data", self.data.crop_scale, self.data.crop_ratio)
-        positive(self.data, "config.data", "threads", "window")
+        positive(self.data, "config.data", "threads", "window", "prefetch_bytes")
         positive(self, "config", "log_every")
         positive(self.checkpoint, "config.checkpoint", "keep")
         positive(self.evals, "config.evals", "batch_size", "knn_resize")
-        _most("config.evals", self.evals.most)
+        _positive_if_set(self.evals, "config.evals", "threads", "most")
         if self.evals.pictures < 0:
             raise UserError(f"config.evals.pictures must not be negative: {self.evals.pictures}")
         _seed(self.seed)
@@ -183,6 +183,9 @@ class Evaluate:
     temperature: float = entry(0.07, "kNN: a neighbour votes exp(similarity / temperature)")
     l2: float = entry(2.0**10, "fewshot: weight of the squared norm of the weights")
     batch_size: int = entry(256, "images a step")
+    threads: int | None = entry(
+        None, "reading threads of each process; default: its cores and 4, at most 32"
+    )
     most: int | None = entry(None, "take the first so many images of each split; default: all")
     platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
     hosts: Hosts = Hosts()
@@ -195,7 +198,7 @@ class Evaluate:
         if not self.data:
             raise UserError("config.data is empty: give the directory of a labelled TFDS dataset")
         positive(self, "config", "resize", "batch_size")
-        _most("config", self.most)
+        _positive_if_set(self, "config", "threads", "most")
         if self.temperature <= 0 or self.l2 <= 0:
             raise UserError("config.temperature and config.l2 must be positive")
         for name in ("features", "shots", "seeds", "k"):
@@ -211,9 +214,8 @@ def _seed(seed: int):
         raise UserError(f"config.seed must not be negative, got {seed}")
 
 
-def _most(prefix: str, most: int | None):
-    if most is not None and most < 1:
-        raise UserError(f"{prefix}.most must be positive, got {most}")
+def _positive_if_set(section, prefix: str, *names: str):
+    positive(section, prefix, *(name for name in names if getattr(section, name) is not None))
 
 
 def _crops(prefix: str, scale: tuple[float, float], ratio: tuple[float, float]):

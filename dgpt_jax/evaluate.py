@@ -34,6 +34,7 @@ def evaluate(settings: Evaluate, encoder: load.Encoder) -> list[dict]:
         mesh,
         batch_size=settings.batch_size,
         most=settings.most,
+        threads=settings.threads,
     )
     view = features.centre_view(encoder.model.image_size, settings.resize, settings.squash)
     train, test = (

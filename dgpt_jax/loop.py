@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -71,6 +72,7 @@ class Loop:
         self._rows = sharding.process_rows(mesh, self.config.batch_size)
         self._resolved = schema.to_dict(self.config)
         self._interval = metrics.Interval(task.metric_names, mesh)
+        self._in_flight: deque[jax.Array] = deque()
         self._clock = Clock(first, schedule.total, self.config.batch_size)
         self._evaluators = evaluations_of(task).periodic(task, mesh)
         pretrains = self.config.task == "pretrain"
@@ -124,6 +126,10 @@ class Loop:
             self.state, self._interval.running, batch, self.task.frozen
         )
         self.step += 1
+        # By itself JAX lets 32 steps wait in line, each with its batch in the device's memory.
+        self._in_flight.append(self.state.step + 0)  # the state itself is given to the next step
+        if len(self._in_flight) > 1:
+            jax.block_until_ready(self._in_flight.popleft())
         if begins:
             jax.block_until_ready(self.state)
             now = time.monotonic()

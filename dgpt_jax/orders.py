@@ -6,6 +6,7 @@ to lanes, and a lane reads a part of the shards, one window of shards after the 
 """
 
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,10 +19,14 @@ from dgpt_jax.schema import UserError
 SHARDS, WINDOW = 2, 3
 # Lanes where the config does not say: enough to mix, few enough that their windows fit a disk.
 LANES = 16
+# Steps of far examples that may be read before they are asked for, however small the shards are.
+MIN_PREFETCH_STEPS = 2
 
 
 class Shuffled:
     """A new permutation of all `length` examples every epoch."""
+
+    prefetch_steps = sys.maxsize  # near by, nothing need be announced before it is read
 
     def __init__(self, length: int, seed: int):
         self._length = length
@@ -61,6 +66,9 @@ class Lanes:
     lane, window). Row r of a batch of B belongs to lane r · lanes // B.
 
     An epoch leaves out what does not divide by the lanes: other examples each time.
+
+    `prefetch_steps`: how many steps may be read before they are asked for. `ahead` names all that
+    they read, with half a shard for a lane, or MIN_PREFETCH_STEPS where shards are smaller.
     """
 
     def __init__(
@@ -72,15 +80,17 @@ class Lanes:
         self.piece = int(self._lengths[0].sum()) // lanes
         if not self.piece:
             raise UserError(f"config.data.lanes is {lanes}, and there are fewer examples")
+        self._rows = batch_size // lanes
+        half = int(self._lengths[0].mean()) // 2
+        self.prefetch_steps = max(MIN_PREFETCH_STEPS, half // self._rows - 1)
         self._layout = functools.lru_cache(4)(self._layout_of)
         self._shuffle = functools.lru_cache(4 * lanes)(self._shuffle_of)
 
     def __call__(self, position: int) -> tuple[int, int]:
         """(epoch, index) of the example at a position."""
         step, row = divmod(position, self._batch_size)
-        rows = self._batch_size // self._lanes
-        lane, row = divmod(row, rows)
-        epoch, offset = divmod(step * rows + row, self.piece)
+        lane, row = divmod(row, self._rows)
+        epoch, offset = divmod(step * self._rows + row, self.piece)
         number, window = self._locate(epoch, lane, offset)
         shuffled = self._shuffle(epoch, lane, number, window.stop - window.start)
         place = window.start + int(shuffled[lane * self.piece + offset - window.start])
@@ -96,27 +106,40 @@ class Lanes:
 
     def current(self, step: int, lanes: Sequence[int]) -> list[tuple[int, int, int]]:
         """(epoch, lane, number) of the window that each lane reads from at a step."""
-        epoch, offset = divmod(step * (self._batch_size // self._lanes), self.piece)
+        epoch, offset = divmod(step * self._rows, self.piece)
         return [(epoch, lane, self._locate(epoch, lane, offset)[0]) for lane in lanes]
 
     def ahead(self, current: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
         """(epoch, shard) of these windows, then of those that follow: of each lane, until there
-        are `window` more shards."""
+        are `window` more shards, and the records of a step and of those that are prefetched."""
         now, later = [], []
         for epoch, lane, number in current:
-            follow = 0
+            shards, records = self._window, self._records_ahead
             window = self._numbered(epoch, lane, number)
             now += self._named(epoch, window)
-            while follow < self._window:
+            while shards > 0 or records > 0:
                 epoch, number, window = self._after(epoch, lane, number)
                 later += self._named(epoch, window)
-                follow += len(window.shards)
+                shards -= len(window.shards)
+                records -= window.stop - window.start
         return list(dict.fromkeys(now + later))
 
     @property
     def most_shards(self) -> int:
         """The most that `ahead` names for a lane."""
-        return 3 * self._window - 1
+        lengths, records = np.sort(np.concatenate(self._lengths)), self._records_ahead
+        # Whole shards that may follow and not hold the records; and parts of shards, one at the end
+        # and one at the start of each piece that may end among them.
+        too_few = int(np.searchsorted(np.cumsum(lengths), records))
+        parts = 2 * (1 + records // self.piece)
+        if too_few + 1 < self._window and self.piece >= lengths[-self._window :].sum():
+            return 3 * self._window - 1  # a piece's first window alone has more whole shards
+        return 2 * self._window + too_few + parts
+
+    @property
+    def _records_ahead(self) -> int:
+        """Records of a lane from where a step begins to where prefetching ends."""
+        return (1 + self.prefetch_steps) * self._rows
 
     def _layout_of(self, epoch: int) -> Layout:
         lengths = self._lengths[epoch % len(self._lengths)]

@@ -10,7 +10,8 @@ from dgpt_jax.schema import UserError
 # What may be another when a run is continued: it changes neither parameters nor data nor schedule.
 FREE = re.compile(
     r"(log_every|profile|platform|wandb|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
-    r"data\.(path|source|examples|threads|workers|cache|bad_records|bad_most)|teacher\.weights|"
+    r"data\.(path|source|examples|threads|workers|prefetch_bytes|cache|bad_records|bad_most)|"
+    r"teacher\.weights|"
     r"classify\.(weights|resize)|optim\.bad_steps)$"
 )
 # What can never be: the state has another form, or another meaning.

@@ -109,6 +109,11 @@ class Data:
     flip: bool = entry(True, "live views: mirror half of them")
     threads: int = entry(8, "reading threads of each worker")
     workers: int = entry(0, "worker processes; 0 reads in threads of the training process")
+    prefetch_bytes: int = entry(
+        1_000_000_000,
+        "bytes of examples that a process, its workers together, reads before they are needed; at "
+        "least two batches are",
+    )
     bad_records: str | None = entry(
         None,
         "error, or skip: damaged records are named, counted and replaced by the next; default: "
@@ -223,6 +228,9 @@ class Evals:
     knn_test: str = entry("test", "split that is classified, slices allowed")
     knn_resize: int = entry(256, "shorter side in pixels before the centre crop of image_size")
     batch_size: int = entry(256, "examples a step")
+    threads: int | None = entry(
+        None, "reading threads of each process; default: its cores and 4, at most 32"
+    )
     most: int | None = entry(None, "take the first so many examples of each; default: all")
     pictures: int = entry(
         8,

@@ -120,6 +120,26 @@ def test_a_host_fetches_its_share(far, server):
         assert max(Counter(server.media).values()) == 1  # nothing twice
 
 
+@pytest.mark.parametrize("batch_size, steps", [(8, 40), (64, 8)])
+def test_a_shard_is_fetched_once_a_time_that_it_is_announced(far, server, batch_size, steps):
+    """Though 64 rows read more than a window of every lane in a step."""
+    examples = open_far(far)
+    order, splits = batching._order(examples, batch_size), examples.sources.splits
+    expected, here = Counter(), set()
+    for step in range(steps):
+        ahead = order.ahead(order.current(step, range(LANES)))
+        names = {splits[epoch % 2].shards[shard].filename for epoch, shard in ahead}
+        expected.update(name.removeprefix("gs://bucket/") for name in names - here)
+        here = names
+    server.reset()
+    stream = batching.train_batches(examples, batch_size, rows=np.arange(batch_size), start_step=0)
+    with contextlib.closing(stream):
+        for _ in range(steps):
+            next(stream)
+        eventually(lambda: len(server.media) >= expected.total())
+        assert Counter(name for name, _ in server.media) == expected
+
+
 def test_the_cache_is_bounded_and_empties(far, tmp_path):
     examples = open_far(far, tmp_path, window=1)
     cache, held = examples.sources.splits[0].cache, []
@@ -128,7 +148,8 @@ def test_the_cache_is_bounded_and_empties(far, tmp_path):
         next(stream)
         held.append(len([path for path in cache.files() if path.suffix != ".partial"]))
     stream.close()
-    assert LANES <= max(held) <= LANES * 2 + shard_cache.UNANNOUNCED
+    most = batching._order(examples, BATCH).most_shards
+    assert LANES <= max(held) <= LANES * most + shard_cache.UNANNOUNCED
     eventually(lambda: not cache.files())
     assert list(tmp_path.iterdir())  # the directory itself stays until the process ends
 

@@ -35,16 +35,33 @@ def test_the_seed_and_the_windows_shuffle():
     assert (steps == 1).mean() < 0.3  # within shards neighbours do not follow each other
 
 
-def test_a_step_reads_only_what_is_ahead_of_it():
-    order, starts = lanes(), [np.cumsum([0, *view[:-1]]) for view in LENGTHS]
-    for step in range(30):
-        current = order.current(step, range(4))
-        ahead = order.ahead(current)
-        assert len(ahead) <= 4 * order.most_shards
-        for position in range(step * 8, step * 8 + 8):
+EQUAL = [[8] * 14 + [3]]
+
+
+@pytest.mark.parametrize(
+    "count, window, batch_size, lengths",
+    [(4, 2, 8, LENGTHS), (4, 2, 64, LENGTHS), (2, 3, 2, EQUAL), (1, 1, 4, EQUAL), (2, 2, 4, EQUAL)],
+)
+def test_a_step_and_what_is_prefetched_read_only_what_is_ahead(count, window, batch_size, lengths):
+    order = lanes(count, window, batch_size, lengths=lengths)
+    starts = [np.cumsum([0, *view[:-1]]) for view in lengths]
+    assert order.prefetch_steps >= orders.MIN_PREFETCH_STEPS
+    for step in range(60):
+        ahead = order.ahead(order.current(step, range(count)))
+        assert len(ahead) <= count * order.most_shards
+        stop = (step + 1 + order.prefetch_steps) * batch_size
+        for position in range(step * batch_size, stop):
             epoch, index = order(position)
-            shard = int(np.searchsorted(starts[epoch % 2], index, side="right")) - 1
-            assert (epoch, shard) in ahead
+            view = starts[epoch % len(starts)]
+            assert (epoch, int(np.searchsorted(view, index, side="right")) - 1) in ahead
+
+
+@pytest.mark.parametrize("last, most", [(8192, 5), (64, 7)])
+def test_shards_of_a_real_store(last, most):
+    """A small last shard may stand between the parts of shards at the ends of two pieces."""
+    order = lanes(16, 2, 4096, lengths=[[8192] * 1708 + [last]])
+    assert order.most_shards == most
+    assert order.prefetch_steps * 4096 > 50_000
 
 
 def test_lanes_belong_to_rows():

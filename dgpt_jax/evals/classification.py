@@ -79,7 +79,8 @@ def accuracy(task, mesh) -> Callable:
         names = [f"val/top{k}{suffix}" for suffix in RESIZES for k in (1, 5)]
         shape = (len(task.heads),) if task.heads else ()
         totals = dict.fromkeys(names, jnp.zeros(shape, jnp.int32))
-        for local in batching.eval_batches(load, length, batch_size, rows=rows):
+        threads = config.evals.threads
+        for local in batching.eval_batches(load, length, batch_size, rows=rows, threads=threads):
             batch = sharding.global_batch(mesh, batch_size, local)
             totals = add(totals, params, frozen, batch)
         return _shares({name: np.asarray(x) for name, x in totals.items()}, task, length)

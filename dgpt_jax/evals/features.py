@@ -203,8 +203,17 @@ class Extractor:
     way, on a device its part of the rows.
     """
 
-    def __init__(self, encode: Callable, mesh, *, batch_size: int, most: int | None = None):
+    def __init__(
+        self,
+        encode: Callable,
+        mesh,
+        *,
+        batch_size: int,
+        most: int | None = None,
+        threads: int | None = None,
+    ):
         self._mesh, self._batch_size, self._most = mesh, batch_size, most
+        self._threads = threads
         self._rows = sharding.process_rows(mesh, batch_size)
         where = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._encode = jax.jit(
@@ -219,7 +228,9 @@ class Extractor:
 
         memory, labels, waiting = None, [], deque()
         length = min(len(source), self._most or len(source))
-        batches = batching.eval_batches(load, length, self._batch_size, rows=self._rows)
+        batches = batching.eval_batches(
+            load, length, self._batch_size, rows=self._rows, threads=self._threads
+        )
         for step, local in enumerate(batches):
             del local["valid"]  # what pads the last batch is beyond the end of the bank
             batch = sharding.global_batch(self._mesh, self._batch_size, local)

@@ -42,7 +42,8 @@ def heldout_loss(task, mesh) -> Callable:
 
     def evaluate(params) -> dict[str, float]:
         totals = {name: jnp.zeros(()) for name in task.weights}
-        for local in batching.eval_batches(load, length, batch_size, rows=rows):
+        threads = task.config.evals.threads
+        for local in batching.eval_batches(load, length, batch_size, rows=rows, threads=threads):
             batch = sharding.global_batch(mesh, batch_size, local)
             totals = add(totals, params, frozen, batch)
         return {f"heldout/{name}": float(x) / length for name, x in totals.items()}
@@ -89,7 +90,9 @@ def knn_accuracy(task, mesh) -> Callable:
         images = vit.normalise(pictures)
         return module.apply(variables, images, ("cls", "mean"), method="pooled")
 
-    extract = features.Extractor(encode, mesh, batch_size=config.batch_size, most=config.most)
+    extract = features.Extractor(
+        encode, mesh, batch_size=config.batch_size, most=config.most, threads=config.threads
+    )
     view = features.centre_view(model.image_size, config.knn_resize, squash=False)
 
     def evaluate(params) -> dict[str, float]:

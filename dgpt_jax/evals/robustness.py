@@ -76,7 +76,11 @@ class Predictor:
             return {"class": masked.argmax(axis=-1).astype(jnp.int32)}
 
         self._banks = features.Extractor(
-            encode, mesh, batch_size=settings.batch_size, most=settings.most
+            encode,
+            mesh,
+            batch_size=settings.batch_size,
+            most=settings.most,
+            threads=settings.threads,
         )
         self._params = jax.device_put(classifier.params, sharding.replicated(mesh))
         self._place = partial(jax.device_put, device=sharding.replicated(mesh))

@@ -1,0 +1,46 @@
+"""Steps that were dispatched and have not ended: each holds its batch in the device's memory."""
+
+import jax
+import jax.numpy as jnp
+
+from dgpt_jax import train
+from dgpt_jax.config import Train
+from dgpt_jax.schema import parse
+from tests.data import TINY, image_dataset
+
+
+def slowly(x):
+    """Zero, after some 50 ms."""
+    return 0 * jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), jnp.full((200, 200), x)).sum()
+
+
+def test_few_steps_are_in_flight(tmp_path, monkeypatch):
+    ends, in_flight = [], []
+    make_train_step = train.make_train_step
+
+    def counting_step(loss, *args, **kwargs):
+        def slow_loss(params, frozen, batch):
+            value, parts = loss(params, frozen, batch)
+            return value + slowly(batch["order"][0, 0] / 9.0), parts
+
+        step = make_train_step(slow_loss, *args, **kwargs)
+
+        def counting(*operands):
+            state, metrics = step(*operands)
+            ends.append(state.step + 0)
+            in_flight.append(sum(not end.is_ready() for end in ends))
+            return state, metrics
+
+        return counting
+
+    monkeypatch.setattr(train, "make_train_step", counting_step)
+    settings = {
+        "total": "20 steps", "batch_size": 4, "dtype": "float32", "log_every": 20, "model": TINY,
+        "data": {"path": str(image_dataset(tmp_path)), "targets": "pixels", "threads": 2},
+        "loss": {"visible": 0.0}, "optim": {"warmup": "1 steps"},
+        "evals": {"every": "20 steps"}, "checkpoint": {"every": "20 steps"},
+    }  # fmt: skip
+    assert train.train(parse(Train, settings), tmp_path / "run") == 0
+    assert len(in_flight) == 20
+    print("INFLIGHT", in_flight)
+    assert max(in_flight) <= 3  # without a limit 19 of them
