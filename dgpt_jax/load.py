@@ -1,11 +1,13 @@
 """Weights by path, ready to use: what notebooks, `evaluate` and `convert` open."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgpt_jax import digpt, heads, vit
 from dgpt_jax.config import Model
@@ -14,13 +16,20 @@ from dgpt_jax.convert.weights import Preprocess
 from dgpt_jax.convert.weights import encoder as encoder_of
 from dgpt_jax.schema import UserError
 
+# Images that an encoder computes at a time. At 224 pixels features of so many take 0.4 GB (B/16) to
+# 0.9 GB (H/14) beside the weights, the losses of pretraining 0.9 to 2.9 GB.
+CHUNK = 64
+
 
 @dataclass(frozen=True)
 class Encoder:
     """An encoder for use: full attention, CLS first, final norm (heads.Classifier without head).
 
     Attributes: model (config.Model), params, where they came from, how pictures are prepared, and
-    {"config", "step"} of the training, where it is known.
+    {"config", "step"} of the training, where it is known. Its functions are compiled once for all
+    encoders of a shape, compute CHUNK images at a time, and can be traced: by jit, by grad, with
+    dataclasses.replace(encoder, params=traced). The params go to the device at the first call;
+    changing their arrays in place after it has no effect, `replace` has.
     """
 
     model: Model
@@ -30,22 +39,26 @@ class Encoder:
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def features(self, pictures, pooling: str = "cls"):
-        """uint8 RGB (B, size, size, 3) to features (B, D) float32; jittable."""
-        return self._apply(pictures, pooling)
+        """uint8 RGB (B, size, size, 3) to features (B, D) float32."""
+        return self._apply(pictures, "features", pooling)
 
     def tokens(self, pictures):
         """uint8 RGB (B, size, size, 3) to normed tokens (B, 1+N, D) float32, CLS first."""
-        return self._apply(pictures, "cls", method="tokens")
+        return self._apply(pictures, "tokens", "cls")
 
     def pooled(self, pictures, poolings: Sequence[str]) -> dict[str, jax.Array]:
-        """{pooling: features (B, D) float32} of several poolings in one pass; jittable."""
-        return self._apply(pictures, "cls", poolings, method="pooled")
+        """{pooling: features (B, D) float32} of several poolings in one pass."""
+        return self._apply(pictures, "pooled", "cls", tuple(poolings))
 
-    def _apply(self, pictures, pooling: str, *args, classes: int = 0, **kwargs):
-        how = self.preprocess
-        images = vit.normalise(jnp.asarray(pictures), how.mean, how.std)
+    @cached_property
+    def device_params(self):
+        """`params` on the default device."""
+        return _on_device(self.params)
+
+    def _apply(self, pictures, method: str, pooling: str, *args, classes: int = 0):
         module = heads.classifier(self.model, pooling, classes)
-        return module.apply({"params": self.params}, images, *args, **kwargs)
+        run = partial(_apply, module=module, preprocess=self.preprocess, method=method, args=args)
+        return in_chunks(run, self.device_params, pictures)
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,8 @@ class Classifier(Encoder):
     num_classes: int = 0
 
     def logits(self, pictures):
-        """uint8 RGB (B, size, size, 3) to logits (B, classes) float32; jittable."""
-        return self._apply(pictures, self.pooling, classes=self.num_classes)
+        """uint8 RGB (B, size, size, 3) to logits (B, classes) float32."""
+        return self._apply(pictures, "__call__", self.pooling, classes=self.num_classes)
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,14 @@ class Pretrained:
     params: Any
     module: digpt.DiGPT
 
+    @cached_property
+    def device_params(self):
+        """`params` on the default device."""
+        return _on_device(self.params)
+
     def predictions(self, images, orders):
         """{decoder: (B, V·T+1, C)} for normalised images and orders, as DiGPT returns them."""
-        return self.module.apply({"params": self.params}, images, orders)
+        return in_chunks(partial(_predict, module=self.module), self.device_params, images, orders)
 
     def losses(self, images, tokens, orders, params=None, *, cls=True) -> dict[str, jax.Array]:
         """{"next", "visible"}: mean 2-2cos to teacher tokens (B, cls+N, C), CLS first.
@@ -78,13 +96,86 @@ class Pretrained:
         images: normalised (B, size, size, 3); orders: int (B, S). Jittable, and differentiable in
         every argument; `params` replaces the loaded ones; `cls`: whether the teacher has a CLS.
         """
-        params = self.params if params is None else params
-        predictions = self.module.apply({"params": params}, images, orders)
-        grid = (self.model.grid, self.model.grid)
-        parts = digpt.token_losses(
-            predictions, tokens, orders, grid=grid, segment_grid=self.model.segments, cls=cls
-        )
+        params = self.device_params if params is None else _on_device(params)
+        run = partial(_losses, module=self.module, model=self.model, cls=cls)
+        parts = in_chunks(run, params, images, tokens, orders)
         return {name: values.mean() for name, values in parts.items()}
+
+
+# Inlined: within a caller's jit they compile to what they would if written there.
+@partial(jax.jit, static_argnames=("module", "preprocess", "method", "args"), inline=True)
+def _apply(params, pictures, *, module, preprocess, method, args):
+    images = vit.normalise(pictures, preprocess.mean, preprocess.std)
+    return module.apply({"params": params}, images, *args, method=method)
+
+
+@partial(jax.jit, static_argnames="module", inline=True)
+def _predict(params, images, orders, *, module):
+    return module.apply({"params": params}, images, orders)
+
+
+@partial(jax.jit, static_argnames=("module", "model", "cls"), inline=True)
+def _losses(params, images, tokens, orders, *, module, model, cls):
+    """{decoder: (B,)}."""
+    return digpt.token_losses(
+        _predict(params, images, orders, module=module), tokens, orders,
+        grid=(model.grid, model.grid), segment_grid=model.segments, cls=cls,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames="module")
+def _init(key, images, order, *, module):
+    return module.init(key, images, order)["params"]
+
+
+def in_chunks(run: Callable, params, *arrays):
+    """run(params, *arrays), computed on at most CHUNK rows of the arrays at a time.
+
+    Row i of its results, a tree of jax.Array (B, …), must depend on row i of the arrays (B, …)
+    alone. Batches are padded to a power of two, so that seven programs serve all batch sizes.
+    Traced arguments, and arrays that are split over devices, are computed in one call. Raises
+    UserError where the arrays are empty or differ in length.
+    """
+    if any(map(_is_traced, jax.tree.leaves((params, arrays)))) or any(map(_is_split, arrays)):
+        return run(params, *arrays)
+    arrays = [np.asarray(x) for x in arrays]
+    lengths = [len(x) for x in arrays]
+    count = lengths[0]
+    if not count or set(lengths) != {count}:
+        raise UserError(f"a batch of {lengths} rows: give as many of each, and at least one")
+    size = min(CHUNK, 1 << (count - 1).bit_length())
+    with jax.ensure_compile_time_eval():  # arrays may be constants in a caller's jit
+        if count == size:
+            return run(params, *arrays)
+        rows = None
+        for start in range(0, count, size):
+            chunk = run(params, *(_pad(x[start : start + size], size) for x in arrays))
+            if rows is None:
+                rows = jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), chunk)
+            for buffer, result in zip(*map(jax.tree.leaves, (rows, chunk)), strict=True):
+                buffer[start : start + size] = np.asarray(result)[: count - start]
+        return jax.tree.map(jnp.asarray, rows)
+
+
+def _pad(rows: np.ndarray, size: int) -> np.ndarray:
+    """`size` rows: the given ones, then copies of the last."""
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+
+
+def _on_device(params):
+    """The params on the default device; traced ones as they are."""
+    if any(map(_is_traced, jax.tree.leaves(params))):
+        return params
+    with jax.ensure_compile_time_eval():
+        return jax.device_put(params)
+
+
+def _is_traced(x) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def _is_split(x) -> bool:
+    return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
 
 
 def load_encoder(path, *, heads: int | None = None) -> Encoder:
@@ -125,8 +216,9 @@ def load_classifier(path, *, heads: int | None = None) -> Classifier:
 
 def untrained(model: Model, seed: int) -> Encoder:
     """The encoder as pretraining starts it: the baseline that a pretrained one is compared with."""
-    init = jax.jit(digpt.build(model, out_width=1).init)
-    params = init(jax.random.key(seed), *digpt.dummy_inputs(model))["params"]
+    params = _init(
+        jax.random.key(seed), *digpt.dummy_inputs(model), module=digpt.build(model, out_width=1)
+    )
     return Encoder(
         model, heads.from_pretrained(params["encoder"], model), f"untrained, seed {seed}"
     )

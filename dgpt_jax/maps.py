@@ -3,7 +3,7 @@
 G is the side of the grid of patches, N = G²; the rest is digpt.py's legend.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -12,6 +12,9 @@ import numpy as np
 
 from dgpt_jax import digpt, heads, load, segments, transformer, vit
 from dgpt_jax.config import Model
+
+# Rows of a matrix of similarities that are in memory at a time.
+QUERIES = 256
 
 
 def pca_colours(tokens: np.ndarray) -> np.ndarray:
@@ -28,11 +31,15 @@ def _colours(flat: np.ndarray) -> np.ndarray:
 
 
 def _components(flat: np.ndarray, count: int) -> np.ndarray:
-    """(M, D) to its first principal components (M, count), zeros where there are fewer."""
-    flat = flat - flat.mean(axis=0)
-    _, _, basis = np.linalg.svd(flat, full_matrices=False)
-    found = flat @ basis[:count].T
-    return np.pad(found, ((0, 0), (0, count - found.shape[1])))
+    """(M, D) to its first principal components (M, count) float64, zeros where there are fewer.
+
+    By the eigenvectors of the D×D covariance: for 40 images of 256 tokens and 1024 channels the SVD
+    of (M, D) takes nine times as long.
+    """
+    flat = flat - flat.mean(axis=0, dtype=np.float64)
+    _, basis = np.linalg.eigh(flat.T @ flat)  # eigenvalues ascend
+    components = flat @ basis[:, : -count - 1 : -1]
+    return np.pad(components, ((0, 0), (0, count - components.shape[1])))
 
 
 def foreground(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,26 +70,26 @@ def cls_attention(encoder: load.Encoder, pictures: np.ndarray) -> np.ndarray:
     softmax(q kᵀ / √K) of the block's own weights on its own input. pictures: uint8 (B, size, size,
     3).
     """
-
-    @jax.jit
-    def of_cls(params, pictures):
-        return last_attention(replace(encoder, params=params), pictures)[0][:, :, 0]
-
-    return np.asarray(of_cls(encoder.params, pictures))
+    run = partial(_cls_attention, model=encoder.model, preprocess=encoder.preprocess)
+    return np.asarray(load.in_chunks(run, encoder.device_params, pictures))
 
 
 def last_attention(encoder: load.Encoder, pictures):
     """Of the last block: attention (B, H, 1+N, 1+N), its values (B, 1+N, H, K), its input and its
     output (B, 1+N, D)."""
-    model, params = encoder.model, encoder.params
-    how = encoder.preprocess
-    images = vit.normalise(jnp.asarray(pictures), how.mean, how.std)
+    run = partial(_last_attention, model=encoder.model, preprocess=encoder.preprocess)
+    return load.in_chunks(run, encoder.device_params, pictures)
+
+
+@partial(jax.jit, static_argnames=("model", "preprocess"), inline=True)
+def _last_attention(params, pictures, *, model: Model, preprocess):
+    images = vit.normalise(pictures, preprocess.mean, preprocess.std)
     entered = heads.classifier(model, "cls").apply({"params": params}, images, method="enter")
     last, inputs = vit.encoder(model).apply(
         {"params": params["encoder"]}, entered, method="transform"
     )
     x_BND = inputs[-1]
-    block = jax.tree.map(lambda leaf: jnp.asarray(leaf)[-1], params["encoder"]["blocks"])
+    block = jax.tree.map(lambda leaf: leaf[-1], params["encoder"]["blocks"])
     normed = transformer.LayerNorm(model.eps).apply({"params": block["norm1"]}, x_BND)
     qkv = block["attn"]["qkv"]
     projected = jnp.einsum("bnd,pde->pbne", normed, qkv["kernel"]) + qkv["bias"][:, None, None]
@@ -91,13 +98,30 @@ def last_attention(encoder: load.Encoder, pictures):
     return jax.nn.softmax(scores, axis=-1), v, x_BND, last
 
 
-def neighbours(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features (B, D) to (indices (B, count) of the others that are nearest, their cosines)."""
+@partial(jax.jit, static_argnames=("model", "preprocess"))
+def _cls_attention(params, pictures, *, model: Model, preprocess):
+    attention, *_ = _last_attention(params, pictures, model=model, preprocess=preprocess)
+    return attention[:, :, 0]
+
+
+def neighbours(
+    features: np.ndarray, count: int, of: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (B, D) to (indices (Q, count) of the others that are nearest, their cosines).
+
+    of: the Q rows whose neighbours are looked for; default: all.
+    """
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    similarity = unit @ unit.T
-    np.fill_diagonal(similarity, -np.inf)
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
-    return nearest, np.take_along_axis(similarity, nearest, axis=1)
+    rows = np.arange(len(unit)) if of is None else np.asarray(of)
+    nearest = np.empty((len(rows), min(count, len(unit) - 1)), int)
+    cosines = np.empty(nearest.shape, unit.dtype)
+    for start in range(0, len(rows), QUERIES):
+        block = slice(start, start + QUERIES)
+        similarity = unit[rows[block]] @ unit.T
+        similarity[np.arange(len(similarity)), rows[block]] = -np.inf
+        nearest[block] = np.argsort(-similarity, axis=1, kind="stable")[:, : nearest.shape[1]]
+        cosines[block] = np.take_along_axis(similarity, nearest[block], axis=1)
+    return nearest, cosines
 
 
 def prediction_maps(
@@ -110,9 +134,9 @@ def prediction_maps(
     pictures: uint8 (B, size, size, 3); tokens: decoded, (B, [1+]N, C); orders: int (B, S). G is
     the grid on which the loss compares them. `next` predicts a segment from those before it.
     """
-    shape = model.model.segments
-    pairs = jax.jit(partial(aligned, model.module, model.model, cls=cls))
-    return in_place(pairs(model.params, pictures, tokens, orders), orders, shape)
+    run = partial(_aligned, module=model.module, model=model.model, cls=cls)
+    pairs = load.in_chunks(run, model.device_params, pictures, tokens, orders)
+    return in_place(pairs, orders, model.model.segments)
 
 
 def aligned(module: digpt.DiGPT, model: Model, params, pictures, tokens, orders, *, cls: bool):
@@ -126,6 +150,11 @@ def aligned(module: digpt.DiGPT, model: Model, params, pictures, tokens, orders,
         predicted, jnp.asarray(tokens), orders, grid=(model.grid,) * 2,
         segment_grid=model.segments, cls=cls,
     )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("module", "model", "cls"))
+def _aligned(params, pictures, tokens, orders, *, module: digpt.DiGPT, model: Model, cls: bool):
+    return aligned(module, model, params, pictures, tokens, orders, cls=cls)
 
 
 def in_place(pairs: dict, orders: np.ndarray, shape: tuple[int, int]) -> dict:

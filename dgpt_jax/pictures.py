@@ -64,6 +64,35 @@ def teacher(found: dict) -> np.ndarray:
     return tokens
 
 
+def mean_token_cosine(found: dict) -> np.ndarray:
+    """Cosines (B, G, G) of the teacher's tokens to their mean: what a constant guess has."""
+    tokens = unit(teacher(found))
+    return tokens @ unit(np.nanmean(tokens, axis=(0, 1, 2)))
+
+
+def prediction_captions(found: dict, guess: np.ndarray, orders: np.ndarray, shape) -> dict:
+    """{title: a caption for each image}: mean cosines by place in the order, of the predictions and
+    of a `guess` (B, G, G) at the same places."""
+    captions = {
+        f"{name}: cosine": _by_place(part["similarity"], orders, shape, name)
+        for name, part in found.items()
+    }
+    guesses = [
+        [f"{name} {line}" for line in _by_place(guess, orders, shape, name)] for name in found
+    ]
+    return captions | {"mean token: cosine": ["\n".join(x) for x in zip(*guesses, strict=True)]}
+
+
+def _by_place(values: np.ndarray, orders: np.ndarray, shape, name: str) -> list[str]:
+    """The mean of maps (B, G, G) over each segment that a decoder predicts, in order."""
+    means = segments.split(values[..., None], shape)[..., 0].mean(axis=-1)
+    places = segments.predicted_places(name, segments.visible_count(shape))
+    return [
+        " ".join(f"{of_image[segment]:.2f}" for segment in order[places])
+        for of_image, order in zip(means, orders, strict=True)
+    ]
+
+
 def unit(x: np.ndarray) -> np.ndarray:
     """Vectors along the last axis, of length 1."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

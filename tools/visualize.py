@@ -1,13 +1,16 @@
 """What an encoder sees, as pictures.
 
-    python tools/visualize.py CHECKPOINT IMAGE… --out=FILE.png [--show=tokens]
+    python tools/visualize.py CHECKPOINT IMAGE… --out=FILE.png [--show=tokens] [--count=12]
 
-IMAGE are files or folders; CHECKPOINT is a work directory or weights. `--show` is one of
+IMAGE are files or folders; CHECKPOINT is a work directory or weights. Shown are --count images,
+evenly spread over all of them. `--show` is one of
 
-    tokens       patch tokens as colours: the first principal components of all images together
-                 are red, green and blue; below, of the foreground, which the first component tells
+    tokens       patch tokens as colours: the first principal components of all shown images
+                 together are red, green and blue; below, of the foreground, which the first
+                 component tells
     attention    where CLS attends to in the last block: the mean of the heads, then each head
-    neighbours   for each image the others that are nearest by the cosine of features (--features)
+    neighbours   for each shown image its --neighbours nearest, by the cosine of features
+                 (--features), among --gallery evenly spread images
     predictions  what the pretraining model (a work directory with decoders) predicts of the
                  segments of pictures of a token store, beside the teacher's tokens; captions are
                  mean cosines by place in the order, below those of a constant guess:
@@ -15,6 +18,10 @@ IMAGE are files or folders; CHECKPOINT is a work directory or weights. `--show` 
     python tools/visualize.py RUN --show=predictions --store=TOKENS --out=FILE.png
 """
 
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -23,27 +30,46 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dgpt_jax import bad_records, cli, examples, load, records, segments, token_store, views
+from dgpt_jax import (
+    bad_records,
+    cli,
+    examples,
+    image_files,
+    load,
+    records,
+    segments,
+    token_store,
+    views,
+)
 from dgpt_jax.maps import cls_attention, foreground, neighbours, pca_colours, prediction_maps
-from dgpt_jax.pictures import heat, prediction_rows, teacher, unit
+from dgpt_jax.pictures import heat, mean_token_cosine, prediction_captions, prediction_rows
 from dgpt_jax.schema import UserError
 
-KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MOST = 64  # images in a figure
+COLUMNS = 12  # images in a line of a figure
 
 
 def grid(rows: dict[str, np.ndarray], out, captions: dict[str, list[str]] | None = None):
     """A picture with one titled row of images (B, height, width, 3) for each entry; captions, where
-    a row has some, stand above its images."""
+    a row has some, stand above its images. More than COLUMNS images go on below all rows."""
     captions = captions or {}
-    count = max(len(images) for images in rows.values())
+    most = max(map(len, rows.values()))
+    lines = [
+        (title, images[start : start + COLUMNS], captions.get(title, ())[start : start + COLUMNS])
+        for start in range(0, most, COLUMNS)
+        for title, images in rows.items()
+        if start < len(images)
+    ]
+    columns = min(most, COLUMNS)
     left, height = 1.6, 1.4 if captions else 1.15
     figure, axes = plt.subplots(
-        len(rows), count, figsize=(1.1 * count + left, height * len(rows) + 0.1), squeeze=False
-    )
-    for line, (title, images) in zip(axes, rows.items(), strict=True):
+        len(lines), columns, figsize=(1.1 * columns + left, height * len(lines) + 0.1),
+        squeeze=False,
+    )  # fmt: skip
+    for line, (title, images, texts) in zip(axes, lines, strict=True):
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image, interpolation="nearest")
-        for axis, caption in zip(line, captions.get(title, ()), strict=False):
+        for axis, caption in zip(line, texts, strict=False):
             axis.set_title(caption, fontsize=6, pad=2)
         for axis in line:
             axis.set_axis_off()
@@ -51,34 +77,66 @@ def grid(rows: dict[str, np.ndarray], out, captions: dict[str, list[str]] | None
             -0.15, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=9
         )
     figure.subplots_adjust(
-        left=(left - 0.1) / (1.1 * count + left), right=0.99, bottom=0.01,
-        top=1 - 0.2 / (height * len(rows)) if captions else 0.98, hspace=0.22 if captions else 0.05,
-    )  # fmt: skip
+        left=(left - 0.1) / (1.1 * columns + left),
+        right=0.99,
+        bottom=0.01,
+        top=1 - 0.2 / (height * len(lines)) if captions else 0.98,
+        hspace=0.22 if captions else 0.05,
+    )
     figure.savefig(out, dpi=160 if captions else 130)
     plt.close(figure)
 
 
-def read_pictures(paths, size: int) -> np.ndarray:
-    """Image files, and all in folders, as the central size×size pixels (B, size, size, 3)."""
+def list_images(paths: Sequence[str]) -> list[str]:
+    """The files among paths, and the images in the folders among them, at any depth, sorted."""
     files = []
-    for path in map(Path, paths):
-        found = [path]
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS)
-        if not found:
-            raise UserError(f"{path} holds no images ({', '.join(KINDS)})")
-        files += found
+    for path in paths:
+        inside = [path]
+        if os.path.isdir(path):
+            inside = []
+            for folder, below, names in os.walk(path):
+                below.sort()
+                inside += [os.path.join(folder, name) for name in sorted(filter(_is_image, names))]
+        if not inside:
+            raise UserError(f"{path} holds no images ({', '.join(image_files.EXTENSIONS)})")
+        files += inside
+    return files
+
+
+def _is_image(name: str) -> bool:
+    # "._x.jpg" is what macOS notes beside x.jpg.
+    return name.lower().endswith(image_files.EXTENSIONS) and not name.startswith("._")
+
+
+def spread(items: Sequence, count: int, flag: str = "--count") -> list:
+    """`count` of the items, evenly spread, because neighbours may be of one class; says so."""
+    if len(items) > count:
+        print(f"{count} of {len(items)} images, evenly spread; {flag}=N takes another number")
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def read_pictures(files: Sequence[str], size: int) -> np.ndarray:
+    """Image files as their central size×size pixels (B, size, size, 3)."""
     pictures = []
     for file in files:
         try:
-            image = views.decode_picture(file.read_bytes())
+            image = views.decode_picture(Path(file).read_bytes())
         except (OSError, ValueError) as e:
             raise UserError(f"{file}: {e}") from None
         pictures.append(views.centre_crop(image, size, size, squash=False))
     return np.stack(pictures)
 
 
-def show_tokens(encoder: load.Encoder, pictures, _args):
+def label(file: str) -> str:
+    """Folder and name of a file, short enough to stand above its image."""
+    name = "/".join(Path(file).with_suffix("").parts[-2:])
+    return name if len(name) <= 18 else f"{name[:10]}…{name[-7:]}"
+
+
+def show_tokens(encoder: load.Encoder, files, args):
+    files = spread(files, args.count)
+    pictures = read_pictures(files, encoder.model.image_size)
     tokens = np.asarray(encoder.tokens(pictures))[:, 1:]
     mask, colours = foreground(tokens)
     shape = (len(pictures), encoder.model.grid, -1, 3)
@@ -87,15 +145,21 @@ def show_tokens(encoder: load.Encoder, pictures, _args):
         "tokens": pca_colours(tokens).reshape(shape),
         "foreground": colours.reshape(shape),
     }
-    return rows, {"foreground": [f"{share:.0%} of the patches" for share in mask.mean(axis=1)]}
+    shares = [f"{share:.0%} of the patches" for share in mask.mean(axis=1)]
+    return rows, {"image": list(map(label, files)), "foreground": shares}
 
 
-def show_attention(encoder: load.Encoder, pictures, _args):
+def show_attention(encoder: load.Encoder, files, args):
+    files = spread(files, args.count)
+    pictures = read_pictures(files, encoder.model.image_size)
     attention = cls_attention(encoder, pictures)
     side = encoder.model.grid
     maps = attention[:, :, 1:].reshape(*attention.shape[:2], side, side)
     rows = {"image": pictures, "mean of heads": heat(maps.mean(axis=1))}
-    captions = {"mean of heads": [f"CLS itself {x:.0%}" for x in attention[:, :, 0].mean(axis=1)]}
+    captions = {
+        "image": list(map(label, files)),
+        "mean of heads": [f"CLS itself {x:.0%}" for x in attention[:, :, 0].mean(axis=1)],
+    }
     for head in range(maps.shape[1]):
         rows[f"head {head + 1}"] = heat(maps[:, head])
         largest = maps[:, head].max(axis=(1, 2))
@@ -103,25 +167,37 @@ def show_attention(encoder: load.Encoder, pictures, _args):
     return rows, captions
 
 
-def show_neighbours(encoder: load.Encoder, pictures, args):
-    if len(pictures) < 2:
+def show_neighbours(encoder: load.Encoder, files, args):
+    if len(files) < 2:
         raise UserError("--show=neighbours needs at least 2 images")
-    features = np.asarray(encoder.features(pictures, args.features))
-    nearest, cosines = neighbours(features, min(args.count, len(pictures) - 1))
+    gallery, size = spread(files, args.gallery, "--gallery"), encoder.model.image_size
+    features = [
+        np.asarray(encoder.features(read_pictures(batch, size), args.features))
+        for batch in batched(gallery, load.CHUNK)
+    ]
+    queries = spread(range(len(gallery)), args.count)
+    nearest, cosines = neighbours(np.concatenate(features), args.neighbours, of=queries)
     rows, captions = {}, {}
-    for i, near in enumerate(nearest):
-        rows[title := f"image {i + 1}"] = pictures[[i, *near]]
-        captions[title] = ["", *(f"image {n + 1}: {cosines[i, j]:.3f}" for j, n in enumerate(near))]
+    for query, indices, values in zip(queries, nearest, cosines, strict=True):
+        line = [gallery[i] for i in (query, *indices)]
+        first, *others = map(label, line)
+        rows[title := f"image {len(rows) + 1}"] = read_pictures(line, size)
+        captions[title] = [first, *map("{}\n{:.3f}".format, others, values)]
     return rows, captions
 
 
+def batched(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
 def stored(args, model):
-    """(pictures, decoded tokens, orders, whether there is a CLS token) of a token store's first."""
+    """(pictures, decoded tokens, orders, whether there is a CLS token) of --count examples of a
+    token store."""
     info = token_store.StoreInfo.load(args.store)
     token_store.refuse_unfinished(args.store)
     source = records.Split(args.store, token_store.view_split(args.view))
     pictures, tokens, orders = [], [], []
-    for index in range(min(args.count, len(source))):
+    for index in spread(range(len(source)), args.count):
         record = source[index]
         image = bad_records.picture(source, index, record)
         pictures.append(views.resize(image, model.image_size, model.image_size))
@@ -142,60 +218,48 @@ def show_predictions(args):
     maps = prediction_maps(model, pictures, tokens, orders, cls)
     shape = model.model.segments
     rows = prediction_rows(maps, pictures, orders, shape)
-    captions = {
-        f"{name}: cosine": per_place(found["similarity"], orders, shape, name)
-        for name, found in maps.items()
-    }
-    # What a constant guess has: without it a cosine says little.
-    tokens = unit(teacher(maps))
-    guess = tokens @ unit(np.nanmean(tokens, axis=(0, 1, 2)))
+    guess = mean_token_cosine(maps)  # without it a cosine says little
     rows["mean token: cosine"] = heat(guess, 0.0, 1.0)
-    for name in maps:
-        lines = per_place(guess, orders, shape, name)
-        before = captions.setdefault("mean token: cosine", [""] * len(lines))
-        pairs = zip(before, lines, strict=True)
-        captions["mean token: cosine"] = [f"{a}\n{name} {b}".strip() for a, b in pairs]
-    return rows, captions
-
-
-def per_place(maps: np.ndarray, orders: np.ndarray, shape, name: str) -> list[str]:
-    """The mean of maps (B, G, G) over each segment, by place in the order, as captions."""
-    first = 1 if name == "next" else 0
-    means = segments.split(maps[..., None], shape)[..., 0].mean(axis=-1)
-    lines = []
-    for of_image, order in zip(means, orders, strict=True):
-        places = order[first : first + segments.visible_count(shape)]
-        lines.append(" ".join(f"{of_image[segment]:.2f}" for segment in places))
-    return lines
+    return rows, prediction_captions(maps, guess, orders, shape)
 
 
 SHOWN = {"tokens": show_tokens, "attention": show_attention, "neighbours": show_neighbours}
 
 
+def parse() -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    parser.add_argument("checkpoint", help="work directory or weights")
+    parser.add_argument("images", nargs="*", help="image files or folders")
+    parser.add_argument("--show", choices=(*SHOWN, "predictions"), default="tokens")
+    parser.add_argument("--out", required=True, help="PNG file")
+    parser.add_argument("--count", type=int, default=12, help=f"images shown, at most {MOST}")
+    parser.add_argument("--neighbours", type=int, default=6, help="of each image")
+    parser.add_argument("--gallery", type=int, default=1000, help="images to find neighbours in")
+    parser.add_argument("--features", choices=("cls", "mean"), default="mean", help="of neighbours")
+    parser.add_argument("--store", help="token store, for predictions")
+    parser.add_argument("--view", type=int, default=0, help="view of the store")
+    parser.add_argument("--seed", type=int, default=0, help="of the orders of segments")
+    args = parser.parse_intermixed_args()
+    for name, allowed in (
+        ("count", range(1, MOST + 1)), ("neighbours", range(1, COLUMNS)),
+        ("gallery", range(2, sys.maxsize)),
+    ):  # fmt: skip
+        if (value := getattr(args, name)) not in allowed:
+            raise UserError(f"--{name}={value}: must be from {allowed[0]} to {allowed[-1]}")
+    if args.show == "predictions" and (args.images or not args.store):
+        raise UserError("--show=predictions takes --store=TOKENS and no images")
+    if args.show != "predictions" and (args.store or not args.images):
+        raise UserError(f"--show={args.show} takes images, and no --store")
+    return args
+
+
 def main():
-    made = cli.parser(__doc__)
-    made.add_argument("checkpoint", help="work directory or weights")
-    made.add_argument("images", nargs="*", help="image files or folders")
-    made.add_argument("--show", choices=(*SHOWN, "predictions"), default="tokens")
-    made.add_argument("--out", required=True, help="PNG file")
-    made.add_argument("--count", type=int, default=6, help="neighbours, or pictures of the store")
-    made.add_argument("--features", choices=("cls", "mean"), default="mean", help="of neighbours")
-    made.add_argument("--store", help="token store, for predictions")
-    made.add_argument("--view", type=int, default=0, help="view of the store")
-    made.add_argument("--seed", type=int, default=0, help="of the orders of segments")
-    args = made.parse_intermixed_args()
-    if args.count < 1:
-        raise UserError(f"--count={args.count}: must be at least 1")
+    args = parse()
     if args.show == "predictions":
-        if not args.store or args.images:
-            raise UserError("--show=predictions takes --store=TOKENS and no images")
         rows, captions = show_predictions(args)
     else:
-        if not args.images or args.store:
-            raise UserError(f"--show={args.show} takes images, and no --store")
-        encoder = load.load_encoder(args.checkpoint)
-        pictures = read_pictures(args.images, encoder.model.image_size)
-        rows, captions = SHOWN[args.show](encoder, pictures, args)
+        files = list_images(args.images)
+        rows, captions = SHOWN[args.show](load.load_encoder(args.checkpoint), files, args)
     grid(rows, args.out, captions)
     print(f"wrote {args.out}")
     print(f"next: look at {args.out}; other pictures with --show={'|'.join(SHOWN)}|predictions")
