@@ -99,7 +99,7 @@ def curves(path: Path) -> dict[str, dict[str, float]]:
     names = ("loss", "next", "visible", "knn/cls", "knn/mean", "val/top1")
     logged = run_log.read(path).curves
     return {
-        name: {str(step): value for step, value in logged[name].items()}
+        name: {str(step): value for step, value in logged[name].as_dict().items()}
         for name in names
         if name in logged
     }

@@ -11,7 +11,9 @@ from tests.data import TINY, image_dataset
 
 def slowly(x):
     """Zero, after some 50 ms."""
-    return 0 * jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), jnp.full((200, 200), x)).sum()
+    return (
+        0 * jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), jnp.full((200, 200), x)).sum()
+    )
 
 
 def test_few_steps_are_in_flight(tmp_path, monkeypatch):
