@@ -4,7 +4,7 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dgpt_jax import images
+from dgpt_jax import gcs, images
 from dgpt_jax.schema import UserError
 from tests.data import write_folder
 
@@ -23,6 +23,7 @@ def bucket(monkeypatch) -> Bucket:
     monkeypatch.setattr(
         backend.fsspec_backend, "fs", lambda path: made if str(path)[:5] == "gs://" else local(path)
     )
+    monkeypatch.setattr(gcs, "filesystem", lambda path: (made, made._strip_protocol(path)))
     made.mkdirs("/bucket")
     yield made
     made.store.clear()
