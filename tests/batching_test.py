@@ -112,11 +112,19 @@ def test_what_is_read_ahead_of_a_standing_consumer(
         assert reads.stat().st_size == expected
 
 
-def test_a_batch_is_not_kept_while_the_next_is_read(examples):
-    stream = batching.train_batches(examples, BATCH, rows=ALL, start_step=0)
-    placed = batching.ahead(stream, lambda batch: weakref.ref(batch["image"]))
-    with contextlib.closing(placed):
-        assert next(placed)() is None
+def test_a_batch_is_not_kept_while_the_next_is_filled(examples, monkeypatch):
+    placed, alive, empty = [], [], batching._empty
+
+    def counting(*args):
+        alive.append(sum(batch() is not None for batch in placed))
+        return empty(*args)
+
+    monkeypatch.setattr(batching, "_empty", counting)
+    stream = batching.train_batches(examples, 48, rows=np.arange(48), start_step=0)
+    ahead = batching.ahead(stream, lambda batch: placed.append(weakref.ref(batch["image"])))
+    with contextlib.closing(ahead):
+        next(ahead)
+    assert alive == [0, 0, 0]
 
 
 def test_every_epoch_is_a_new_permutation_with_new_views_and_orders(examples):
