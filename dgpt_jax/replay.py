@@ -106,7 +106,8 @@ def write(workdir, task, params, number: int, ids: list[str], local, mesh) -> ep
     """Writes step `number` to disk, whose batch (this process's rows `local`, examples `ids`) the
     parameters met. Every process calls it; returns the directory."""
     config, process = task.config, jax.process_index()
-    measured = measure(task, params, number, local, mesh, microbatches=config.accum_steps)
+    microbatches = _microbatches(config, mesh)
+    measured = measure(task, params, number, local, mesh, microbatches=microbatches)
     whole = _on_first_process(params, mesh)
     rows = sharding.process_rows(mesh, config.batch_size)
     directory = epath.Path(workdir) / f"bad_step_{number:06d}"
@@ -119,6 +120,13 @@ def write(workdir, task, params, number: int, ids: list[str], local, mesh) -> ep
             text = json.dumps(metadata | measured, indent=1, default=str)
             (near / "step.json").write_text(text + "\n")
     return directory
+
+
+def _microbatches(config: Train, mesh) -> int:
+    """The number of micro-batches of the train step. Where these do not divide by the devices, the
+    step pads them; here they are more and smaller, at least one row for each device."""
+    rows = config.batch_size // sharding.batch_shards(mesh)
+    return next((n for n in range(config.accum_steps, rows + 1) if rows % n == 0), rows)
 
 
 def _on_first_process(params, mesh) -> dict[str, np.ndarray]:

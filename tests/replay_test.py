@@ -93,7 +93,7 @@ def assert_same(measured: dict, expected: dict):
 
 def check_layouts(directory, task: str):
     """In the run and on one device, each split is the unsplit computation, example by example."""
-    for devices, accum_steps in [(1, 1), (1, 2), (1, 4), (8, 1), (8, 2), (8, 4)]:
+    for devices, accum_steps in [(1, 1), (1, 2), (1, 4), (8, 1), (8, 2), (8, 4), (8, 8)]:
         loss = {"loss": {"visible": 0.0}} if task == "pretrain" else {}  # half to compile
         of = task_of(settings(task, accum_steps=accum_steps, **loss))
         path, params, batch = dump(f"{directory}/{devices}_{accum_steps}", of, devices)
