@@ -1,6 +1,7 @@
 """The linear probe and few-shot classification of a bank that is split over devices and processes,
 against scikit-learn and NumPy."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -117,10 +118,17 @@ def test_one_program_fits_all_folds_and_strengths():
     "rows,classes,expected", [(8, 1000, 8192), (8, 21841, 320), (256, 2, 8192)]
 )
 def test_chunks_bound_the_logits(rows, classes, expected):
-    labels = np.zeros((8192 // rows * 3, rows))
-    chunk = features.chunks(labels, classes)
-    assert chunk.shape[0] * chunk.shape[1] == labels.size
-    assert chunk.shape[1] <= expected and chunk.shape[1] * classes <= features.LOGITS
+    steps = 8192 // rows * 3
+    numbers = jnp.arange(steps * rows, dtype=jnp.int32).reshape(steps, rows)
+    sizes = []
+
+    def add(first, chunk):
+        sizes.append(len(chunk))
+        return first + len(chunk), (chunk == first + jnp.arange(len(chunk))).all()
+
+    count, in_order = features.scan_chunks(add, 0, numbers, classes)
+    assert count == numbers.size and in_order.all() and len(in_order) * sizes[0] == count
+    assert sizes[0] <= expected and sizes[0] * classes <= features.LOGITS
 
 
 @pytest.mark.parametrize("protocol", ["linear", "fewshot", "knn"])

@@ -148,14 +148,23 @@ def bank_steps(length: int, batch_size: int, mesh) -> int:
     return groups(-(-length // batch_size), batch_size // sharding.batch_shards(mesh))[0]
 
 
-def chunks(part, classes: int = 0):
-    """A device's part (steps, B, …) of arrays laid as a bank, as (n, rows, …) to scan over: about
-    ROWS of them, or as few as keep the logits of `classes` below LOGITS."""
+def scan_chunks(add: Callable, start, part, classes: int = 0):
+    """jax.lax.scan of add(carry, chunk) over a device's part (steps, B, …) of arrays laid as a bank.
+
+    A chunk (n, …) has about ROWS rows, or as few as keep the logits of `classes` below LOGITS. Steps
+    are joined into a chunk inside the scan: joined outside, a bank whose B is no whole tile of the
+    device's memory would be copied.
+    """
     steps, batch_size = jax.tree.leaves(part)[0].shape[:2]
     _, size = groups(steps, batch_size)
     most = LOGITS // (classes * batch_size) if classes else size
     size = max(n for n in range(1, size + 1) if size % n == 0 and n <= max(1, most))
-    return jax.tree.map(lambda x: x.reshape(steps // size, size * batch_size, *x.shape[2:]), part)
+    grouped = jax.tree.map(lambda x: x.reshape(steps // size, size, *x.shape[1:]), part)
+
+    def joined(carry, group):
+        return add(carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), group))
+
+    return jax.lax.scan(joined, start, grouped)
 
 
 def sum_over_processes(value: np.ndarray) -> np.ndarray:

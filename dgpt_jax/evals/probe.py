@@ -146,7 +146,7 @@ def _sum_of_losses(whole, part):
         return jax.tree.map(jnp.add, total, grads), value
 
     zeros = jax.tree.map(jnp.zeros_like, parameters)
-    grads, values = jax.lax.scan(add, zeros, features.chunks(part, classes))
+    grads, values = features.scan_chunks(add, zeros, part, classes)
     return values.sum(), grads
 
 
@@ -162,7 +162,7 @@ def _hits(problem, scale, solution, held, *, mesh):
             x, labels = _standardised(chunk, scale)
             return total + (_logits(x, solution).argmax(axis=1) == labels).sum(), None
 
-        return jax.lax.scan(add, jnp.int32(0), features.chunks(part, len(solution[1])))[0]
+        return features.scan_chunks(add, jnp.int32(0), part, len(solution[1]))[0]
 
     labels = jnp.where(folds == held, labels, -1)
     return sharding.sum_over_shards(count, mesh, (solution, scale), (rows, labels))
