@@ -37,4 +37,5 @@ def on_devices(count: int, function, *args):
     call = f"import {function.__module__} as tests; tests.{function.__name__}(*{args!r})"
     process = start(["-c", call], devices=count)
     (output,) = outputs_of([process])
+    print(output)
     assert process.returncode == 0, output[-2000:]

@@ -1,22 +1,30 @@
-"""Evaluation at the size of ImageNet-1K: features are in memory once, whatever is measured on them.
+"""Evaluation at the size of ImageNet-1K: features are in memory once, whatever is measured on them,
+and every image counts once, however many devices and processes share them.
 
-REHEARSAL_ROWS=1281167 takes its real length (float32 features of width 768: 3.9 GB), the default
-fewer rows. Prints time and memory of every stage; only memory is asserted.
+REHEARSAL_ROWS=1281167 takes the real length of the features (float32, width 768: 3.9 GB) and
+REHEARSAL_IMAGES=50001 that of the images; the defaults are fewer. Prints time and memory of every
+stage; only memory and counts are asserted.
 """
 
+import io
 import json
 import os
 import resource
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from dgpt_jax.evals import features, fewshot, knn, probe
-from tests.banks import mesh_of
+from dgpt_jax import bad_records, config, images, records, schema, sharding
+from dgpt_jax.evals import classification, features, fewshot, knn, pretraining, probe
+from tests import watch
+from tests.banks import in_processes, mesh_of
 from tests.processes import on_devices
 
 ROWS = int(os.environ.get("REHEARSAL_ROWS", 60_000))
@@ -51,17 +59,11 @@ def encode(centres, images):
     return {"cls": 0.3 * centres[index % CLASSES] + noise}
 
 
-def memory(name: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
 def stage(name: str, work, allowed: float):
     """The result of work(), after a line of JSON about it. Fails where memory grows by more than
     `allowed` bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now
-    start, began, used = memory("VmRSS"), time.monotonic(), cpu_seconds()
+    watch.reset_peak()
+    start, began, used = watch.memory(), time.monotonic(), cpu_seconds()
     result = work()
     numbers = {
         "stage": name,
@@ -69,8 +71,8 @@ def stage(name: str, work, allowed: float):
         "seconds": time.monotonic() - began,
         "cpu_seconds": cpu_seconds() - used,
         "bank_bytes": BANK,
-        "peak_bytes": memory("VmHWM"),
-        "growth_bytes": memory("VmHWM") - start,
+        "peak_bytes": watch.memory(),
+        "growth_bytes": watch.memory() - start,
     }
     print(json.dumps(numbers), flush=True)
     assert numbers["growth_bytes"] < allowed, numbers
@@ -106,3 +108,90 @@ def rehearsal():
 @pytest.mark.slow
 def test_features_are_in_memory_once():
     on_devices(1, rehearsal)
+
+
+IMAGES = int(os.environ.get("REHEARSAL_IMAGES", 5_001))
+LABELS, GREYS = 10, 7  # image i is of class i % LABELS and shows the grey of class i % GREYS
+
+
+def grey_images(directory: Path) -> Path:
+    """An image dataset of IMAGES tiny pictures, hard links to GREYS files."""
+    folder = directory / "folder"
+    encoded = []
+    for grey in range(GREYS):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (20 * grey + 10,) * 3).save(buffer, "PNG")
+        encoded.append(directory / f"{grey}.png")
+        encoded[-1].write_bytes(buffer.getvalue())
+    for label in range(LABELS):
+        (folder / f"class{label}").mkdir(parents=True)
+    for i in range(IMAGES):
+        os.link(encoded[i % GREYS], folder / f"class{i % LABELS}/{i:06d}.png")
+    images.import_images(folder, directory / "images", say=lambda _: None)
+    return directory / "images"
+
+
+def shown(images):
+    """The number of the class whose grey pictures (B, H, W, 3) show."""
+    return (images[:, 0, 0, 0].astype(jnp.float32) - 10) / 20
+
+
+def grey_task(path):
+    """Stands for both tasks: logits by a picture's grey, whose nearest are the classes just above
+    it, and a loss that is its number."""
+    settings = schema.parse(
+        config.Train,
+        {
+            "task": "classify",
+            "data": {"path": path},
+            "model": {"image_size": 8, "patch": 4},
+            "classify": {"num_classes": LABELS, "resize": 8},
+            "evals": {"heldout": path, "heldout_split": "train", "batch_size": 192},
+        },
+    )
+    split = records.Split(path, "train")
+
+    def load(index):
+        return {"image": bad_records.picture(split, index, split[index])}
+
+    return SimpleNamespace(
+        config=settings, heads=(), frozen={}, weights={"grey": 1.0},
+        heldout=lambda: (load, len(split)),
+        logits=lambda params, frozen, x: -abs(shown(x)[:, None] + 0.25 - jnp.arange(LABELS)),
+        loss=lambda params, frozen, batch: (0, {"grey": shown(batch["image"])}),
+    )  # fmt: skip
+
+
+def expected() -> dict[str, float]:
+    hits = Counter()
+    for i in range(IMAGES):
+        distance = abs(i % GREYS + 0.25 - np.arange(LABELS))
+        place = int((distance <= distance[i % LABELS]).sum())
+        hits |= {f"val/top{k}": hits[f"val/top{k}"] + (place <= k) for k in (1, 5)}
+        hits["heldout/grey"] += i % GREYS
+    hits |= {f"val/top{k}_squash": hits[f"val/top{k}"] for k in (1, 5)}
+    return {name: count / IMAGES for name, count in hits.items()}
+
+
+def each_image_once():
+    """In one of the processes."""
+    path = os.environ["REHEARSAL_GREYS"]
+    task, mesh = grey_task(path), sharding.make_mesh(config.Mesh())
+    found = classification.accuracy(task, mesh)({}) | pretraining.heldout_loss(task, mesh)({})
+    assert found == expected(), found
+    extract = features.Extractor(encode, mesh, batch_size=192)
+    centres = jax.random.normal(jax.random.key(1), (CLASSES, WIDTH))
+    bank = extract(centres, Numbered(IMAGES), lambda image: image)["cls"]
+    indices = np.concatenate([indices for _, indices in bank.local()])
+    counts = features.sum_over_processes(np.bincount(indices, minlength=IMAGES).astype(float))
+    assert (counts == 1).all() and len(counts) == IMAGES
+    assert (bank.labels == np.arange(IMAGES) % CLASSES).all()
+    # The nearest of a row is itself.
+    assert knn.correct(bank, bank, ks=(1,)) == {1: IMAGES}
+
+
+@pytest.mark.slow
+def test_each_image_counts_once_on_three_hosts(tmp_path, monkeypatch):
+    """Three processes with eight devices each, which the images do not fill."""
+    monkeypatch.setenv("REHEARSAL_GREYS", str(grey_images(tmp_path)))
+    in_processes(3, 8, each_image_once)

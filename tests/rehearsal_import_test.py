@@ -25,28 +25,19 @@ MEMORY = 10e6, 300  # bytes beyond an import of FEW, and as many for each file
 # Imports SRC to OUT in shards of SIZE; prints what it takes as JSON. The memory is noted whenever a
 # shard is finished.
 IMPORT = """
-import json, os, resource, sys, threading, time
+import json, sys
 from dgpt_jax import images
+from tests import watch
 src, out, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-resident, opened, ended = [], [0], threading.Event()
-def watch():
-    while not ended.wait(0.01):
-        opened.append(len(os.listdir("/proc/self/fd")))
-def say(line):
-    pages = int(open("/proc/self/statm").read().split()[1])
-    resident.append(pages * os.sysconf("SC_PAGESIZE"))
-watcher, began = threading.Thread(target=watch), time.monotonic()
-watcher.start()
-try:
-    report = images.import_images(src, out, shard_size=size, say=say)
-finally:
-    ended.set()
-    watcher.join()
-    print(json.dumps({
-        "seconds": time.monotonic() - began, "files": max(opened), "resident": resident,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }))
+resident = []
+with watch.Usage() as usage:
+    report = images.import_images(
+        src, out, shard_size=size, say=lambda line: resident.append(watch.memory("VmRSS"))
+    )
 assert not report.broken
+print(json.dumps({
+    "seconds": usage.seconds, "files": usage.files, "peak": usage.peak, "resident": resident,
+}))
 """
 
 
@@ -102,20 +93,16 @@ def figures(process) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory and files are read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form,write", [("files", write_files), ("tar", write_tar)])
 def test_an_import(form, write, tmp_path):
     """At once, and stopped by kill -9 in the middle and continued."""
-    few = figures(
-        start(write(tmp_path / f"few.{form}", FEW), tmp_path / "few", FEW, tmp_path / "s")
-    )
-    src, out, stopped = (
-        write(tmp_path / f"src.{form}", FILES),
-        tmp_path / "a/out",
-        tmp_path / "b/out",
-    )
+    some, src = write(tmp_path / f"few.{form}", FEW), write(tmp_path / f"src.{form}", FILES)
+    out, stopped = tmp_path / "a/out", tmp_path / "b/out"
+    few = figures(start(some, tmp_path / "few", FEW, tmp_path / "scratch"))
     found = figures(start(src, out, FILES, tmp_path / "scratch"))
-    process = start(src, stopped, FILES, tmp_path / "scratch")
+    # What is killed leaves its temporary files.
+    process = start(src, stopped, FILES, tmp_path / "killed")
     while len(list(stopped.glob(".*.receipt"))) < 10 and process.poll() is None:
         time.sleep(0.02)
     process.kill()

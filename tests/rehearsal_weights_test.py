@@ -5,13 +5,12 @@ REHEARSAL_SIZE=L/14 (or another size of config.Model) rehearses it at real size:
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import outputs_of, start
+
 SIZE = os.environ.get("REHEARSAL_SIZE", "")
 
 # Three training states on four devices, parameters and both moments split over them.
@@ -39,26 +38,18 @@ for tree in (made.params["encoder"], made.params):
 """
 # A function of dgpt_jax or a command of tools/; prints the peak memory and the most open files.
 RUN = """
-import os, resource, runpy, sys, threading
+import runpy, sys
 import dgpt_jax
+from tests import watch
 sys.modules |= {"timm": None, "torch": None, "transformers": None}
-files, ended = [0], threading.Event()
-def watch():
-    while not ended.wait(0.01):
-        files.append(len(os.listdir("/proc/self/fd")))
-watcher = threading.Thread(target=watch)
-watcher.start()
-try:
+with watch.Usage() as usage:
     if sys.argv[1].endswith(".py"):
         sys.argv = sys.argv[1:]
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         loaded = getattr(dgpt_jax, sys.argv[1])(sys.argv[2])
-finally:
-    ended.set()
-    watcher.join()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-print(max(files))
+print(usage.peak)
+print(usage.files)
 """
 # Words of the command (RUN: the work directory, OUT: a new place), and how many times the bytes of
 # what it reads or writes it may need.
@@ -74,21 +65,18 @@ FORMS = {
     "average": ([CHECKPOINT, "average", "RUN", "OUT", "--last=3"], 2.5),
     "moving average": ([CHECKPOINT, "average", "RUN", "OUT", "--last=3", "--decay=0.9"], 2.5),
     "inspect": ([CHECKPOINT, "inspect", "RUN"], 0.05),
-    "load_encoder": (["load_encoder", "RUN"], 1.5),
-    "load_digpt": (["load_digpt", "RUN"], 1.5),
+    "load_encoder": (["load_encoder", "RUN"], 1.75),
+    "load_digpt": (["load_digpt", "RUN"], 1.75),
 }
 ENCODERS = ("timm", "hf", "big_vision", "load_encoder")
 
 
 def run(code, *words, devices: int) -> list[int]:
     """The numbers that a process of its own prints."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    return [int(line) for line in ended.stdout.splitlines() if line.isdigit()]
+    process = start(["-c", code, *words], devices=devices)
+    (output,) = outputs_of([process])
+    assert process.returncode == 0, output
+    return [int(line) for line in output.splitlines() if line.isdigit()]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +93,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes there")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form", FORMS)
 def test_memory(form, runs, tmp_path):
     """So many times the bytes of the weights, beyond what the same of a small model needs."""
