@@ -167,6 +167,11 @@ class Loop:
         for evaluate in self._evaluators:
             results |= evaluate(params)
         self.writer.scalars(self.step, results)
+        best = self.config.checkpoint.best
+        if best and best not in results:
+            raise UserError(
+                f"config.checkpoint.best={best} is not measured: name one of {', '.join(results)}"
+            )
         told = (name for name in results if not run_log.is_detail(name))
         shown = " ".join(f"{name} {results[name]:.4f}" for name in told)
         self.progress.say(f"step {self.step}: {shown}")

@@ -68,7 +68,7 @@ def train(root: Path, workdir: str, batch_size: int, *fields: str, hosts: int = 
                 f"--config.hosts.{x}"
                 for x in (f"coordinator={address}", f"processes={hosts}", f"process={process}")
             ]
-        started.append(processes.start([*words, *flags], TMPDIR=str(scratch)))
+        started.append(processes.start([*words, *flags], TMPDIR=str(scratch), XLA_FLAGS=""))
         watches.append(Watch(started[-1].pid, limit=18 * GB / hosts))
     for watch in watches:
         watch.__enter__()

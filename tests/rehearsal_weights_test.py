@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import watch
 from tests.processes import outputs_of, start
 
 SIZE = os.environ.get("REHEARSAL_SIZE", "")
@@ -36,21 +37,9 @@ with saving.Checkpoints(path, keep=3) as checkpoints:
 for tree in (made.params["encoder"], made.params):
     print(sum(x.nbytes for x in jax.tree.leaves(tree)))
 """
-# A function of dgpt_jax or a command of tools/; prints the peak memory and the most open files.
-RUN = """
-import runpy, sys
-import dgpt_jax
-from tests import watch
-sys.modules |= {"timm": None, "torch": None, "transformers": None}
-with watch.Usage() as usage:
-    if sys.argv[1].endswith(".py"):
-        sys.argv = sys.argv[1:]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    else:
-        loaded = getattr(dgpt_jax, sys.argv[1])(sys.argv[2])
-print(usage.peak)
-print(usage.files)
-"""
+# What follows needs no other framework.
+ALONE = 'sys.modules |= {"timm": None, "torch": None, "transformers": None}\n'
+LOAD = "import dgpt_jax; loaded = getattr(dgpt_jax, sys.argv[1])(sys.argv[2])"
 # Words of the command (RUN: the work directory, OUT: a new place), and how many times the bytes of
 # what it reads or writes it may need.
 CONVERT, CHECKPOINT = "tools/convert.py", "tools/checkpoint.py"
@@ -71,9 +60,9 @@ FORMS = {
 ENCODERS = ("timm", "hf", "big_vision", "load_encoder")
 
 
-def run(code, *words, devices: int) -> list[int]:
-    """The numbers that a process of its own prints."""
-    process = start(["-c", code, *words], devices=devices)
+def written(path, model: dict) -> list[int]:
+    """Bytes of the encoder and of all weights in a new work directory."""
+    process = start(["-c", WRITE, path, json.dumps(model)], devices=4)
     (output,) = outputs_of([process])
     assert process.returncode == 0, output
     return [int(line) for line in output.splitlines() if line.isdigit()]
@@ -88,7 +77,7 @@ def runs(tmp_path_factory):
     made = []
     for model in (small, {"size": SIZE} if SIZE else large):
         path = tmp_path_factory.mktemp("run")
-        made.append((path, *run(WRITE, path, json.dumps(model), devices=4)))
+        made.append((path, *written(path, model)))
     return made
 
 
@@ -104,9 +93,9 @@ def test_memory(form, runs, tmp_path):
         places = {"RUN": str(path), "OUT": str(tmp_path / str(i) / "out")}
         given = [word.replace("OUT", places["OUT"]) if "OUT" in word else places.get(word, word)
                  for word in words]  # fmt: skip
-        peak, opened = run(RUN, *given, devices=1)[-2:]
-        peaks.append(peak)
-        files.append(opened)
+        usage = watch.usage_of(ALONE + (LOAD if form.startswith("load") else watch.SCRIPT), *given)
+        peaks.append(usage["peak"])
+        files.append(usage["files"])
         sizes.append(all_bytes[form not in ENCODERS])
     assert sizes[1] > 200e6
     more = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])

@@ -201,6 +201,14 @@ def _mean_of_last_rows(image) -> float:
     return pixels[4 * 116 :, 160:, 1].mean()
 
 
+def test_the_best_of_what_is_not_measured(made, tmp_path):
+    _, _, store = made
+    evals = {"heldout": str(store), "every": "1 steps", "batch_size": 64, "pictures": 0}
+    config = settings(store, total="2 steps", evals=evals, checkpoint={"best": "heldout/loss"})
+    with pytest.raises(UserError, match="heldout/loss is not measured: .* heldout/next"):
+        train.train(config, tmp_path / "run")
+
+
 def test_overfit_8_images(tmp_path):
     dataset = image_dataset(tmp_path, per_class=4)
     store = token_store(tmp_path, dataset, random_teacher(tmp_path / "teacher"))

@@ -1,5 +1,6 @@
 """Resources of a process and its children, sampled while it runs. Linux: /proc is read."""
 
+import json
 import os
 import threading
 import time
@@ -8,6 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+
+from tests.processes import outputs_of, start
+
+# Runs code in a process that measures itself.
+MEASURED = """
+import json, sys
+from tests.watch import Usage
+code, sys.argv = sys.argv[1], sys.argv[1:]
+with Usage() as usage:
+    try:
+        exec(code)
+    except SystemExit as e:
+        assert not e.code, e.code
+print(json.dumps({"peak": usage.peak, "files": usage.files, "seconds": usage.seconds}))
+"""
+SCRIPT = """
+import os, runpy
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
 
 
 @dataclass
@@ -92,3 +114,12 @@ class Usage:
     def _run(self):
         while not self._ended.wait(0.01):
             self.files = max(self.files, len(os.listdir("/proc/self/fd")))
+
+
+def usage_of(code: str, *words, devices: int = 1) -> dict[str, float]:
+    """What a process of its own needs that executes `code` (SCRIPT: a file, with its words): peak
+    in bytes, most open files, seconds."""
+    process = start(["-c", MEASURED, code, *words], devices=devices)
+    (output,) = outputs_of([process])
+    assert process.returncode == 0, output[-2000:]
+    return json.loads(output.splitlines()[-1])

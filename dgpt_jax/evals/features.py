@@ -149,11 +149,12 @@ def bank_steps(length: int, batch_size: int, mesh) -> int:
 
 
 def scan_chunks(add: Callable, start, part, classes: int = 0):
-    """jax.lax.scan of add(carry, chunk) over a device's part (steps, B, …) of arrays laid as a bank.
+    """jax.lax.scan of add(carry, chunk) over a device's part (steps, B, …) of arrays laid as a
+    bank.
 
-    A chunk (n, …) has about ROWS rows, or as few as keep the logits of `classes` below LOGITS. Steps
-    are joined into a chunk inside the scan: joined outside, a bank whose B is no whole tile of the
-    device's memory would be copied.
+    A chunk (n, …) has about ROWS rows, or as few as keep the logits of `classes` below LOGITS.
+    Steps are joined into a chunk inside the scan: joined outside, a bank whose B is no whole tile
+    of the device's memory would be copied.
     """
     steps, batch_size = jax.tree.leaves(part)[0].shape[:2]
     _, size = groups(steps, batch_size)
