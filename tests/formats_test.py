@@ -66,7 +66,7 @@ def test_everything_reads_as_it_did(directory):
         assert_close(actual[name], expected[name], f"/{name}/")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param("run", marks=pytest.mark.slow), "ema", "tuned"])
 def test_a_run_resumes_as_it_went_on(directory, name):
     """From the checkpoint of step 3; the log of the run itself goes to step 6."""
     expected = formats.curves(directory / name)["loss"]
