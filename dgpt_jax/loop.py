@@ -47,6 +47,13 @@ def evaluations_of(task):
     return classification if task.config.task == "classify" else pretraining
 
 
+def _refuse_unmeasured(best: str, measured: list[str]):
+    """Raises UserError where no evaluation gives the metric `best` ("": none is asked for)."""
+    if best and best not in measured:
+        known = f"name one of {', '.join(measured)}" if measured else "config.evals names no data"
+        raise UserError(f"config.checkpoint.best={best} is not measured: {known}")
+
+
 class Loop:
     """Where a run is: `state` after `step` steps."""
 
@@ -74,6 +81,7 @@ class Loop:
         self._interval = metrics.Interval(task.metric_names, mesh)
         self._in_flight: deque[jax.Array] = deque()
         self._clock = Clock(first, schedule.total, self.config.batch_size)
+        _refuse_unmeasured(self.config.checkpoint.best, evaluations_of(task).measured(task))
         self._evaluators = evaluations_of(task).periodic(task, mesh)
         pretrains = self.config.task == "pretrain"
         self._painter = pretraining.painter(task, mesh) if pretrains else None
@@ -167,11 +175,6 @@ class Loop:
         for evaluate in self._evaluators:
             results |= evaluate(params)
         self.writer.scalars(self.step, results)
-        best = self.config.checkpoint.best
-        if best and best not in results:
-            raise UserError(
-                f"config.checkpoint.best={best} is not measured: name one of {', '.join(results)}"
-            )
         told = (name for name in results if not run_log.is_detail(name))
         shown = " ".join(f"{name} {results[name]:.4f}" for name in told)
         self.progress.say(f"step {self.step}: {shown}")

@@ -5,6 +5,7 @@ What is in them, and how parameters alone are read, is checkpoint.py's.
 
 import contextlib
 import logging
+import math
 import re
 from typing import Any
 
@@ -35,7 +36,7 @@ class Checkpoints:
         if best:
             policies.append(
                 preservation_policy.BestN(
-                    get_metric_fn=lambda found: found[best],
+                    get_metric_fn=lambda found: _or_worst(found[best], best),
                     reverse=run_log.is_loss(best),
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -171,6 +172,13 @@ class Checkpoints:
                 f"{what} a checkpoint in {self.directory} (newest complete step: {newest}): mend "
                 f"that, then the same command continues"
             ) from e
+
+
+def _or_worst(value: float, metric: str) -> float:
+    """The value of a metric; the worst there is where it is NaN, which has no place in an order."""
+    if not math.isnan(value):
+        return value
+    return math.inf if run_log.is_loss(metric) else -math.inf
 
 
 def _format(state: TrainState) -> int:

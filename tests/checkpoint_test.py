@@ -1,6 +1,7 @@
 """Which checkpoints are kept, what becomes of saves that fail, and who may continue a run."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -38,15 +39,16 @@ def steps_in(workdir) -> list[int]:
 
 
 def test_newest_best_and_every_so_many_are_kept(tmp_path, monkeypatch):
+    """NaN is worse than every number."""
     monkeypatch.chdir(tmp_path)
-    losses = {2: 0.9, 4: 0.3, 6: 0.8}
+    losses = {2: math.nan, 4: 0.3, 6: 0.8, 8: math.nan}
     with saving.Checkpoints(tmp_path, keep=2, keep_every=5, best="heldout/next") as kept:
         for step in range(1, 13):
             metrics = {"heldout/next": losses[step]} if step in losses else None
             kept.save(make_state(step), {"config": {}}, metrics)
     assert steps_in(tmp_path) == [4, 5, 10, 11, 12]
     with saving.Checkpoints("knn", keep=1, best="knn/cls") as kept:  # Orbax refuses such paths
-        for step, accuracy in enumerate((10.0, 70.0, 60.0, 50.0), 1):
+        for step, accuracy in enumerate((10.0, 70.0, math.nan, 50.0), 1):
             kept.save(make_state(step), {"config": {}}, {"knn/cls": accuracy})
     assert steps_in(tmp_path / "knn") == [2, 4]
 

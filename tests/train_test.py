@@ -201,12 +201,16 @@ def _mean_of_last_rows(image) -> float:
     return pixels[4 * 116 :, 160:, 1].mean()
 
 
-def test_the_best_of_what_is_not_measured(made, tmp_path):
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_best_of_what_is_not_measured(made, tmp_path, measured):
+    """Refused before the first step."""
     _, _, store = made
-    evals = {"heldout": str(store), "every": "1 steps", "batch_size": 64, "pictures": 0}
-    config = settings(store, total="2 steps", evals=evals, checkpoint={"best": "heldout/loss"})
-    with pytest.raises(UserError, match="heldout/loss is not measured: .* heldout/next"):
+    evals = {"heldout": str(store), "every": "1 steps", "pictures": 0} if measured else {}
+    config = settings(store, evals=evals, checkpoint={"best": "heldout/loss"})
+    known = "name one of heldout/next" if measured else "config.evals names no data"
+    with pytest.raises(UserError, match=f"heldout/loss is not measured: {known}"):
         train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_overfit_8_images(tmp_path):

@@ -24,6 +24,14 @@ def periodic(task, mesh) -> list[Callable]:
     return [accuracy(task, mesh)] if task.config.evals.heldout else []
 
 
+def measured(task) -> list[str]:
+    """The metrics that `periodic` gives."""
+    if not task.config.evals.heldout:
+        return []
+    heads = [f"val/top1{suffix}/{head}" for suffix in RESIZES for head in task.heads]
+    return [f"val/top{k}{suffix}" for suffix in RESIZES for k in (1, 5)] + heads
+
+
 # What is trained, and by whose protocol: the name in results, its source.
 PROTOCOLS = {
     "all": ("finetune", "MAE's and BEiT's, as the official D-iGPT main_finetune.py has it"),
@@ -76,7 +84,7 @@ def accuracy(task, mesh) -> Callable:
         return jax.tree.map(jnp.add, totals, seen)
 
     def evaluate(params) -> dict[str, float]:
-        names = [f"val/top{k}{suffix}" for suffix in RESIZES for k in (1, 5)]
+        names = [name for name in measured(task) if not run_log.is_detail(name)]
         shape = (len(task.heads),) if task.heads else ()
         totals = dict.fromkeys(names, jnp.zeros(shape, jnp.int32))
         threads = config.evals.threads

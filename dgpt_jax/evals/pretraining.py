@@ -10,6 +10,8 @@ import numpy as np
 from dgpt_jax import batching, heads, maps, pictures, records, sharding, vit
 from dgpt_jax.evals import features, knn
 
+POOLINGS = ("cls", "mean")  # features of kNN
+
 
 def periodic(task, mesh) -> list[Callable]:
     """The evaluators that a config names, each params → {metric: value}."""
@@ -19,6 +21,13 @@ def periodic(task, mesh) -> list[Callable]:
     if task.config.evals.knn:
         evaluators.append(knn_accuracy(task, mesh))
     return evaluators
+
+
+def measured(task) -> list[str]:
+    """The metrics that `periodic` gives."""
+    evals = task.config.evals
+    losses = [f"heldout/{name}" for name in task.weights] if evals.heldout else []
+    return losses + ([f"knn/{pooling}" for pooling in POOLINGS] if evals.knn else [])
 
 
 def recorded(task, workdir) -> list[str]:
@@ -88,7 +97,7 @@ def knn_accuracy(task, mesh) -> Callable:
     def encode(encoder_params, pictures):
         variables = {"params": heads.from_pretrained(encoder_params, model)}
         images = vit.normalise(pictures)
-        return module.apply(variables, images, ("cls", "mean"), method="pooled")
+        return module.apply(variables, images, POOLINGS, method="pooled")
 
     extract = features.Extractor(
         encode, mesh, batch_size=config.batch_size, most=config.most, threads=config.threads
