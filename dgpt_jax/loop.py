@@ -77,7 +77,9 @@ class Loop:
         self.checkpoints, self.writer, self.progress = checkpoints, writer, progress
         self.state, self.step, self._first = state, first, first
         self._rows = sharding.process_rows(mesh, self.config.batch_size)
-        self._resolved = schema.to_dict(self.config)
+        self._metadata = {
+            "config": schema.to_dict(self.config), "data": task.examples.identity()
+        }  # fmt: skip
         self._interval = metrics.Interval(task.metric_names, mesh)
         self._in_flight: deque[jax.Array] = deque()
         self._clock = Clock(first, schedule.total, self.config.batch_size)
@@ -185,7 +187,7 @@ class Loop:
 
     def _save(self, results=None):
         self.writer.copy()
-        self.checkpoints.save(self.state, {"config": self._resolved}, results)
+        self.checkpoints.save(self.state, self._metadata, results)
 
     def _stop_at_bad_numbers(self):
         """Writes down the first of the steps in a row whose update was left out. Raises UserError.

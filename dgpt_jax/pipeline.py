@@ -33,6 +33,17 @@ class Examples:
     def __len__(self) -> int:
         return len(self.sources.splits[0])
 
+    def identity(self) -> dict:
+        """What is read, as JSON: the number of examples, a digest of each view, or of the split;
+        the teacher that stored tokens are of; names of classes."""
+        splits = self.sources.splits
+        found = {"examples": len(self), "views": [split.digest for split in splits]}
+        if token_store.exists(self.data.path):
+            found["teacher"] = token_store.StoreInfo.load(self.data.path).teacher["hash"]
+        elif splits[0].label is not None:
+            found["classes"] = list(splits[0].label.names)
+        return found
+
     def counters(self) -> dict[str, float]:
         """What this process has met so far: bad records that were passed over; where data are far,
         bytes that came, and seconds that reading threads stood still for them, all together."""

@@ -5,6 +5,7 @@ bytes), label if there are classes}, splits as imported; for the other see token
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import zlib
@@ -128,7 +129,7 @@ class Opened:
         self.builder = open_builder(directory)
         self.sizes = shards.sizes(directory)
         self.cache = shard_cache.ShardCache(cache) if shards.is_remote(directory) else None
-        self._manifest = shards.manifest(directory)
+        self.manifest = shards.manifest(directory)
 
     def check(self, split: str):
         """Raises UserError unless every shard of a split is there and whole.
@@ -147,7 +148,7 @@ class Opened:
 
     def _check_shard(self, name: str, length: int):
         path, size = f"{self.directory}/{name}", self.sizes[name]
-        written = self._manifest.get(name)
+        written = self.manifest.get(name)
         same = written is not None and written.bytes == size
         if same or self.cache is None:
             found = written.records if same else shards.count(path)
@@ -164,7 +165,8 @@ class Split:
     """Random access to the examples of one split, image bytes undecoded. Picklable if near.
 
     Opening checks that every shard is whole; `opened` spares looking at the directory again. Files
-    are opened when they are first read from. Raises UserError, about one example a BadRecord.
+    are opened when they are first read from. `digest` tells other contents, also of the same
+    length. Raises UserError, about one example a BadRecord.
     """
 
     def __init__(self, directory: str | Path, split: str, opened: Opened | None = None):
@@ -185,6 +187,7 @@ class Split:
         self._length = sum(shard.take for shard in self.shards)
         if not self._length:
             raise UserError(f"{directory} has no examples in split {split}")
+        self.digest = _digest(self.shards, opened.manifest)
         self.features = info.features
         self.label = self.features["label"] if "label" in self.features else None
         self.cache = opened.cache
@@ -243,6 +246,17 @@ class Split:
 
     def __repr__(self) -> str:
         return f"Split({self.directory!r}, {self.split!r})"
+
+
+def _digest(parts: Sequence[shard_cache.Shard], manifest: Mapping[str, shards.Receipt]) -> str:
+    """16 hexadecimal digits of the contents of shards, in order: of their checksums, or of their
+    sizes where no manifest has any."""
+    sha = hashlib.sha256()
+    for part in parts:
+        receipt = manifest.get(os.path.basename(part.filename))
+        content = receipt.crc32 if receipt else part.bytes
+        sha.update(f"{part.skip} {part.take} {content}\n".encode())
+    return sha.hexdigest()[:16]
 
 
 def example_id(example: Mapping) -> str:

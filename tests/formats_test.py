@@ -67,11 +67,12 @@ def test_everything_reads_as_it_did(directory):
 
 
 @pytest.mark.parametrize("name", [pytest.param("run", marks=pytest.mark.slow), "ema", "tuned"])
-def test_a_run_resumes_as_it_went_on(directory, name):
+def test_a_run_resumes_as_it_went_on(directory, name, capsys):
     """From the checkpoint of step 3; the log of the run itself goes to step 6."""
     expected = formats.curves(directory / name)["loss"]
     os.truncate(directory / name / "metrics.jsonl", 0)
     assert train.train(parse(config_lib.Train, TRAIN | RUNS[name]), directory / name) == 0
+    assert "step 3 does not tell its data" in capsys.readouterr().err
     resumed = formats.curves(directory / name)["loss"]
     assert list(resumed) == ["4", "5", "6"]
     for step, loss in resumed.items():
