@@ -27,13 +27,13 @@ from tests import watch
 from tests.banks import in_processes, mesh_of
 from tests.processes import on_devices
 
-ROWS = int(os.environ.get("REHEARSAL_ROWS", 60_000))
-QUERIES, WIDTH, CLASSES = 2000, 768, 1000
-ITERATIONS = 20 if ROWS > 60_000 else 5
+ROWS = int(os.environ.get("REHEARSAL_ROWS", 200_000))
+QUERIES, WIDTH, CLASSES = 500, 768, 1000
+ITERATIONS = 20 if ROWS > 1e6 else 2
 BANK = ROWS * WIDTH * 4
 # What a stage may take beside the features: compiled programs, 50 arrays of weights for L-BFGS, a
 # few chunks of logits and of float64 rows.
-BESIDE = 600e6 + 0.05 * BANK
+BESIDE = 400e6 + 0.05 * BANK
 
 
 class Numbered:
