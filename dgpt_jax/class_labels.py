@@ -41,6 +41,8 @@ def apply(
             continue
         named[split] = index, names
         found |= set(names)
+    for name in sorted(found):
+        _refuse_name(name)
     integers = all(re.fullmatch(r"\d+", name) for name in found)
     classes = sorted(found, key=(lambda name: (int(name), name)) if integers else None)
     place = {name: i for i, name in enumerate(classes)}
@@ -48,6 +50,17 @@ def apply(
         label = np.array([place[name] for name in names], np.int32)[index]
         splits[split] = replace(splits[split], label=label)
     return splits, classes
+
+
+def _refuse_name(name: str):
+    """Raises UserError where a class could not be read back: TFDS stores a name a line, strips each
+    and drops empty ones, so that all labels behind it would name the class before theirs."""
+    if not name.strip():
+        raise UserError(f"a class without a name ({name!r}): give each class a name")
+    if name != name.strip() or len(name.splitlines()) > 1:
+        raise UserError(
+            f"class {name!r} begins or ends with a blank or holds a line break: rename it"
+        )
 
 
 def imagenet(file: str) -> list[str]:
