@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from dgpt_jax.members import Members, text
 from dgpt_jax.schema import UserError
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 VALIDATION = re.compile(rb"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
@@ -57,9 +58,10 @@ def _refuse_name(name: str):
     and drops empty ones, so that all labels behind it would name the class before theirs."""
     if not name.strip():
         raise UserError(f"a class without a name ({name!r}): give each class a name")
-    if name != name.strip() or len(name.splitlines()) > 1:
+    if name != name.strip() or len(name.splitlines()) > 1 or CONTROL.search(name):
         raise UserError(
-            f"class {name!r} begins or ends with a blank or holds a line break: rename it"
+            f"class {name!r} begins or ends with a blank, or holds a line break or a control "
+            f"character: rename it"
         )
 
 

@@ -145,7 +145,7 @@ def _refuse_no_classes(src, classes: list[str]):
     """Raises UserError where folders that look like splits or annotations would be classes: images
     to be measured on would be trained on."""
     named = [name for name in classes if NO_CLASS.fullmatch(name)]
-    if named:
+    if named and len(classes) > 1:  # one alone is just a folder around all
         raise UserError(
             f"{src}: the folder{'s' * (len(named) > 1)} {', '.join(named[:6])} would be among "
             f"{len(classes)} classes: rename splits to {'/'.join(SPLITS)} and move all else away; "

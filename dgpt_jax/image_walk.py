@@ -50,8 +50,10 @@ class Passed:
             for kind, counter in (("files", self.extensions), ("hidden or system folders", folders))
             if counter
         ]
-        lines += [f"passed over, because it is compressed: {path}" for path in self.compressed]
-        lines += [f"passed over: {note}" for note in self.notes[:SHOWN]]
+        lines += [
+            f"passed over, because it is compressed: {path}" for path in sorted(self.compressed)
+        ]
+        lines += [f"passed over: {note}" for note in sorted(self.notes)[:SHOWN]]
         if (more := len(self.notes) - SHOWN) > 0:
             lines.append(f"passed over: {more} more links, pipes, sockets or devices")
         return lines
