@@ -73,14 +73,19 @@ def imagenet(file: str) -> list[str]:
 def table(labels) -> dict[bytes, bytes]:
     """{file name or path: class} of a file of labels. Raises UserError."""
     found = {}
-    with open(labels, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.strip()
-            name, _, label = line.rpartition(b"\t" if b"\t" in line else b" ")
-            if line and not (name and label):
-                raise UserError(f"{labels}, line {number}: not a file name, TAB or space, class")
-            if line and found.setdefault(name.strip(), label.strip()) != label.strip():
-                raise UserError(f"{labels}, line {number}: another class for {text(name)}")
+    try:
+        with open(labels, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                line = line.strip()
+                name, _, label = line.rpartition(b"\t" if b"\t" in line else b" ")
+                if line and not (name and label):
+                    raise UserError(
+                        f"{labels}, line {number}: not a file name, TAB or space, class"
+                    )
+                if line and found.setdefault(name.strip(), label.strip()) != label.strip():
+                    raise UserError(f"{labels}, line {number}: another class for {text(name)}")
+    except OSError as e:
+        raise UserError(f"--labels={labels}: {e.strerror}") from None
     return found
 
 

@@ -86,17 +86,10 @@ def find(src, *, split: str | None = None, labels=None, say=lambda _: None) -> F
         raise UserError(f"{src} is a pipe, socket or device: give a folder, tar or list")
     table = class_labels.table(labels) if labels else {}
     walk = Walk(say, _folder_of)
-    default = "train"
-    if src.is_dir():
-        walk.folder(os.fsencode(src))
-    elif tool := tars.compression(src):
-        raise UserError(unpack_first(src, tool))
-    elif tars.is_tar(src):
-        walk.tar(os.fsencode(src))
-        name = text(_folder_of(os.fsencode(src.stem)))
-        default = name if name in SPLITS else default
-    else:
-        walk.list(src)
+    try:
+        default = _gather(walk, src)
+    except OSError as e:  # permissions, or files that vanish
+        raise UserError(f"{text(os.fsencode(e.filename or src))}: {e.strerror}") from e
     members = walk.columns.members()
     if not len(members):
         if walk.passed.compressed:
@@ -112,6 +105,21 @@ def find(src, *, split: str | None = None, labels=None, say=lambda _: None) -> F
     if not (split or walk.classes or table):
         _refuse_no_classes(src, classes)
     return Found(splits, classes, walk.passed)
+
+
+def _gather(walk: Walk, src: Path) -> str:
+    """Lists the images of `src`; the name of their split where no folder tells it."""
+    if src.is_dir():
+        walk.folder(os.fsencode(src))
+    elif tool := tars.compression(src):
+        raise UserError(unpack_first(src, tool))
+    elif tars.is_tar(src):
+        walk.tar(os.fsencode(src))
+        name = text(_folder_of(os.fsencode(src.stem)))
+        return name if name in SPLITS else "train"
+    else:
+        walk.list(src)
+    return "train"
 
 
 def _folder_of(name: bytes) -> bytes:

@@ -84,7 +84,9 @@ def stored(data: bytes, options: Options = DEFAULT) -> Stored:
     except (views.Unreadable, MemoryError):
         raise
     except UnidentifiedImageError:  # its own message holds an address, another one every time
-        raise views.Unreadable("not an image that Pillow knows") from None
+        is_tiff = data[:4] in (b"II*\0", b"MM\0*")
+        kind = "a TIFF of a kind that Pillow cannot read, as of floats in several channels"
+        raise views.Unreadable(kind if is_tiff else "not an image that Pillow knows") from None
     except Image.DecompressionBombError as e:
         raise views.Unreadable(f"too large: {e}") from None
     except Exception as e:  # Pillow's parsers raise various

@@ -138,9 +138,13 @@ def test_what_is_neither_file_nor_folder(tmp_path):
     )
 
 
-def test_pipes_as_sources(tmp_path):
+def test_pipes_and_files_that_are_not_there(tmp_path):
     import visualize
 
+    os.mkfifo(write(tmp_path / "set", ["a/1.png", "b/1.png"]) / "a/2.png")
+    assert labelled.class_folders(tmp_path / "set")[0].ids == ["a/1.png", "b/1.png"]
+    with pytest.raises(UserError, match=r"--labels=absent: No such file"):
+        image_files.find(tmp_path / "set", labels="absent")
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(UserError, match=r"pipe.tar is a pipe, socket or device"):
         image_files.find(tmp_path / "pipe.tar")
@@ -167,8 +171,9 @@ def test_unreadable_folders_and_tars_are_named(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(os, "scandir", refusing(os.scandir))
     monkeypatch.setattr("builtins.open", refusing(open))
-    with pytest.raises(UserError, match=f"{src / name}: Permission denied"):
-        image_files.find(src)
+    for path in (src, src / name):
+        with pytest.raises(UserError, match=f"{src / name}: Permission denied"):
+            image_files.find(path)
 
 
 NO_CLASSES = {

@@ -209,6 +209,7 @@ def damaged() -> dict[str, bytes]:
         "half.webp": pillow(picture, "WEBP")[:200],
         "half.gif": pillow(Image.fromarray(picture), "GIF")[:200],
         "half.tif": pillow(picture, "TIFF")[:200],
+        "colour float.tif": opencv(".tif", (COLOUR / 65535).astype(np.float32)),
         "header.tif": b"II*\0" + bytes([255] * 60),
     }
     avif = pillow(picture, "AVIF")
