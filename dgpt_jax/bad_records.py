@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from dgpt_jax import token_codec, views
-from dgpt_jax.schema import UserError
+from dgpt_jax.schema import UserError, printable
 
 T = TypeVar("T")
 
@@ -21,10 +21,8 @@ class BadRecord(UserError):
 def bad_record(source, index: int, name: str, reason) -> BadRecord:
     """The error of an example; `name` is its id, "" where that cannot be read either. It may hold
     anything, and is not to move the terminal's cursor."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-    return BadRecord(
-        f"{source}: example {index} ({shown or 'its id cannot be read'}): {one_line(reason)}"
-    )
+    shown = printable(name) or "its id cannot be read"
+    return BadRecord(f"{source}: example {index} ({shown}): {one_line(reason)}")
 
 
 def one_line(reason) -> str:

@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from dgpt_jax.members import Members, text
 from dgpt_jax.schema import UserError
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 VALIDATION = re.compile(rb"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
@@ -41,6 +42,8 @@ def apply(
             continue
         named[split] = index, names
         found |= set(names)
+    for name in sorted(found):
+        _refuse_name(name)
     integers = all(re.fullmatch(r"\d+", name) for name in found)
     classes = sorted(found, key=(lambda name: (int(name), name)) if integers else None)
     place = {name: i for i, name in enumerate(classes)}
@@ -48,6 +51,18 @@ def apply(
         label = np.array([place[name] for name in names], np.int32)[index]
         splits[split] = replace(splits[split], label=label)
     return splits, classes
+
+
+def _refuse_name(name: str):
+    """Raises UserError where a class could not be read back: TFDS stores a name a line, strips each
+    and drops empty ones, so that all labels behind it would name the class before theirs."""
+    if not name.strip():
+        raise UserError(f"a class without a name ({name!r}): give each class a name")
+    if name != name.strip() or len(name.splitlines()) > 1 or CONTROL.search(name):
+        raise UserError(
+            f"class {name!r} begins or ends with a blank, or holds a line break or a control "
+            f"character: rename it"
+        )
 
 
 def imagenet(file: str) -> list[str]:
@@ -58,14 +73,19 @@ def imagenet(file: str) -> list[str]:
 def table(labels) -> dict[bytes, bytes]:
     """{file name or path: class} of a file of labels. Raises UserError."""
     found = {}
-    with open(labels, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.strip()
-            name, _, label = line.rpartition(b"\t" if b"\t" in line else b" ")
-            if line and not (name and label):
-                raise UserError(f"{labels}, line {number}: not a file name, TAB or space, class")
-            if line and found.setdefault(name.strip(), label.strip()) != label.strip():
-                raise UserError(f"{labels}, line {number}: another class for {text(name)}")
+    try:
+        with open(labels, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                line = line.strip()
+                name, _, label = line.rpartition(b"\t" if b"\t" in line else b" ")
+                if line and not (name and label):
+                    raise UserError(
+                        f"{labels}, line {number}: not a file name, TAB or space, class"
+                    )
+                if line and found.setdefault(name.strip(), label.strip()) != label.strip():
+                    raise UserError(f"{labels}, line {number}: another class for {text(name)}")
+    except OSError as e:
+        raise UserError(f"--labels={labels}: {e.strerror}") from None
     return found
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dgpt_jax import hosts, signals, smoke
 from dgpt_jax import schema as schema_lib
-from dgpt_jax.schema import UserError
+from dgpt_jax.schema import UserError, printable
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -29,11 +29,14 @@ def run(main: Callable[[], None]):
 
     One of several processes ends at once on any error, so that the others end too.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names that the locale cannot print
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         return
     except UserError as e:
-        ending = f"error: {e}"
+        ending = "\n".join(map(printable, f"error: {e}".split("\n")))
     except signals.Terminated:
         ending = signals.EXIT_PREEMPTED
     except KeyboardInterrupt:
@@ -49,6 +52,11 @@ def run(main: Callable[[], None]):
             print(ending, file=sys.stderr)
         hosts.end(ending if isinstance(ending, int) else 1)
     sys.exit(ending)
+
+
+def say(line: str):
+    """Prints one line that may hold names of files or classes."""
+    print(printable(line), flush=True)
 
 
 class Parser(argparse.ArgumentParser):

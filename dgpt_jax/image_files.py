@@ -19,7 +19,6 @@ value where all are integers; with ImageNet's validation images they are ImageNe
 import hashlib
 import itertools
 import os
-import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +26,30 @@ from pathlib import Path
 import numpy as np
 
 from dgpt_jax import class_labels, shards, tars
-from dgpt_jax.members import OWN_FILE, Columns, Members, text
+from dgpt_jax.image_walk import Passed, Walk, unpack_first
+from dgpt_jax.members import Members, text
 from dgpt_jax.schema import UserError
+from dgpt_jax.user_images import EXTENSIONS
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLITS = ("train", "val", "valid", "validation", "test")
 IMAGENET = re.compile(rb"ILSVRC2012_img_(train|val|test)(_v\d+)?")
-PACKED = (b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz", b".tar.zst", b".zip")
+# Folders that hold a split, or an image's annotation, rather than a class.
+NO_CLASS = re.compile(
+    r"(train|training|trainval|val|valid|validation|eval|dev|test|testing|unlabell?ed)"
+    r"([-_ ]?(set|data|images|split))?[-_ ]?\d*"
+    r"|(jpeg|png)?images?|annotations?|imagesets|labels?|masks?|segmentations?|segmentation"
+    r"(class|object)(aug|raw)?|(gt|ground[-_ ]?truth|instance|semantic|depth)s?|gtfine|leftimg8bit",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
 class Found:
-    """Splits by name, class names (none: no labels) and compressed files that were passed over."""
+    """Splits by name, class names (none: no labels) and what was passed over."""
 
     splits: dict[str, Members]
     classes: list[str]
-    ignored: list[str]
+    passed: Passed
 
     @property
     def bytes(self) -> int:
@@ -75,121 +82,50 @@ def find(src, *, split: str | None = None, labels=None, say=lambda _: None) -> F
     src = Path(src)
     if not src.exists():
         raise UserError(f"no such file or directory: {src}")
+    if not (src.is_dir() or src.is_file()):
+        raise UserError(f"{src} is a pipe, socket or device: give a folder, tar or list")
     table = class_labels.table(labels) if labels else {}
-    walk = _Walk(say)
-    default = "train"
-    if src.is_dir():
-        walk.folder(os.fsencode(src))
-    elif tool := tars.compression(src):
-        raise UserError(_unpack_first(src, tool))
-    elif tars.is_tar(src):
-        walk.tar(os.fsencode(src))
-        name = text(_folder_of(os.fsencode(src.stem)))
-        default = name if name in SPLITS else default
-    else:
-        walk.list(src)
+    walk = Walk(say, _folder_of)
+    try:
+        default = _gather(walk, src)
+    except OSError as e:  # permissions, or files that vanish
+        raise UserError(f"{text(os.fsencode(e.filename or src))}: {e.strerror}") from e
     members = walk.columns.members()
     if not len(members):
-        if walk.ignored:
-            raise UserError(_unpack_first(walk.ignored[0], "gunzip"))
-        raise UserError(f"{src} holds no images ({', '.join(EXTENSIONS)}), at no depth")
+        if walk.passed.compressed:
+            raise UserError(unpack_first(walk.passed.compressed[0], "gunzip"))
+        lines = "".join(f"; {line}" for line in walk.passed.lines())
+        raise UserError(f"{src} holds no images ({', '.join(EXTENSIONS)}), at no depth{lines}")
     if walk.classes or walk.elsewhere:
         splits = {split or default: members}
     else:
         splits = _splits(members, src, split, default)
     splits = {name: _in_order(part) for name, part in splits.items()}
     splits, classes = class_labels.apply(splits, walk.classes, table)
-    return Found(splits, classes, walk.ignored)
+    if not (split or walk.classes or table):
+        _refuse_no_classes(src, classes)
+    return Found(splits, classes, walk.passed)
 
 
-class _Walk:
-    """Gathers the images of a source; class names and paths elsewhere are those of a list."""
-
-    def __init__(self, say):
-        self.columns, self.ignored = Columns(say), []
-        self.classes: dict[str, int] = {}
-        self.elsewhere = False
-
-    def folder(self, folder: bytes, prefix: bytes = b"", above: tuple = ()):
-        """Follows links to folders, but not round in circles."""
-        real = os.path.realpath(folder)
-        if real in above:
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    inside = prefix + _folder_of(entry.name) + b"/"
-                    self.folder(entry.path, inside, (*above, real))
-                elif entry.name.endswith(b".tar"):
-                    self.tar(entry.path, prefix + _folder_of(entry.name[:-4]) + b"/")
-                elif _is_image(entry.name):
-                    try:
-                        size = entry.stat().st_size
-                    except OSError:  # a link to nothing: among the unreadable files, later
-                        size = -1
-                    self.columns.add(prefix + entry.name, folder, OWN_FILE, size)
-                elif entry.name.lower().endswith(PACKED):
-                    self.ignored.append(text(entry.path))
-
-    def tar(self, path: bytes, prefix: bytes = b""):
-        if tool := tars.compression(path):
-            raise UserError(_unpack_first(text(path), tool))
-        with open(path, "rb") as file:
-            self._members(file.fileno(), path, text(path), prefix, 0, None)
-
-    def _members(self, file: int, path: bytes, called: str, prefix: bytes, start: int, end):
-        for name, offset, size in tars.members(file, called, start, end):
-            folder, base = posixpath.split(name)
-            if name.endswith(b".tar"):
-                inside = prefix + posixpath.join(folder, _folder_of(base[:-4])) + b"/"
-                self._members(
-                    file, path, f"{text(name)} in {called}", inside, offset, offset + size
-                )
-            elif _is_image(base):
-                self.columns.add(prefix + name, path, offset, size)
-            elif base.lower().endswith(PACKED):
-                self.ignored.append(f"{text(name)} in {called}")
-
-    def list(self, src: Path):
-        """Every line counts, whatever the file's extension."""
-        folder, with_class = os.fsencode(src.parent), None
-        with src.open("rb") as lines:
-            if b"\0" in lines.read(4096):
-                raise UserError(f"{src} is neither a folder nor a tar nor a list of image files")
-            lines.seek(0)
-            for number, line in enumerate(lines, 1):
-                path, tab, name = line.strip(b"\r\n").partition(b"\t")
-                if not path:
-                    continue
-                if with_class not in (None, bool(tab)):
-                    raise UserError(f"{src}, line {number}: a TAB and a class in all lines or none")
-                with_class = bool(tab)
-                file = os.path.join(folder, path)
-                try:
-                    size = os.stat(file).st_size
-                except OSError as e:
-                    raise UserError(f"{src}, line {number}: {text(file)}: {e.strerror}") from None
-                label = self.classes.setdefault(text(name), len(self.classes)) if tab else -1
-                path = posixpath.normpath(path)
-                self.elsewhere |= path.startswith((b"/", b"../"))
-                self.columns.add(path, os.path.dirname(file), OWN_FILE, size, label)
-
-
-def _is_image(name: bytes) -> bool:
-    # "._x.jpg" is what macOS notes beside x.jpg.
-    return not name.startswith(b"._") and text(name[-6:]).lower().endswith(EXTENSIONS)
+def _gather(walk: Walk, src: Path) -> str:
+    """Lists the images of `src`; the name of their split where no folder tells it."""
+    if src.is_dir():
+        walk.folder(os.fsencode(src))
+    elif tool := tars.compression(src):
+        raise UserError(unpack_first(src, tool))
+    elif tars.is_tar(src):
+        walk.tar(os.fsencode(src))
+        name = text(_folder_of(os.fsencode(src.stem)))
+        return name if name in SPLITS else "train"
+    else:
+        walk.list(src)
+    return "train"
 
 
 def _folder_of(name: bytes) -> bytes:
     """The folder that a tar or folder stands for: its name, or TFDS's name of ImageNet's split."""
     known = IMAGENET.fullmatch(name)
     return {b"val": b"validation"}.get(known[1], known[1]) if known else name
-
-
-def _unpack_first(path, tool: str) -> str:
-    return (
-        f"{path} is compressed, so that images in it cannot be read by themselves: {tool} it first"
-    )
 
 
 def _splits(members: Members, src, split: str | None, default: str) -> dict[str, Members]:
@@ -211,6 +147,18 @@ def _splits(members: Members, src, split: str | None, default: str) -> dict[str,
     if named and not others:
         return {text(top): members.take(index == tops.index(top)).below(top) for top in named}
     return {split or default: members}
+
+
+def _refuse_no_classes(src, classes: list[str]):
+    """Raises UserError where folders that look like splits or annotations would be classes: images
+    to be measured on would be trained on."""
+    named = [name for name in classes if NO_CLASS.fullmatch(name)]
+    if named and len(classes) > 1:  # one alone is just a folder around all
+        raise UserError(
+            f"{src}: the folder{'s' * (len(named) > 1)} {', '.join(named[:6])} would be among "
+            f"{len(classes)} classes: rename splits to {'/'.join(SPLITS)} and move all else away; "
+            f"if these are classes, give --split=train"
+        )
 
 
 def _in_order(members: Members) -> Members:

@@ -1,15 +1,17 @@
 """Collections of images as a TFDS image dataset; image_files.py says in which form they may come.
 
 JPEG and PNG bytes are kept as they are, except that EXIF orientation is baked in (training ignores
-it) and CMYK becomes RGB; anything else Pillow reads becomes PNG. Unreadable files are reported,
-counted and left out.
+it), CMYK becomes RGB and transparent images are composited on a background; anything else Pillow
+reads becomes PNG. Of images deeper than 8 bits, unsigned integers are scaled by their container's
+range; signed integers and floats need --range. Unreadable files are reported, counted and left out:
+those that Pillow refuses, and those that training's decoder would.
 
 An import that was stopped, by whatever, continues when the same command is given again: shards that
 are complete are kept, and the result is the same to the byte.
 """
 
-import io
-import json
+import functools
+import re
 import shutil
 import time
 from collections import deque
@@ -19,16 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dgpt_jax import image_files, records, shards
+from dgpt_jax import image_files, import_settings, records, shards, user_images, views
 from dgpt_jax.members import Member, Members
 from dgpt_jax.progress import Clock, duration
 from dgpt_jax.schema import UserError
 
-SETTINGS = "import.json"
 SHARD_SIZE = 16384
 SAY_EVERY = 10  # seconds
+TRANSPARENT = re.compile(r"(\d+) transparent images")  # a note beside those of unreadable files
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Report:
     examples: dict[str, int] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    transparent: int = 0
+    passed: list[str] = field(default_factory=list)
 
 
 def import_images(
@@ -46,6 +49,7 @@ def import_images(
     *,
     split=None,
     labels=None,
+    options: user_images.Options = user_images.DEFAULT,
     shard_size: int = SHARD_SIZE,
     threads: int = 8,
     check: bool = False,
@@ -53,9 +57,9 @@ def import_images(
 ) -> Report:
     """Writes the images of `src` as an image dataset `out`. Raises UserError.
 
-    `shard_size` counts files; see image_files.find for `split` and `labels`. Where `out` holds
-    part of the same import it continues, where it holds all it only reports. Shards that are there
-    are known by their size; with `check` they are read, and their checksums must be right, too.
+    `shard_size` counts files; see image_files.find for `split` and `labels`. Where `out` holds part
+    of the same import it continues, where it holds all it only reports. Shards that are there are
+    known by their size; with `check` they are read, and their checksums must be right, too.
     """
     out = epath.Path(out)
     if shard_size < 1 or threads < 1:
@@ -65,14 +69,8 @@ def import_images(
     except ImportError as e:
         raise UserError(f"{out} cannot be opened: {e}") from e
     found = image_files.find(src, split=split, labels=labels, say=say)
-    settings = {
-        "source": str(Path(src).resolve()),
-        "shard_size": shard_size,
-        "images": {name: len(members) for name, members in found.splits.items()},
-        "classes": len(found.classes),
-        "files_digest": found.digest(),
-    }
-    _refuse_another(out, settings)
+    settings = import_settings.of(src, found, shard_size, options)
+    import_settings.refuse_another(out, settings)
     parts = {name: _shards(out, name, part, shard_size) for name, part in found.splits.items()}
     receipts = shards.receipts(out)
     with ThreadPoolExecutor(threads) as pool:
@@ -81,16 +79,15 @@ def import_images(
         if is_sealed and not damaged:
             say(f"{out} is finished: nothing to do")
             return _report(found, parts, receipts)
-        for path in found.ignored:
-            say(f"passed over, because it is compressed: {path}")
+        import_settings.refuse_earlier_rules(out, receipts)
         counts = ", ".join(f"{name} {len(members)}" for name, members in found.splits.items())
         say(f"{src}: {counts} images, {len(found.classes)} classes, {_gigabytes(found.bytes)}")
         receipts = _kept(out, receipts, damaged, say)
         _refuse_too_large(out, found, receipts)
         out.mkdir(parents=True, exist_ok=True)
         shards.sweep(out)
-        _write_settings(out, settings)
-        receipts = _write_missing(found, parts, receipts, pool, 4 * threads, say)
+        import_settings.write(out, settings)
+        receipts = _write_missing(found, parts, receipts, options, pool, 4 * threads, say)
     return _finish(src, out, found, parts, receipts)
 
 
@@ -107,29 +104,6 @@ def _finish(src, out: epath.Path, found: image_files.Found, parts, receipts) -> 
     records.write_metadata(out, records.image_features(found.classes), written)
     shards.seal(out, {path.name: receipts[path.name] for part in parts.values() for path in part})
     return report
-
-
-def _refuse_another(out: epath.Path, settings: dict):
-    """Raises UserError where `out` holds anything but this import."""
-    began = out / SETTINGS
-    if began.exists():
-        before = json.loads(began.read_text())
-        for key, now in settings.items():
-            if before.get(key) != now:
-                raise UserError(
-                    f"{out} was begun with {key} {before.get(key)!r}, now it is {now!r}: repeat "
-                    f"the first command, or choose another --out"
-                )
-    elif (out / "dataset_info.json").exists() or (
-        out.exists() and any("array_record" in path.name for path in out.iterdir())
-    ):
-        raise UserError(f"{out} already holds a dataset: choose another --out")
-
-
-def _write_settings(out: epath.Path, settings: dict):
-    half = out / f".{SETTINGS}.partial"
-    half.write_text(json.dumps(settings, indent=1) + "\n")
-    half.replace(out / SETTINGS)
 
 
 def _shards(out, split: str, members: Members, size: int) -> dict[epath.Path, Members]:
@@ -176,8 +150,16 @@ def _report(found: image_files.Found, parts, receipts) -> Report:
     examples = {
         name: sum(receipts[path.name].records for path in part) for name, part in parts.items()
     }
-    notes = [receipts[path.name].notes for part in parts.values() for path in part]
-    return Report(examples, found.classes, [line for lines in notes for line in lines])
+    written = [receipts[path.name] for part in parts.values() for path in part]
+    broken = [line for receipt in written for line in _broken(receipt)]
+    notes = (TRANSPARENT.fullmatch(line) for receipt in written for line in receipt.notes)
+    transparent = sum(int(note[1]) for note in notes if note)
+    return Report(examples, found.classes, broken, transparent, found.passed.lines())
+
+
+def _broken(receipt: shards.Receipt) -> list[str]:
+    """Lines "id: reason" of the files that were left out of a shard."""
+    return [line for line in receipt.notes if not TRANSPARENT.fullmatch(line)]
 
 
 class _Progress:
@@ -187,7 +169,7 @@ class _Progress:
         kept = [p for part in parts.values() for p in part.items() if p[0].name in receipts]
         self._total = sum(len(members) for members in found.splits.values())
         self._done = sum(len(members) for _, members in kept)
-        self._broken = sum(len(receipts[path.name].notes) for path, _ in kept)
+        self._broken = sum(len(_broken(receipts[path.name])) for path, _ in kept)
         self._say, self._clock = say, Clock(self._done, self._total, 1)
         self._said = time.monotonic()
 
@@ -207,33 +189,41 @@ class _Progress:
 
 
 def _write_missing(
-    found: image_files.Found, parts, receipts, pool, window: int, say
+    found: image_files.Found, parts, receipts, options, pool, window: int, say
 ) -> dict[str, shards.Receipt]:
     """Writes the shards without a receipt; the receipts of all."""
     receipts, features = dict(receipts), records.image_features(found.classes)
     progress = _Progress(found, parts, receipts, say)
+    function = functools.partial(_stored, options=options)
     for path, members in (shard for part in parts.values() for shard in part.items()):
         if path.name not in receipts:
-            receipts[path.name] = _write(path, members, features, pool, window, progress)
+            receipts[path.name] = _write(
+                path, _ahead(pool, function, members, window), features, progress
+            )
     return receipts
 
 
-def _write(path, members: Members, features, pool, window: int, progress) -> shards.Receipt:
-    broken: list[str] = []
+def _write(path, results: Iterable[tuple], features, progress) -> shards.Receipt:
+    """Writes a shard of (member, user_images.Stored or why there is none)."""
+    notes: list[str] = []
     serialize = records.serializer(features)
 
     def examples() -> Iterator[bytes]:
-        for member, data in _ahead(pool, _stored, members, window):
-            progress.advance(isinstance(data, str))
-            if isinstance(data, str):
-                broken.append(f"{member.id}: {data}")
+        transparent = 0
+        for member, result in results:
+            progress.advance(isinstance(result, str))
+            if isinstance(result, str):
+                notes.append(f"{member.id}: {result}")
                 continue
-            example = {"id": member.id, "image": data}
+            transparent += result.transparent
+            example = {"id": member.id, "image": result.data}
             if "label" in features:
                 example["label"] = member.label
             yield serialize(example)
+        if transparent:
+            notes.append(f"{transparent} transparent images")
 
-    receipt = shards.write(path, examples(), broken)
+    receipt = shards.write(path, examples(), notes)
     progress.show()
     return receipt
 
@@ -255,29 +245,11 @@ def _ahead(pool, function, items: Iterable, window: int) -> Iterator[tuple]:
             result.cancel()
 
 
-def _stored(member: Member) -> bytes | str:
-    """The bytes to store, or why there are none."""
+def _stored(member: Member, options: user_images.Options) -> user_images.Stored | str:
+    """What to store, or why there is nothing."""
     try:
-        data = member.read()
-        with Image.open(io.BytesIO(data)) as image:
-            upright = image.getexif().get(0x0112, 1) == 1
-            jpeg = image.format in ("JPEG", "MPO")  # MPO: a telephone's JPEG with a second picture
-            if upright and (jpeg or image.format == "PNG") and image.mode != "CMYK":
-                # Whole, so that a truncated file is found; that of a JPEG is seen at an eighth of
-                # its size as well, in two thirds of the time.
-                image.draft("RGB", (1, 1))
-                image.load()
-                return data
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            buffer = io.BytesIO()
-            if jpeg:
-                image.save(buffer, "JPEG", quality=95, subsampling=0)
-            else:
-                image.save(buffer, "PNG")
-            return buffer.getvalue()
-    except UnidentifiedImageError:  # its own message holds an address, another one every time
-        return "not an image that Pillow knows"
-    except (OSError, ValueError, SyntaxError) as e:
+        return user_images.stored(member.read(), options)
+    except views.Unreadable as e:
+        return str(e)
+    except OSError as e:
         return f"{type(e).__name__}: {e}"
-    except Image.DecompressionBombError as e:
-        return f"too large: {e}"

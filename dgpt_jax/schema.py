@@ -21,6 +21,11 @@ class UserError(Exception):
     """Something the user can mend. Commands print its one line, no traceback, and exit with 1."""
 
 
+def printable(text: str) -> str:
+    """Text whose control characters are escaped, so that names of files cannot move the cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def entry(default, doc: str):
     """A field of a schema."""
     return dataclasses.field(default=default, metadata={"doc": doc})

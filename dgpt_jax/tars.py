@@ -7,11 +7,13 @@ two members for a whole one.
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dgpt_jax.schema import UserError
 
 BLOCK = 512
+CHUNK = 1 << 20
+LINKS = 8  # to a link to a link …
 # First bytes of compressed files, and what undoes them.
 COMPRESSED = {
     b"\x1f\x8b": "gunzip",
@@ -38,14 +40,43 @@ def compression(path) -> str | None:
 
 
 def members(
-    file: int, path, start: int = 0, end: int | None = None
+    file: int,
+    path,
+    start: int = 0,
+    end: int | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[tuple[bytes, int, int]]:
     """(name, offset, size) in bytes of the files in a tar, as they lie in the archive.
 
     The tar is what lies between `start` and `end` of an open file (a descriptor); `path` is what
-    errors call it. A link has size 0. Raises UserError where the tar is cut off or damaged.
+    errors call it. Hard links come last and lie where their files lie. A symbolic link, or one to
+    nothing, has size 0. `note` is given a line where the archive's end is not the file's. Raises
+    UserError where the tar is cut off or damaged.
     """
     end = os.fstat(file).st_size if end is None else end
+    links: dict[bytes, bytes] = {}
+    for name, offset, size, target in _members(file, path, start, end, note):
+        if target:
+            links[name] = target
+        else:
+            yield name, offset, size
+    if links:  # a second pass, so that not every name is kept in memory
+        targets = {*links.values()}
+        places = {
+            name: (offset, size)
+            for name, offset, size, target in _members(file, path, start, end, lambda _: None)
+            if name in targets and not target
+        }
+        for name, target in links.items():
+            for _ in range(LINKS):
+                target = links.get(target, target)
+            yield name, *places.get(target, (start, 0))
+
+
+def _members(
+    file: int, path, start: int, end: int, note
+) -> Iterator[tuple[bytes, int, int, bytes]]:
+    """As `members`, with the target of a hard link (else b"")."""
     if start == end:
         raise UserError(f"{path} is empty")
     position, last = start, "its beginning"
@@ -58,6 +89,7 @@ def members(
                 f"empty block that ends a tar; copy or download it again"
             )
         if block.count(0) == BLOCK:
+            _note_rest(file, path, position - start, start, end, note)
             return
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -85,19 +117,33 @@ def members(
                 f"(bytes {data - start} to {data + length - start}); copy or download it again"
             )
         if is_note:
-            longer |= _note(info.type, os.pread(file, length, data))
+            longer |= _header(info.type, os.pread(file, length, data))
         else:
             longer = {}
             if has_data or info.islnk() or info.issym():
-                yield _clean(name), data, length
+                target = told.get("linkpath", os.fsencode(info.linkname)) if info.islnk() else b""
+                yield _clean(name), data, length, _clean(target) if target else b""
             last = os.fsdecode(name)
         position = data + -(-length // BLOCK) * BLOCK
 
 
-def _note(kind: bytes, data: bytes) -> dict[str, bytes]:
-    """What a header of its own says of the next member: a long name (GNU), path and size (pax)."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": data.rstrip(b"\0")}
+def _note_rest(file: int, path, position: int, start: int, end: int, note):
+    """Notes what follows the empty block that ends a tar, if it is anything but zeros."""
+    for chunk in range(start + position, end, CHUNK):
+        data = os.pread(file, min(CHUNK, end - chunk), chunk)
+        if data.count(0) < len(data):
+            note(
+                f"what follows the end of {path} at byte {position}: if these are several tars in "
+                f"one file, split it there"
+            )
+            return
+
+
+def _header(kind: bytes, data: bytes) -> dict[str, bytes]:
+    """What a header of its own says of the next member: path, size and target of a link."""
+    if kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+        key = "path" if kind == tarfile.GNUTYPE_LONGNAME else "linkpath"
+        return {key: data.rstrip(b"\0")}
     found = {}
     while kind == tarfile.XHDTYPE and data:  # records "LENGTH KEY=VALUE\n"
         length, _, _ = data.partition(b" ")
@@ -105,7 +151,7 @@ def _note(kind: bytes, data: bytes) -> dict[str, bytes]:
             break
         record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
         key, _, value = record.partition(b"=")
-        if key in (b"path", b"size"):
+        if key in (b"path", b"size", b"linkpath"):
             found[key.decode()] = value
     return found
 

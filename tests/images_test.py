@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax import cli, image_files, images, records, shards, views
+from dgpt_jax import cli, image_files, images, import_settings, records, shards, views
 from dgpt_jax.schema import UserError
 from tests import processes
 from tests.data import smooth_image, write_folder
@@ -148,7 +148,7 @@ def test_a_rerun(tmp_path):
     (src / "a/000.png").write_bytes((src / "a/000.png").read_bytes() + b"x")
     with pytest.raises(UserError, match=r"begun with files_digest '\w+', now it is '\w+'"):
         import_all(src, out, shard_size=2)
-    (out / images.SETTINGS).unlink()
+    (out / import_settings.FILE).unlink()
     with pytest.raises(UserError, match="already holds a dataset"):
         import_all(src, out, shard_size=2)
 
@@ -229,7 +229,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         cli.run(import_images.main)
         said = capsys.readouterr().out
         assert "skipped a/broken.png: not an image" in said
-        assert "train 4; 2 classes; 1 unreadable files skipped\nnext: python tools/build" in said
-    settings = json.loads((tmp_path / "out" / images.SETTINGS).read_text())
+        assert (
+            "train 4; 2 classes (a, b); 1 unreadable files skipped\nnext: python tools/build"
+            in said
+        )
+    settings = json.loads((tmp_path / "out" / import_settings.FILE).read_text())
     assert settings["shard_size"] == images.SHARD_SIZE and settings["images"] == {"train": 5}
     assert len(shards.receipts(tmp_path / "out")) == 1

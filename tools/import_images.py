@@ -3,7 +3,9 @@
 import os
 import warnings
 
-from dgpt_jax import cli, image_files, images
+from dgpt_jax import cli, image_files, images, user_images
+
+NAMES = 12  # classes that are named
 
 
 def main():
@@ -19,6 +21,15 @@ def main():
         "--labels", metavar="FILE", help='"file name<TAB or space>class", a line an image'
     )
     made.add_argument(
+        "--background", metavar="COLOUR", default="white",
+        help="below transparent images: a name or #rrggbb; default %(default)s",
+    )  # fmt: skip
+    made.add_argument(
+        "--range", metavar="LOW,HIGH",
+        help="what becomes black and white in images of one channel deeper than 8 bits; default: "
+        "the range of unsigned integers; floats and signed integers have none",
+    )  # fmt: skip
+    made.add_argument(
         "--shard_size", type=int, default=images.SHARD_SIZE,
         help="files a shard (%(default)s: 1.8 GB at ImageNet's 0.11 MB, so that ImageNet-1K "
         "is 79 shards and 21K under 900; a kill costs at most one)",
@@ -31,23 +42,35 @@ def main():
         action="store_true",
         help="read complete shards and compare checksums; default: their sizes",
     )
-    args = made.parse_args()
+    args = vars(made.parse_args())
+    options = user_images.Options.parse(args.pop("background"), args.pop("range"))
     # Pillow warns of odd EXIF data and large pictures, with lines of its own source.
     warnings.filterwarnings("ignore", module="PIL")
     try:
-        report = images.import_images(**vars(args))
+        report = images.import_images(**args, options=options, say=cli.say)
     except KeyboardInterrupt:
         print("\nstopped: the same command continues")
         raise
-    for line in report.broken:
-        print(f"skipped {line}")
+    for line in (*report.passed, *(f"skipped {line}" for line in report.broken)):
+        cli.say(line)
+    if report.transparent:
+        red, green, blue = options.background
+        cli.say(f"{report.transparent} transparent images lie on #{red:02x}{green:02x}{blue:02x}")
     counts = ", ".join(f"{name} {n}" for name, n in report.examples.items())
-    classes = f"{len(report.classes)} classes" if report.classes else "no labels"
-    print(f"{args.out}: {counts}; {classes}; {len(report.broken)} unreadable files skipped")
-    print(
-        f"next: python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py "
-        f"--config.source={args.out} --out=TOKENS"
+    cli.say(
+        f"{args['out']}: {counts}; {_classes(report.classes)}; "
+        f"{len(report.broken)} unreadable files skipped"
     )
+    cli.say(
+        f"next: python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py "
+        f"--config.source={args['out']} --out=TOKENS"
+    )
+
+
+def _classes(names: list[str]) -> str:
+    if not names:
+        return "no labels"
+    return f"{len(names)} classes" + f" ({', '.join(names)})" * (len(names) <= NAMES)
 
 
 if __name__ == "__main__":

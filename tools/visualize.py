@@ -22,6 +22,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -34,14 +35,16 @@ from dgpt_jax import (
     bad_records,
     cli,
     examples,
-    image_files,
+    image_walk,
     load,
     records,
     segments,
     token_store,
+    user_images,
     views,
 )
 from dgpt_jax.maps import cls_attention, foreground, neighbours, pca_colours, prediction_maps
+from dgpt_jax.members import OWN_FILE, Member, text
 from dgpt_jax.pictures import heat, mean_token_cosine, prediction_captions, prediction_rows
 from dgpt_jax.schema import UserError
 
@@ -87,25 +90,30 @@ def grid(rows: dict[str, np.ndarray], out, captions: dict[str, list[str]] | None
     plt.close(figure)
 
 
-def list_images(paths: Sequence[str]) -> list[str]:
-    """The files among paths, and the images in the folders among them, at any depth, sorted."""
-    files = []
-    for path in paths:
-        inside = [path]
-        if os.path.isdir(path):
-            inside = []
-            for folder, below, names in os.walk(path):
-                below.sort()
-                inside += [os.path.join(folder, name) for name in sorted(filter(_is_image, names))]
-        if not inside:
-            raise UserError(f"{path} holds no images ({', '.join(image_files.EXTENSIONS)})")
-        files += inside
-    return files
-
-
-def _is_image(name: str) -> bool:
-    # "._x.jpg" is what macOS notes beside x.jpg.
-    return name.lower().endswith(image_files.EXTENSIONS) and not name.startswith("._")
+def list_images(paths: Sequence[str]) -> list[Member]:
+    """The files among paths, and the images in the folders among them, at any depth, sorted; what
+    an import would pass over is named."""
+    images = []
+    for path in map(os.fsencode, paths):
+        walk = image_walk.Walk()
+        if not os.path.isdir(path):
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise UserError(f"{text(path)} is no regular file")
+            images.append(Member(text(path), path, OWN_FILE, -1, -1))
+            continue
+        walk.folder(path)
+        members = walk.columns.members().sorted()
+        lines = walk.passed.lines()
+        if not len(members):
+            raise UserError(
+                "; ".join(
+                    [f"{text(path)} holds no images ({', '.join(user_images.EXTENSIONS)})", *lines]
+                )
+            )
+        for line in lines:
+            cli.say(f"{text(path)}: {line}")
+        images += [replace(m, id=os.path.join(text(path), m.id)) for m in members]
+    return images
 
 
 def spread(items: Sequence, count: int, flag: str = "--count") -> list:
@@ -116,21 +124,21 @@ def spread(items: Sequence, count: int, flag: str = "--count") -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def read_pictures(files: Sequence[str], size: int) -> np.ndarray:
-    """Image files as their central size×size pixels (B, size, size, 3)."""
+def read_pictures(images: Sequence[Member], size: int) -> np.ndarray:
+    """Images, read as an import does, as their central size×size pixels (B, size, size, 3)."""
     pictures = []
-    for file in files:
+    for member in images:
         try:
-            image = views.decode_picture(Path(file).read_bytes())
+            image = user_images.rgb(member.read())
         except (OSError, ValueError) as e:
-            raise UserError(f"{file}: {e}") from None
+            raise UserError(f"{member.id}: {e}") from None
         pictures.append(views.centre_crop(image, size, size, squash=False))
     return np.stack(pictures)
 
 
-def label(file: str) -> str:
-    """Folder and name of a file, short enough to stand above its image."""
-    name = "/".join(Path(file).with_suffix("").parts[-2:])
+def label(member: Member) -> str:
+    """Folder and name of an image, short enough to stand above it."""
+    name = "/".join(Path(member.id).with_suffix("").parts[-2:])
     return name if len(name) <= 18 else f"{name[:10]}…{name[-7:]}"
 
 

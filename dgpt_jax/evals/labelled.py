@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax import bad_records, image_files, records, views
+from dgpt_jax import bad_records, image_files, image_walk, records, user_images, views
 from dgpt_jax.evals import imagenet
 from dgpt_jax.members import Members
 from dgpt_jax.schema import UserError
 
 # On a network file system a folder takes milliseconds, in which others can be asked for.
 THREADS = 8
-LISTED = (*image_files.EXTENSIONS, ".tar")
+LISTED = (*user_images.EXTENSIONS, ".tar")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Files:
 
 class Images:
     """Image files with any number of right classes each: int32 labels (N, W), padded with -1.
-    `crop` pixels are cut off all around."""
+    `crop` pixels are cut off all around. EXIF orientation and transparency are left alone, as the
+    published numbers' loaders do; an import changes both."""
 
     def __init__(self, path: Path, members: Members | Files, labels: np.ndarray, crop: int = 0):
         self.path, self._members, self.labels, self._crop = path, members, labels, crop
@@ -139,11 +140,16 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            kind = image_walk.kind_of(entry)
+            if kind == "folder" and not image_walk.is_hidden(os.fsencode(entry.name)):
                 folders.append(entry.name)
-            elif entry.name.lower().endswith(LISTED) and not entry.name.startswith("._"):
+            elif kind in ("file", "lost") and _is_listed(entry.name):
                 files.append(entry.name)
     return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
+
+
+def _is_listed(file: str) -> bool:
+    return file.lower().endswith(LISTED) and not file.startswith("._")
 
 
 def _is_split(folder: str) -> bool:
