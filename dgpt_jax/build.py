@@ -5,6 +5,7 @@ picture and tokens cannot drift apart. Each process builds its part of the unfin
 its own devices and waits for the others only before the first and after the last.
 """
 
+import dataclasses
 import shlex
 import shutil
 import sys
@@ -84,6 +85,8 @@ def _open_or_begin(config: Tokens, out, source, teacher: Teacher, pool):
         info.save(out)  # before the shards: a rerun with another config must not mix with them
         return
     old = StoreInfo.load(out)
+    if "digest" not in old.source:  # of an earlier version: what is there now is taken for it
+        old = dataclasses.replace(old, source=old.source | {"digest": source.digest})
     kept = {
         "codec": config.codec,
         "picture_size": config.picture_size,
@@ -168,7 +171,7 @@ def _json(value):
 def _source(config: Tokens, source: records.Split) -> dict:
     info = records.open_builder(config.source).info
     named = {"name": info.name, "version": str(info.version), "split": config.split}
-    return named | {"examples": len(source)}
+    return named | {"examples": len(source), "digest": source.digest}
 
 
 def _views(config: Tokens) -> dict:

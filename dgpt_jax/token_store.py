@@ -64,8 +64,11 @@ class StoreInfo:
         return self.width != self.teacher["width"]
 
     def save(self, directory):
+        """Writes the JSON whole or not at all."""
         text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-        (epath.Path(directory) / STORE_FILE).write_text(text)
+        half = epath.Path(directory) / f".{STORE_FILE}.partial"
+        half.write_text(text)
+        half.replace(epath.Path(directory) / STORE_FILE)
 
     @classmethod
     def load(cls, directory) -> "StoreInfo":

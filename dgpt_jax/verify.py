@@ -80,6 +80,11 @@ def verify(
                 f"{store} was built from {info.source['examples']} examples, {original} has "
                 f"{len(original)}"
             )
+        if info.source.get("digest", original.digest) != original.digest:
+            raise UserError(
+                f"{store} was built from other contents (digest {info.source['digest']}) than "
+                f"{original} has now ({original.digest}): its source was imported anew"
+            )
     for view, (name, split) in enumerate(records.open_builder(store).info.splits.items()):
         examples = records.Split(store, name)
         start = 0

@@ -12,7 +12,7 @@ import portpicker
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dgpt_jax import build, config, pipeline, records, shards, token_store
+from dgpt_jax import build, config, pipeline, records, shards, token_store, verify
 from dgpt_jax.config import Data
 from dgpt_jax.schema import UserError, parse
 from dgpt_jax.teacher import Teacher
@@ -114,6 +114,25 @@ def test_views_are_added_to_a_renamed_store(made, tmp_path):
     assert len(before) == SHARDS
     assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())
     assert len(list(records.Split(out, f"view{VIEWS:03}"))) == 20
+
+
+def test_a_source_imported_anew_is_not_mixed_in(tmp_path):
+    """Other images in the same number at the same path."""
+    teacher = data.random_teacher(tmp_path / "teacher")
+    dataset = data.image_dataset(tmp_path, per_class=8)
+    store = data.token_store(tmp_path, dataset, teacher, views=1)
+    shutil.rmtree(tmp_path / "folder")
+    shutil.rmtree(dataset)
+    data.image_dataset(tmp_path, per_class=8, seed=1)
+    with pytest.raises(UserError, match="was built with source .*digest"):
+        data.token_store(tmp_path, dataset, teacher, views=2)
+    settings = parse(config.Teacher, {"weights": str(teacher)})
+    with pytest.raises(UserError, match="was built from other contents"):
+        next(verify.verify(store, settings, source=str(dataset)))
+    info = token_store.StoreInfo.load(store)  # as earlier versions wrote it
+    source = {name: value for name, value in info.source.items() if name != "digest"}
+    dataclasses.replace(info, source=source).save(store)
+    data.token_store(tmp_path, dataset, teacher, views=2)
 
 
 def test_fewer_views_than_there_are_keep_them(made):

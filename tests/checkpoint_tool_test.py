@@ -113,7 +113,7 @@ def test_moving_average(run, monkeypatch, tmp_path):
 def test_extract_and_card(run, monkeypatch, tmp_path, capsys):
     (run[0] / "metrics.jsonl").write_text(
         '{"step": 5, "loss": 0.75, "knn": 61.5}\n{"step": 7, "loss": 0.5}\n'
-        '{"step": 9, "loss": 0.1}\n'
+        '{"step": 9, "loss": 0.1}\n{"step": 9, "lo'  # killed while it wrote
     )
     command(monkeypatch, "extract", run[0], tmp_path / "a.safetensors")
     found = layout.flatten(dgpt_jax.load_digpt(tmp_path / "a.safetensors").params)

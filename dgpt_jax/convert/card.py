@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 from etils import epath
 
 from dgpt_jax import run_log, schema
@@ -99,12 +100,10 @@ def _metrics(run) -> list[str]:
     path = epath.Path(run.get("directory", "")) / run_log.FILE
     if "directory" not in run or not path.is_file():
         return []
-    newest: dict[str, tuple] = {}
-    for line in path.read_text().splitlines():
-        values = json.loads(line)
-        step = values.pop("step")
-        if step <= run["step"]:
-            newest |= {name: (value, step) for name, value in values.items()}
+    newest = {}
+    for name, curve in run_log.read(run["directory"]).curves.items():
+        if (index := int(np.searchsorted(curve.steps, run["step"], side="right")) - 1) >= 0:
+            newest[name] = curve.point(index)
     rows = [f"| {n} | {v:.5g} | {s} |" if isinstance(v, float) else f"| {n} | {v} | {s} |"
             for n, (v, s) in sorted(newest.items())]  # fmt: skip
     return ["## Metrics", "", "| | value | step |", "|---|---|---|", *rows, ""]
