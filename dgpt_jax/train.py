@@ -16,6 +16,7 @@ from etils import epath
 from dgpt_jax import (
     cli,
     compile_cache,
+    durations,
     gcs,
     hosts,
     metrics,
@@ -27,23 +28,39 @@ from dgpt_jax import (
     signals,
     tasks,
 )
-from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
 from dgpt_jax.loop import Loop, Schedule, evaluations_of
 from dgpt_jax.progress import Progress
+from dgpt_jax.schema import UserError
 from dgpt_jax.step import make_train_step
 
 
 def resolve_schedule(config: Train, examples: int) -> Schedule:
-    """Durations become steps here and nowhere else; `examples` is the length of the dataset."""
-    to_steps = partial(config_lib.steps, batch_size=config.batch_size, examples=examples)
-    total = to_steps(config.total)
+    """Durations become steps here and nowhere else; `examples` is the length of the dataset.
+
+    Raises UserError where nothing would be trained, the warm-up does not end, or an interval is
+    shorter than a step.
+    """
+    to_steps = partial(durations.steps, batch_size=config.batch_size, examples=examples)
+    total = to_steps(config.total, "config.total", least=1)
+    warmup = to_steps(config.optim.warmup, "config.optim.warmup", total=total)
+    if warmup >= total:
+        raise UserError(
+            f"config.optim.warmup={config.optim.warmup!r} is {warmup} steps, config.total is "
+            f"{total}: the peak learning rate would not be reached; shorten the warm-up"
+        )
+    if config.profile and config.profile[0] >= total:
+        raise UserError(
+            f"config.profile starts at step {config.profile[0]} of {total}: start it sooner"
+        )
+    every, keep = config.checkpoint.every, config.checkpoint.keep_every
+    interval = partial(to_steps, total=total, least=1)
     return Schedule(
         total=total,
-        warmup=to_steps(config.optim.warmup, total=total),
-        checkpoint_every=max(1, to_steps(config.checkpoint.every, total=total)),
-        keep_every=to_steps(config.checkpoint.keep_every or "0 steps", total=total),
-        eval_every=max(1, to_steps(config.evals.every, total=total)),
+        warmup=warmup,
+        checkpoint_every=interval(every, "config.checkpoint.every"),
+        keep_every=interval(keep, "config.checkpoint.keep_every") if keep else 0,
+        eval_every=interval(config.evals.every, "config.evals.every"),
     )
 
 

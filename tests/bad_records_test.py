@@ -225,8 +225,11 @@ def test_a_store_cannot_leave_any_out(spotted, tmp_path):
     "text,said",
     [
         ("config.data.bad_records=warn", "must be one of None, error, skip, got 'warn'"),
-        ("config.data.bad_most=1.5", "config.data.bad_most 1.5 must be within 0 and 1"),
-        ("config.data.bad_most=-1", "must be within 0 and 1"),
+        (
+            "config.data.bad_most=1.5",
+            "config.data.bad_most must be at least 0 and at most 1, got 1.5",
+        ),
+        ("config.data.bad_most=-1", "at least 0 and at most 1, got -1.0"),
     ],
 )
 def test_settings(text, said):
