@@ -92,6 +92,19 @@ class Parser(argparse.ArgumentParser):
         return f"unknown flag {flag}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
 
+def path(text: str) -> str:
+    """The type of a flag that names a file or directory, local or remote: `~` is expanded."""
+    try:
+        return schema_lib.expand(text)
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def local_path(text: str) -> Path:
+    """The same of one that is always local."""
+    return Path(path(text))
+
+
 def parser(description: str, schema=None) -> Parser:
     """An argument parser; with a schema, `--config` is required and `--help` lists its fields."""
     made = Parser(
@@ -102,7 +115,9 @@ def parser(description: str, schema=None) -> Parser:
         epilog=schema_lib.describe(schema) if schema else None,
     )
     if schema:
-        made.add_argument("--config", required=True, metavar="FILE.py", help="config file")
+        made.add_argument(
+            "--config", type=path, required=True, metavar="FILE.py", help="config file"
+        )
         made.add_argument(
             "--print_config", action="store_true", help="print the resolved config, do nothing"
         )

@@ -65,12 +65,12 @@ def entry(default, doc: str, within: Range | None = None, path: bool = False):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def expand(path: str, name: str) -> str:
-    """The path with a leading `~` or `~user` expanded. Raises UserError, which gives the `name` of
-    the flag or key, where that home directory is unknown."""
+def expand(path: str) -> str:
+    """The path with a leading `~` or `~user` expanded. Raises UserError where that home directory
+    is unknown."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise UserError(f"{name}={path}: {path.partition('/')[0]} has no home directory")
+        raise UserError(f"{path.partition('/')[0]} of {path} is no user: write ./~ for that name")
     return expanded
 
 
@@ -234,7 +234,10 @@ def _value(field, value, path: str):
     """`value` as the field has it, within its range or with its home directory, or UserError."""
     value, within = _coerce(field.type, value, path), field.metadata.get("within")
     if field.metadata.get("path"):
-        return expand(value, path)
+        try:
+            return expand(value)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
     if within is not None and value is not None:
         for i, number in enumerate(value if isinstance(value, tuple) else (value,)):
             if number not in within:

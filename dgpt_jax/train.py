@@ -6,6 +6,7 @@ done, 1 a user's error, 75 stopped by SIGTERM after saving, 130 by Ctrl-C after 
 """
 
 import contextlib
+import shlex
 import sys
 from functools import partial
 
@@ -124,7 +125,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
     best_and_last = metrics.best_and_last(workdir, config.checkpoint.best)
     for line in (*best_and_last, *evaluations_of(task).recorded(task, workdir)):
         progress.say(line)
-    then = task.then.format(workdir=workdir)
+    then = task.then.format(workdir=shlex.quote(str(workdir)))
     progress.say(f"done: {workdir} holds step {loop.step}; next: {then}")
     return 0
 
@@ -146,7 +147,9 @@ def describe(config, task, schedule, mesh, peak, progress):
 
 def main():
     made = cli.parser(__doc__, Train)
-    made.add_argument("--workdir", required=True, help="directory of the run; made if absent")
+    made.add_argument(
+        "--workdir", type=cli.path, required=True, help="directory of the run; made if absent"
+    )
     made.add_argument(
         "--allow_config_change",
         action="store_true",

@@ -233,7 +233,7 @@ def write_up(out: Path, name: str, study: studies.Study, wanted) -> list[studies
 def main():
     made = cli.parser(__doc__, Train)
     made.add_argument("study", help="which; a wrong name lists them")
-    made.add_argument("--out", required=True, type=Path, help="directory for everything")
+    made.add_argument("--out", required=True, type=cli.local_path, help="directory for everything")
     made.add_argument("--seeds", type=int, default=5, help="runs of every row")
     made.add_argument(
         "--images", default="digits", choices=small_images.IMAGES, help="which images"

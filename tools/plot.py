@@ -13,6 +13,7 @@ with 1 where they differ, also in which steps they have logged. What hangs on th
 (throughput, waiting) is compared only if --metrics names it.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -158,9 +159,9 @@ def diff(logs, names, tolerance: float) -> bool:
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("runs", nargs="+", help="work directories")
+    made.add_argument("runs", type=cli.path, nargs="+", help="work directories")
     made.add_argument("--metrics", help="names, comma-separated; default: all that tell something")
-    made.add_argument("--out", help="PNG or SVG file")
+    made.add_argument("--out", type=cli.path, help="PNG or SVG file")
     made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")
     made.add_argument("--diff", action="store_true", help="say where two runs part; 1 if they do")
     made.add_argument(
@@ -186,7 +187,7 @@ def main():
         if not args.metrics:
             names = [name for name in names if name not in run_log.OF_THE_MACHINE]
         differ = diff(logs, names, args.tolerance)
-    print(f"next: python tools/report_run.py {args.runs[0]} --out=report.html")
+    print(f"next: python tools/report_run.py {shlex.quote(args.runs[0])} --out=report.html")
     if differ:
         sys.exit(1)
 
