@@ -18,8 +18,8 @@ COMMANDS = [
 ] + [train, evaluate]
 # Flags and keys whose text is not a path. Whatever is new must be added here, or be one.
 NO_PATHS = {
-    "action", "activation", "codecs", "coordinator", "metrics", "platform", "remat", "rows", "split",
-    "study", "topology", "workers",
+    "action", "activation", "codecs", "coordinator", "metrics", "platform", "remat", "rows",
+    "split", "study", "topology", "workers",
 }  # fmt: skip
 NO_PATH_KEYS = {
     "activation", "best", "bad_records", "cls_mask", "codec", "coordinator", "dtype", "every",
