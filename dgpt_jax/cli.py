@@ -7,11 +7,13 @@ integer where one is due, `None` and `(2, 2)` mean what they say. `--print_confi
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import itertools
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,14 +43,27 @@ def run(main: Callable[[], None]):
     except BrokenPipeError:
         ending = 1
     except Exception as e:
-        traceback.print_exc()
         named = isinstance(e, OSError) and e.filename
-        ending = f"error: {e.filename}: {e.strerror}" if named else 1
+        if str(e).startswith("Unable to initialize backend"):
+            ending = f"error: {hosts.no_device(str(e).splitlines()[0])}"
+        else:
+            traceback.print_exc()
+            ending = f"error: {e.filename}: {e.strerror}" if named else 1
     if hosts.together():
         if isinstance(ending, str):
             print(ending, file=sys.stderr)
         hosts.end(ending if isinstance(ending, int) else 1)
     sys.exit(ending)
+
+
+@contextlib.contextmanager
+def needs(package: str):
+    """A context for imports of what not every installation has: where one fails, the command ends
+    with a line that says what to install (`package` as pip takes it), and exit code 1."""
+    try:
+        yield
+    except ImportError as e:
+        sys.exit(f"error: {e.name or e} is not installed: pip install {shlex.quote(package)}")
 
 
 class Parser(argparse.ArgumentParser):

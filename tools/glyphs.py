@@ -13,11 +13,13 @@ import string
 from pathlib import Path
 
 import digits
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dgpt_jax import cli
+
+with cli.needs("dgpt_jax[quickstart]"):
+    import matplotlib
 
 TEST = (
     "DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif-Italic", "STIXGeneralItalic", "cmss10"

@@ -123,10 +123,11 @@ def does_not_fit(run: Train, topology: Topology, error: plan.DoesNotFit, say) ->
 def plot(reports: list[dict], title: str, out: str):
     """Throughput of a chip against their number: if communication hides behind the rest of the
     step, and if none of it does."""
-    import matplotlib
+    with cli.needs("dgpt_jax[plot]"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 3.6))
     chip_counts = [found["chips"] for found in reports]

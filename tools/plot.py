@@ -17,15 +17,17 @@ import shlex
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from dgpt_jax import cli, run_diff, run_log
 from dgpt_jax.schema import UserError
+
+with cli.needs("dgpt_jax[plot]"):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
 COLUMNS = 4
 
@@ -146,6 +148,9 @@ def diff(logs, names, tolerance: float) -> bool:
     found = run_diff.compare(a, b, names, tolerance)
     for difference in sorted(found, key=lambda x: x.same):
         print(difference.line())
+    if not any(x.common for x in found):
+        print(f"{a.run} and {b.run} have no common steps: only their last values were compared")
+        return True
     parting = [(x.first[0], x.name) for x in found if x.first]
     if parting:
         step, name = min(parting)
@@ -153,7 +158,7 @@ def diff(logs, names, tolerance: float) -> bool:
     elif all(x.same for x in found):
         print(f"{a.run} and {b.run} are the same")
     else:
-        print(f"{a.run} and {b.run} agree where both have logged, and one has more")
+        print(f"{a.run} and {b.run} agree where both have logged, and that is not everywhere")
     return not all(x.same for x in found)
 
 

@@ -24,10 +24,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from dgpt_jax import (
@@ -44,6 +40,12 @@ from dgpt_jax import (
 from dgpt_jax.maps import cls_attention, foreground, neighbours, pca_colours, prediction_maps
 from dgpt_jax.pictures import heat, mean_token_cosine, prediction_captions, prediction_rows
 from dgpt_jax.schema import UserError
+
+with cli.needs("dgpt_jax[plot]"):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
 MOST = 64  # images in a figure
 COLUMNS = 12  # images in a line of a figure

@@ -220,10 +220,14 @@ def few_labels(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     if not shots:
         return np.arange(len(labels))
     rng = np.random.default_rng(seed)
-    chosen = []
-    for label, members in zip(*_by_class(labels), strict=True):
-        members = rng.permutation(members)
-        if len(members) < shots:
-            raise UserError(f"class {label} has {len(members)} examples, {shots} shots were asked")
-        chosen.append(members[:shots])
+    present, classes = _by_class(labels)
+    least = min(map(len, classes))
+    if least < shots:
+        few = [label for label, members in zip(present, classes) if len(members) < shots]
+        raise UserError(
+            f"config.shots={shots}: {len(few)} of {len(present)} classes have fewer labelled "
+            f"examples, class {few[0]} is the first: set config.shots to {least} or less, or take "
+            f"more of the split (config.train, config.most)"
+        )
+    chosen = [rng.permutation(members)[:shots] for members in classes]
     return np.sort(np.concatenate(chosen))
