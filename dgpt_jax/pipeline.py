@@ -43,6 +43,11 @@ class Examples:
         fetched = {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
         return found | fetched
 
+    def check(self, batch: dict[str, np.ndarray]):
+        """Raises UserError on a batch with labels that are not those of the config's classes."""
+        if "label" in batch:
+            check_labels(batch["label"], self.sources.splits[0], self.make.classify.num_classes)
+
     def __call__(
         self, position: int, index: int, epoch: int | None = None
     ) -> dict[str, np.ndarray]:
@@ -93,6 +98,18 @@ def require_labels(split: records.Split, classify: Classify):
         raise UserError(
             f"{split} has labels of {split.label.num_classes} classes, the config expects "
             f"{classify.num_classes} (config.classify.num_classes)"
+        )
+
+
+def check_labels(labels: np.ndarray, split, classes: int):
+    """Raises UserError unless all labels (N,), of examples of the split, are within `classes`; the
+    label -1 means none, and would count as the last class."""
+    bad = (labels < 0) | (labels >= classes)
+    if bad.any():
+        raise UserError(
+            f"{split}: {bad.sum()} of {len(bad)} examples read together have no label of its "
+            f"{classes} classes (the first has {labels[bad.argmax()]}; -1: no label): name a "
+            f"labelled split, or import it with tools/import_images.py --labels"
         )
 
 

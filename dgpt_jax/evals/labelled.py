@@ -54,6 +54,8 @@ class Images:
     """Image files with any number of right classes each: int32 labels (N, W), padded with -1.
     `crop` pixels are cut off all around."""
 
+    classes = None
+
     def __init__(self, path: Path, members: Members | Files, labels: np.ndarray, crop: int = 0):
         self.path, self._members, self.labels, self._crop = path, members, labels, crop
 
@@ -76,6 +78,8 @@ class Images:
 class Stored:
     """Examples of a TFDS split; labels(record) gives the numbers of the right classes, at most
     `width`."""
+
+    classes = None
 
     def __init__(self, split: records.Split, labels: Callable[[dict], Sequence[int]], width: int):
         self._split, self._labels, self._width = split, labels, width

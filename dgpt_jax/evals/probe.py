@@ -49,7 +49,8 @@ def linear_probe(
     """Minimises mean cross-entropy + l2/2·‖W‖² (bias free) by L-BFGS.
 
     l2 is chosen by stratified cross-validation on the training labels alone (at most 5 folds, at
-    most the labels of the rarest class), then all of them are fitted.
+    most the labels of the rarest class), then all of them are fitted. Raises UserError where the
+    fit is not finite.
     """
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     mean, std = train.moments()
@@ -58,6 +59,8 @@ def linear_probe(
     problem = _labelled(train, folds)
     l2 = _choose(problem, scale, folds.max() + 1, l2_grid, iterations, classes, train.mesh)
     solution = fit(problem, scale, NO_FOLD, l2, iterations, classes=classes, mesh=train.mesh)
+    if not all(bool(jnp.isfinite(x).all()) for x in solution):
+        raise UserError(f"the linear probe of {len(train)} examples (l2 {l2:g}) has diverged")
     answers = _labelled(test, np.zeros(len(test), int))
     correct = int(_hits(answers, scale, solution, 0, mesh=test.mesh))
     return ProbeResult(correct, l2, *map(np.asarray, solution))
@@ -160,7 +163,9 @@ def _hits(problem, scale, solution, held, *, mesh):
 
         def add(total, chunk):
             x, labels = _standardised(chunk, scale)
-            return total + (_logits(x, solution).argmax(axis=1) == labels).sum(), None
+            logits = _logits(x, solution)
+            right = (logits.argmax(axis=1) == labels) & jnp.isfinite(logits).all(axis=1)
+            return total + right.sum(), None
 
         return features.scan_chunks(add, jnp.int32(0), part, len(solution[1]))[0]
 
