@@ -27,8 +27,9 @@ def steps(
     """A duration as whole optimizer steps, rounded down from the exact number.
 
     Epochs and examples are converted through `batch_size` and `examples` (dataset length), a
-    percentage is one of `total` steps. Raises UserError, which names the config key, where the text
-    is no duration, or where it is fewer than `least` steps after rounding.
+    percentage is one of `total` steps, and `least` where it is a smaller one: of a training of few
+    steps. Raises UserError, which names the config key, where the text is no duration, or where it
+    is fewer than `least` steps after rounding.
     """
     number, unit = _parse(duration, key, total is not None)
     exact = (
@@ -40,11 +41,13 @@ def steps(
             "%": Fraction(total or 0, 100),
         }[unit]
     )
-    if (count := math.floor(exact)) < least:
-        base = f"{examples} examples, batches of {batch_size}"
-        base = f"of {total} steps" if unit == "%" else base
+    count = math.floor(exact)
+    if unit == "%" and exact > 0:
+        count = max(count, least)
+    if count < least:
         raise UserError(
-            f"{key}={duration!r} is {float(exact):.3g} steps ({base}): make it {least} or more"
+            f"{key}={duration!r} is {float(exact):.3g} steps ({examples} examples, batches of "
+            f"{batch_size}): make it {least} or more"
         )
     return count
 

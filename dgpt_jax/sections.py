@@ -188,7 +188,7 @@ class Loss:
 @dataclass(frozen=True)
 class Optim:
     kind: str = entry("adamw", "adamw; task=classify also: sgd, lars")
-    blr: float = entry(1.5e-4, "base learning rate: peak = blr * batch_size / 256", POSITIVE)
+    blr: float = entry(1.5e-4, "base learning rate: peak = blr * batch_size / 256", NATURAL)
     grid: tuple[float, ...] = entry(
         (),
         "task=classify: base learning rates instead of blr, one for each head of a probe",

@@ -65,6 +65,7 @@ def test_a_sound_schedule():
     assert (found.total, found.warmup, found.eval_every) == (100, 10, 1)
     assert (found.checkpoint_every, found.keep_every) == (50, 100)
     assert schedule(optim={"warmup": "99 steps"}).warmup == 99
+    assert schedule(checkpoint={"every": "0.1%"}).checkpoint_every == 1
     assert schedule(total="1 steps", optim={"warmup": "10%"}, evals={"every": "1 steps"},
                     checkpoint={"every": "100%"}).warmup == 0  # fmt: skip
 
@@ -79,7 +80,7 @@ def test_a_sound_schedule():
         ({"optim": {"warmup": "100%"}}, "config.optim.warmup='100%' is 100 steps, config.total is"),
         ({"optim": {"warmup": "40 epochs"}}, "400 steps, config.total is 100: the peak learning"),
         ({"checkpoint": {"every": "0 steps"}}, "config.checkpoint.every='0 steps' is 0 steps"),
-        ({"checkpoint": {"every": "0.1%"}}, "is 0.1 steps (of 100 steps): make it 1 or more"),
+        ({"checkpoint": {"every": "0%"}}, "config.checkpoint.every='0%' is 0 steps"),
         ({"checkpoint": {"keep_every": "0.01 epochs"}}, "config.checkpoint.keep_every='0.01"),
         ({"evals": {"every": "0.09 epochs"}}, "config.evals.every='0.09 epochs' is 0.9 steps"),
         ({"profile": (100, 105)}, "config.profile starts at step 100 of 100"),

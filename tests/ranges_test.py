@@ -91,7 +91,7 @@ def test_there_are_numbers_in_every_schema():
     "text,message",
     [
         ("config.optim.clip_norm=-1", "config.optim.clip_norm must be at least 0, got -1.0"),
-        ("config.optim.blr=-1e-4", "config.optim.blr must be above 0, got -0.0001"),
+        ("config.optim.blr=-1e-4", "config.optim.blr must be at least 0, got -0.0001"),
         ("config.optim.b2=1.5", "config.optim.b2 must be at least 0 and below 1, got 1.5"),
         ("config.optim.spike=0.5", "config.optim.spike must be 0 or above 1, got 0.5"),
         ("config.mesh.fsdp=0", "config.mesh.fsdp must be -1 or at least 1, got 0"),
