@@ -5,6 +5,7 @@ it (view, segment order, augmentation) is drawn from (seed, i). What batches are
 batching.py.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -99,6 +100,17 @@ def require_labels(split: records.Split, classify: Classify):
             f"{split} has labels of {split.label.num_classes} classes, the config expects "
             f"{classify.num_classes} (config.classify.num_classes)"
         )
+    check_first_label(split)
+
+
+def check_first_label(split: records.Split):
+    """Raises UserError where the first example has no label: before anything is computed, where
+    usually all or none have one. Batches are checked as they are read, and data on gs:// only so.
+    """
+    if split.cache is None:
+        with contextlib.suppress(bad_records.BadRecord):  # its own policy says what becomes of it
+            check_labels(np.array([split[0]["label"]]), split, split.label.num_classes)
+        split.close()
 
 
 def check_labels(labels: np.ndarray, split, classes: int):

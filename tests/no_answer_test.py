@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from dgpt_jax import batching, images, pipeline, records, sharding, tasks, train
 from dgpt_jax.config import Mesh
@@ -48,46 +49,75 @@ def extract(source, params=1.0, most=None):
     return features.Extractor(encode, mesh, batch_size=5, most=most)(params, source, corner)
 
 
-def test_features_of_a_split_without_labels(half_labelled):
-    source = features.Records(records.Split(half_labelled, "test"))
-    with pytest.raises(UserError, match=NO_LABEL.format("test", 5, 5)) as caught:
-        extract(source)
-    assert "(the first has -1; -1: no label): name a labelled split" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=NO_LABEL.format("test", 3, 3)):
-        extract(source, most=3)  # what pads the batch does not count
-    assert len(extract(features.Records(records.Split(half_labelled, "train")))["mean"]) == 12
+@pytest.fixture(scope="module")
+def some_labelled(tmp_path_factory):
+    """A split `test` of 8 examples, of which the last four have no label."""
+    directory = tmp_path_factory.mktemp("some") / "images"
+    examples = [
+        {"image": imagenet_sets.picture(i, 0), "file_name": f"{i}", "label": label}
+        for i, label in enumerate((0, 1, 0, 1, -1, -1, -1, -1))
+    ]
+    label = {"label": tfds.features.ClassLabel(names=["a", "b"])}
+    imagenet_sets.stored(directory, "test", label, examples)
+    return directory
 
 
-def test_knn_while_pretraining(half_labelled):
-    evals = {"heldout": "", "knn": str(half_labelled), "knn_train": "test", "knn_resize": 18}
+def features_of(path, tmp_path):
+    extract(features.Records(records.Split(path, "test")))
+
+
+def knn_while_pretraining(path, tmp_path):
     run = settings(
-        half_labelled, task="pretrain", optim={"layer_decay": 1.0}, evals=evals,
-        teacher={"width": 24, "grid": 4},
+        path, task="pretrain", optim={"layer_decay": 1.0}, teacher={"width": 24, "grid": 4},
+        evals={"heldout": "", "knn": str(path), "knn_train": "test", "knn_test": "test",
+               "knn_resize": 18},
     )  # fmt: skip
     task = tasks.planned(run)
-    accuracy = pretraining.knn_accuracy(task, sharding.make_mesh(run.mesh))
-    params = task.init(jax.random.key(0))
-    with pytest.raises(UserError, match=NO_LABEL.format("test", 8, 8)):
-        accuracy(params)
+    evaluate = pretraining.knn_accuracy(task, sharding.make_mesh(run.mesh))
+    evaluate(task.init(jax.random.key(0)))
 
 
-def test_training(half_labelled, tmp_path):
-    run = settings(half_labelled, data={"split": "test"})
+def training(path, tmp_path):
+    run = settings(path, data={"split": "test"}, evals={"heldout": ""}, checkpoint={"best": ""})
+    train.train(run, tmp_path / "run")
+
+
+def batches(path, tmp_path):
+    run = settings(path, data={"split": "test"})
     examples = pipeline.open_labelled(run.data, run.model, run.classify, run.seed)
     stream = batching.train_batches(examples, 8, rows=np.arange(8), start_step=0)
-    with contextlib.closing(stream), pytest.raises(UserError, match=NO_LABEL.format("test", 8, 8)):
+    with contextlib.closing(stream):
         next(stream)
-    with pytest.raises(UserError, match="have no label of its 2 classes"):
-        train.train(run, tmp_path / "run")
 
 
-def test_accuracy_of_a_held_out_split(half_labelled):
-    run = settings(half_labelled, evals={"heldout_split": "test", "batch_size": 8})
-    task = tasks.open_task(run)
+def accuracy(path, tmp_path):
+    run = settings(path, evals={"heldout_split": "test", "batch_size": 8})
+    task = tasks.planned(run)
     evaluate = classification.accuracy(task, sharding.make_mesh(run.mesh))
-    with pytest.raises(UserError, match=NO_LABEL.format("test", 8, 8)):
-        evaluate(task.init(jax.random.key(0)))
+    evaluate(task.init(jax.random.key(0)))
+
+
+# {what reads labels: of a batch that it reads the examples without a label}
+READERS = {
+    features_of: "1 of 5", knn_while_pretraining: "4 of 8", training: "4 of 8", batches: "4 of 8",
+    accuracy: "4 of 8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+def test_a_split_without_labels(half_labelled, some_labelled, tmp_path, reader):
+    with pytest.raises(UserError, match=NO_LABEL.format("test", 1, 1)) as caught:
+        reader(half_labelled, tmp_path)  # none has one: the first tells
+    assert "(the first has -1; -1: no label): name a labelled split" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=NO_LABEL.format("test", *READERS[reader].split(" of "))):
+        reader(some_labelled, tmp_path)
+
+
+def test_padding_does_not_count(half_labelled, some_labelled):
+    source = features.Records(records.Split(some_labelled, "test"))
+    assert len(extract(source, most=4)["mean"]) == 4
+    assert len(extract(features.Records(records.Split(half_labelled, "train")))["mean"]) == 12
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ class Records:
     def __init__(self, split: records.Split):
         if split.label is None:
             raise UserError(f"{split} has no labels")
+        pipeline.check_first_label(split)
         self._split, self.classes = split, split.label.num_classes
 
     def __len__(self) -> int:
