@@ -203,7 +203,7 @@ def test_a_training_run_logs_them(spotted, tmp_path, capfd):
         total="10 steps", batch_size=8, log_every=1,
         model=data.TINY | {"depth": 1, "decoder_depth": 1},
         data={"path": str(spotted), "targets": "pixels", "bad_most": 0.1, "threads": 2},
-        loss={"visible": 0.0}, checkpoint={"every": "100%"},
+        loss={"visible": 0.0}, checkpoint={"every": "100%"}, optim={"warmup": "1 steps"},
     )  # fmt: skip
     assert train.train(schema.parse(Train, settings), tmp_path / "run") == 0
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -235,7 +235,7 @@ def test_a_store_cannot_leave_any_out(spotted, tmp_path):
 def test_settings(text, said):
     config = schema.default(Train)
     config.data.path = "somewhere"
-    schema.override(config, Train, *text.split("="))
     with pytest.raises(UserError, match=said):
+        schema.override(config, Train, *text.split("="))
         parse(Train, config)
     assert parse(Tokens, {"source": "x"})
