@@ -32,15 +32,13 @@ def steps(
     is fewer than `least` steps after rounding.
     """
     number, unit = _parse(duration, key, total is not None)
-    exact = (
-        number
-        * {
-            "step": Fraction(1),
-            "epoch": Fraction(examples, batch_size),
-            "example": Fraction(1, batch_size),
-            "%": Fraction(total or 0, 100),
-        }[unit]
-    )
+    in_steps = {
+        "step": Fraction(1),
+        "epoch": Fraction(examples, batch_size),
+        "example": Fraction(1, batch_size),
+        "%": Fraction(total or 0, 100),
+    }
+    exact = number * in_steps[unit]
     count = math.floor(exact)
     if unit == "%" and exact > 0:
         count = max(count, least)
