@@ -117,6 +117,7 @@ def _batches(stream: _Local, start_step: int) -> Generator:
         while True:
             batch = next(chunks) if chunk == local else _filled(chunks, first, local)
             stream.examples.policy.count(batch.pop(REPLACED))
+            stream.examples.check(batch)
             yield batch
             del batch  # or it stays while the next is filled
     finally:

@@ -59,7 +59,8 @@ class Wandb:
             import wandb
         except ImportError:
             raise UserError(
-                "config.wandb needs the package wandb: pip install wandb, or leave it empty"
+                "config.wandb needs the package wandb: pip install 'dgpt_jax[wandb]', or leave it "
+                "empty"
             ) from None
         self._wandb = wandb
         kept = directory / WANDB_ID

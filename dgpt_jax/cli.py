@@ -7,11 +7,13 @@ integer where one is due, `None` and `(2, 2)` mean what they say. `--print_confi
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import itertools
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,9 +46,12 @@ def run(main: Callable[[], None]):
     except BrokenPipeError:
         ending = 1
     except Exception as e:
-        traceback.print_exc()
         named = isinstance(e, OSError) and e.filename
-        ending = f"error: {e.filename}: {e.strerror}" if named else 1
+        if str(e).startswith("Unable to initialize backend"):
+            ending = f"error: {hosts.no_device(str(e).splitlines()[0])}"
+        else:
+            traceback.print_exc()
+            ending = f"error: {e.filename}: {e.strerror}" if named else 1
     if hosts.together():
         if isinstance(ending, str):
             print(ending, file=sys.stderr)
@@ -57,6 +62,16 @@ def run(main: Callable[[], None]):
 def say(line: str):
     """Prints one line that may hold names of files or classes."""
     print(printable(line), flush=True)
+
+
+@contextlib.contextmanager
+def needs(package: str):
+    """A context for imports of what not every installation has: where one fails, the command ends
+    with a line that says what to install (`package` as pip takes it), and exit code 1."""
+    try:
+        yield
+    except ImportError as e:
+        sys.exit(f"error: {e.name or e} is not installed: pip install {shlex.quote(package)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,6 +115,19 @@ class Parser(argparse.ArgumentParser):
         return f"unknown flag {flag}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
 
+def path(text: str) -> str:
+    """The type of a flag that names a file or directory, local or remote: `~` is expanded."""
+    try:
+        return schema_lib.expand(text)
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def local_path(text: str) -> Path:
+    """The same of one that is always local."""
+    return Path(path(text))
+
+
 def parser(description: str, schema=None) -> Parser:
     """An argument parser; with a schema, `--config` is required and `--help` lists its fields."""
     made = Parser(
@@ -110,7 +138,9 @@ def parser(description: str, schema=None) -> Parser:
         epilog=schema_lib.describe(schema) if schema else None,
     )
     if schema:
-        made.add_argument("--config", required=True, metavar="FILE.py", help="config file")
+        made.add_argument(
+            "--config", type=path, required=True, metavar="FILE.py", help="config file"
+        )
         made.add_argument(
             "--print_config", action="store_true", help="print the resolved config, do nothing"
         )

@@ -117,7 +117,9 @@ def devices(config: Hosts, wanted: str) -> list[Finding]:
     if None not in limits:
         text += f", {min(limits) / 2**30:.1f} GiB each here"
     if mine[0].platform == "cpu" and wanted != "cpu":
-        return [Finding("warn", text, "no accelerator; --platform=tpu or gpu says why")]
+        limit = os.environ.get("JAX_PLATFORMS")
+        why = f"JAX_PLATFORMS={limit} limits JAX" if limit else "--platform=tpu or gpu says why"
+        return [Finding("warn", text, f"no accelerator; {why}")]
     return [Finding("ok", text)]
 
 

@@ -8,6 +8,7 @@ files beside published numbers.
 """
 
 import dataclasses
+import shlex
 
 import jax
 import numpy as np
@@ -131,8 +132,10 @@ def open_weights(settings: Evaluate, path: str, untrained: int | None) -> load.E
 
 def main():
     made = cli.parser(__doc__, Evaluate)
-    made.add_argument("--checkpoint", required=True, help="work directory or weights")
-    made.add_argument("--out", help="JSON file that the results are added to")
+    made.add_argument(
+        "--checkpoint", type=cli.path, required=True, help="work directory or weights"
+    )
+    made.add_argument("--out", type=cli.path, help="JSON file that the results are added to")
     made.add_argument("--untrained", type=int, metavar="SEED", help="measure its initialisation")
     arguments, settings = cli.parse(made, Evaluate)
     hosts.start(settings.hosts, settings.platform)
@@ -155,7 +158,7 @@ def main():
     if out:
         results.merge(out, weights.source, dataclasses.asdict(weights.model), rows)
         print(f"added to {out}")
-    print(f"next: python tools/report.py {out or 'RESULTS.json…'}")
+    print(f"next: python tools/report.py {shlex.quote(str(out)) if out else 'RESULTS.json…'}")
 
 
 if __name__ == "__main__":

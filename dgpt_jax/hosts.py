@@ -41,6 +41,8 @@ def start(config: Hosts, platform: str):
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as e:
         reason = str(e).split("\n")[0] or "JAX has no plugin for it"  # which it only asserts
+        if not platform:
+            raise UserError(no_device(reason)) from None
         raise UserError(f"config.platform={platform} is not available: {reason}") from None
     if platform and found != platform:
         raise UserError(f"config.platform={platform} was asked for, JAX found {found}")
@@ -54,6 +56,14 @@ def start(config: Hosts, platform: str):
             f"config.hosts.processes is {config.processes}, JAX found {jax.process_count()}: start "
             f"as many by srun, mpirun or a JobSet, or give hosts.coordinator and hosts.process"
         )
+
+
+def no_device(reason: str) -> str:
+    """A line about JAX's failure to find any device, which names JAX_PLATFORMS where that limits
+    what it looks for."""
+    name = os.environ.get("JAX_PLATFORMS")
+    limit = f" among JAX_PLATFORMS={name}: unset that environment variable" if name else ""
+    return f"JAX finds no device{limit} ({reason})"
 
 
 def _join(config: Hosts, *address):

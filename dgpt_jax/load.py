@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import digpt, heads, vit
+from dgpt_jax import arguments, digpt, heads, segments, vit
 from dgpt_jax.config import Model
 from dgpt_jax.convert import formats, layout
 from dgpt_jax.convert.weights import Preprocess
@@ -29,7 +29,8 @@ class Encoder:
     {"config", "step"} of the training, where it is known. Its functions are compiled once for all
     encoders of a shape, compute CHUNK images at a time, and can be traced: by jit, by grad, with
     dataclasses.replace(encoder, params=traced). The params go to the device at the first call;
-    changing their arrays in place after it has no effect, `replace` has.
+    changing their arrays in place after it has no effect, `replace` has. Pictures are uint8 RGB (B,
+    size, size, 3), or float from 0 to 255; others raise UserError, traced ones by shape and dtype.
     """
 
     model: Model
@@ -40,6 +41,7 @@ class Encoder:
 
     def features(self, pictures, pooling: str = "cls"):
         """uint8 RGB (B, size, size, 3) to features (B, D) float32."""
+        arguments.check_poolings([pooling])
         return self._apply(pictures, "features", pooling)
 
     def tokens(self, pictures):
@@ -48,7 +50,7 @@ class Encoder:
 
     def pooled(self, pictures, poolings: Sequence[str]) -> dict[str, jax.Array]:
         """{pooling: features (B, D) float32} of several poolings in one pass."""
-        return self._apply(pictures, "pooled", "cls", tuple(poolings))
+        return self._apply(pictures, "pooled", "cls", arguments.check_poolings(poolings))
 
     @cached_property
     def device_params(self):
@@ -58,6 +60,7 @@ class Encoder:
     def _apply(self, pictures, method: str, pooling: str, *args, classes: int = 0):
         module = heads.classifier(self.model, pooling, classes)
         run = partial(_apply, module=module, preprocess=self.preprocess, method=method, args=args)
+        pictures = arguments.check_pictures(pictures, self.model.image_size)
         return in_chunks(run, self.device_params, pictures)
 
 
@@ -87,7 +90,11 @@ class Pretrained:
         return _on_device(self.params)
 
     def predictions(self, images, orders):
-        """{decoder: (B, V·T+1, C)} for normalised images and orders, as DiGPT returns them."""
+        """{decoder: (B, V·T+1, C)} for normalised images and orders, as DiGPT returns them.
+
+        Raises UserError on other arrays (arguments.py).
+        """
+        images, orders = self._checked(images, orders)
         return in_chunks(partial(_predict, module=self.module), self.device_params, images, orders)
 
     def losses(self, images, tokens, orders, params=None, *, cls=True) -> dict[str, jax.Array]:
@@ -95,11 +102,18 @@ class Pretrained:
 
         images: normalised (B, size, size, 3); orders: int (B, S). Jittable, and differentiable in
         every argument; `params` replaces the loaded ones; `cls`: whether the teacher has a CLS.
+        Raises UserError on other arrays (arguments.py).
         """
+        images, orders = self._checked(images, orders)
+        tokens = arguments.check_tokens(tokens, self.module.out_width, cls=cls)
         params = self.device_params if params is None else _on_device(params)
         run = partial(_losses, module=self.module, model=self.model, cls=cls)
         parts = in_chunks(run, params, images, tokens, orders)
         return {name: values.mean() for name, values in parts.items()}
+
+    def _checked(self, images, orders):
+        images = arguments.check_images(images, self.model.image_size)
+        return images, arguments.check_orders(orders, segments.count(self.model.segments))
 
 
 # Inlined: within a caller's jit they compile to what they would if written there.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable
@@ -208,7 +209,7 @@ class Loop:
         raise UserError(
             f"loss or gradients were not finite (config.optim.bad_steps) or spiked "
             f"(config.optim.spike) in all {in_a_row} steps from {first} on, and no update was "
-            f"made: look with python tools/replay.py {left}"
+            f"made: look with python tools/replay.py {shlex.quote(str(left))}"
         )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import digpt, heads, load, segments, transformer, vit
+from dgpt_jax import arguments, digpt, heads, load, segments, transformer, vit
 from dgpt_jax.config import Model
 
 # Rows of a matrix of similarities that are in memory at a time.
@@ -70,6 +70,7 @@ def cls_attention(encoder: load.Encoder, pictures: np.ndarray) -> np.ndarray:
     softmax(q kᵀ / √K) of the block's own weights on its own input. pictures: uint8 (B, size, size,
     3).
     """
+    pictures = arguments.check_pictures(pictures, encoder.model.image_size)
     run = partial(_cls_attention, model=encoder.model, preprocess=encoder.preprocess)
     return np.asarray(load.in_chunks(run, encoder.device_params, pictures))
 
@@ -77,6 +78,7 @@ def cls_attention(encoder: load.Encoder, pictures: np.ndarray) -> np.ndarray:
 def last_attention(encoder: load.Encoder, pictures):
     """Of the last block: attention (B, H, 1+N, 1+N), its values (B, 1+N, H, K), its input and its
     output (B, 1+N, D)."""
+    pictures = arguments.check_pictures(pictures, encoder.model.image_size)
     run = partial(_last_attention, model=encoder.model, preprocess=encoder.preprocess)
     return load.in_chunks(run, encoder.device_params, pictures)
 
@@ -134,6 +136,9 @@ def prediction_maps(
     pictures: uint8 (B, size, size, 3); tokens: decoded, (B, [1+]N, C); orders: int (B, S). G is
     the grid on which the loss compares them. `next` predicts a segment from those before it.
     """
+    pictures = arguments.check_pictures(pictures, model.model.image_size)
+    tokens = arguments.check_tokens(tokens, model.module.out_width, cls=cls)
+    orders = arguments.check_orders(orders, segments.count(model.model.segments))
     run = partial(_aligned, module=model.module, model=model.model, cls=cls)
     pairs = load.in_chunks(run, model.device_params, pictures, tokens, orders)
     return in_place(pairs, orders, model.model.segments)

@@ -5,6 +5,7 @@ it (view, segment order, augmentation) is drawn from (seed, i). What batches are
 batching.py.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,11 @@ class Examples:
             return found
         fetched = {"fetched_bytes": cache.fetched_bytes, "fetch_wait_seconds": cache.waited_seconds}
         return found | fetched
+
+    def check(self, batch: dict[str, np.ndarray]):
+        """Raises UserError on a batch with labels that are not those of the config's classes."""
+        if "label" in batch:
+            check_labels(batch["label"], self.sources.splits[0], self.make.classify.num_classes)
 
     def __call__(
         self, position: int, index: int, epoch: int | None = None
@@ -104,6 +110,29 @@ def require_labels(split: records.Split, classify: Classify):
         raise UserError(
             f"{split} has labels of {split.label.num_classes} classes, the config expects "
             f"{classify.num_classes} (config.classify.num_classes)"
+        )
+    check_first_label(split)
+
+
+def check_first_label(split: records.Split):
+    """Raises UserError where the first example has no label: before anything is computed, where
+    usually all or none have one. Batches are checked as they are read, and data on gs:// only so.
+    """
+    if split.cache is None:
+        with contextlib.suppress(bad_records.BadRecord):  # its own policy says what becomes of it
+            check_labels(np.array([split[0]["label"]]), split, split.label.num_classes)
+        split.close()
+
+
+def check_labels(labels: np.ndarray, split, classes: int):
+    """Raises UserError unless all labels (N,), of examples of the split, are within `classes`; the
+    label -1 means none, and would count as the last class."""
+    bad = (labels < 0) | (labels >= classes)
+    if bad.any():
+        raise UserError(
+            f"{split}: {bad.sum()} of {len(bad)} examples read together have no label of its "
+            f"{classes} classes (the first has {labels[bad.argmax()]}; -1: no label): name a "
+            f"labelled split, or import it with tools/import_images.py --labels"
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dgpt_jax import config, costs, hlo, metrics, optim, sharding, state, tasks
+from dgpt_jax import costs, durations, hlo, metrics, optim, sharding, state, tasks
 from dgpt_jax.chips import GIB, Topology
 from dgpt_jax.config import Train
 from dgpt_jax.schema import UserError
@@ -201,7 +201,10 @@ def steps_of(run: Train) -> int | None:
     """Steps of the whole training, where the number of examples is known or does not matter."""
     if run.data.examples is None and "epoch" in run.total:
         return None
-    return config.steps(run.total, batch_size=run.batch_size, examples=run.data.examples or 0)
+    examples = run.data.examples or 0
+    return durations.steps(
+        run.total, "config.total", batch_size=run.batch_size, examples=examples, least=1
+    )
 
 
 def changes_that_fit(run: Train, topology: Topology, say=print):

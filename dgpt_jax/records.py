@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,7 @@ def open_builder(directory):
         raise UserError(
             f"{directory} is stored as {file_format}, training needs array_record: convert it with "
             f"`python -m tensorflow_datasets.scripts.convert_format --only_log_errors "
-            f"--in_dir={directory} --out_dir=OUT --out_file_format=array_record`"
+            f"--in_dir={shlex.quote(str(directory))} --out_dir=OUT --out_file_format=array_record`"
         )
     return builder
 

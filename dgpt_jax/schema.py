@@ -7,6 +7,7 @@ A schema is a frozen dataclass whose fields have defaults and a `doc`, made by `
 import ast
 import dataclasses
 import difflib
+import os
 import textwrap
 import types
 import typing
@@ -26,22 +27,62 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def entry(default, doc: str):
-    """A field of a schema."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have: bounds of an interval (`least` and `most` belong to it,
+    `above` and `below` do not), and single values `also` taken."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    also: tuple[float, ...] = ()
+
+    def __contains__(self, value) -> bool:
+        return value in self.also or not (
+            (self.least is not None and value < self.least)
+            or (self.above is not None and value <= self.above)
+            or (self.most is not None and value > self.most)
+            or (self.below is not None and value >= self.below)
+        )
+
+    def __str__(self) -> str:
+        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        bounds = ((text, getattr(self, name)) for name, text in words.items())
+        text = " and ".join(f"{text} {bound}" for text, bound in bounds if bound is not None)
+        return " or ".join([*map(str, self.also), text])
+
+
+COUNT = Range(least=1)
+NATURAL = Range(least=0)  # 0 and whole numbers, or whatever is not negative
+POSITIVE = Range(above=0)
+SHARE = Range(least=0, most=1)
+BELOW_1 = Range(least=0, below=1)
+
+
+def entry(default, doc: str, within: Range | None = None, path: bool = False):
+    """A field of a schema.
+
+    One of numbers, or of a tuple of them, states the Range of each; in a `path` a leading `~` is
+    expanded.
+    """
+    metadata = {"doc": doc, "within": within, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def expand(path: str) -> str:
+    """The path with a leading `~` or `~user` expanded. Raises UserError where that home directory
+    is unknown."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path.partition('/')[0]} of {path} is no user: write ./~ for that name")
+    return expanded
 
 
 def one_of(path: str, value, allowed):
     """Raises UserError unless `value` is among `allowed`."""
     if value not in allowed:
         raise UserError(f"{path} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-
-
-def positive(config, prefix: str, *names: str):
-    """Raises UserError about the first of the fields that is less than 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{prefix}.{name} must be positive, got {getattr(config, name)}")
 
 
 def default(schema) -> config_dict.ConfigDict:
@@ -69,7 +110,7 @@ def parse(schema, config, prefix: str = "config"):
     for name, value in (groups | dict(config.items())).items():
         if name not in known:
             raise UserError(_unknown(f"{prefix}.{name}", schema))
-        values[name] = _coerce(known[name].type, value, f"{prefix}.{name}")
+        values[name] = _value(known[name], value, f"{prefix}.{name}")
     parsed = schema(**values)
     return parsed.resolved() if hasattr(parsed, "resolved") else parsed
 
@@ -77,8 +118,8 @@ def parse(schema, config, prefix: str = "config"):
 def override(config: config_dict.ConfigDict, schema, path: str, text: str):
     """Sets `config.model.width`, in the ConfigDict of a schema, to what `text` means there.
 
-    `1e4` is an integer where one is due; `None`, `(2, 2)`, `0.5,1` and `cls,mean` mean what they
-    say.
+    `1e4` is an integer where one is due; `(2, 2)`, `0.5,1` and `cls,mean` mean what they say.
+    `None` means none: of a text, the empty one.
     """
     root, parent, names = schema, "config", path.split(".")[1:]
     for i, name in enumerate(names):
@@ -90,7 +131,7 @@ def override(config: config_dict.ConfigDict, schema, path: str, text: str):
             raise UserError(f"{parent} is {'a group of keys' if last else 'a value, not a group'}")
         if last:
             with config.ignore_type():
-                config[name] = _coerce(field.type, _literal(field.type, text), parent)
+                config[name] = _value(field, _literal(field.type, text), parent)
         else:
             config, schema = config[name], field.type
 
@@ -131,7 +172,9 @@ def describe(schema, prefix: str = "--config.") -> str:
             told.append(describe(field.type, f"{prefix}{field.name}."))
         else:
             kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-            about = f"({kind}, default {field.default!r}): {field.metadata['doc']}"
+            within = field.metadata["within"]
+            stated = f"{kind}, {within}" if within else kind
+            about = f"({stated}; default {field.default!r}): {field.metadata['doc']}"
             told.append(_WRAPPED.fill(f"{prefix}{field.name} {about}"))
     return "\n".join(told)
 
@@ -177,8 +220,8 @@ def _kind(annotation) -> type:
 
 def _literal(annotation, text: str):
     """The Python value of a flag's text; strings stay as they are."""
-    if _optional(annotation) and text == "None":
-        return None
+    if text == "None" and (_optional(annotation) or _kind(annotation) is str):
+        return None if _optional(annotation) else ""
     if _kind(annotation) is str:
         return text
     try:
@@ -189,6 +232,22 @@ def _literal(annotation, text: str):
         value = [part.strip(" '\"") for part in text.strip(" ()[]").split(",") if part.strip()]
     elif _kind(annotation) is tuple and not isinstance(value, (tuple, list)):
         value = (value,)
+    return value
+
+
+def _value(field, value, path: str):
+    """`value` as the field has it, within its range or with its home directory, or UserError."""
+    value, within = _coerce(field.type, value, path), field.metadata.get("within")
+    if field.metadata.get("path"):
+        try:
+            return expand(value)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
+    if within is not None and value is not None:
+        for i, number in enumerate(value if isinstance(value, tuple) else (value,)):
+            if number not in within:
+                item = f"{path}[{i}]" if isinstance(value, tuple) else path
+                raise UserError(f"{item} must be {within}, got {number}")
     return value
 
 

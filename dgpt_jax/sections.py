@@ -4,7 +4,17 @@ meaning. config.py puts them together."""
 import dataclasses
 from dataclasses import dataclass
 
-from dgpt_jax.schema import UserError, entry, one_of, positive
+from dgpt_jax.schema import (
+    BELOW_1,
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    Range,
+    UserError,
+    entry,
+    one_of,
+)
 
 # width, depth, heads, patch size in pixels.
 SIZES = {
@@ -19,27 +29,30 @@ SIZES = {
 @dataclass(frozen=True)
 class Model:
     size: str = entry("B/16", f"one of {', '.join(SIZES)}; sets width, depth, heads and patch")
-    width: int | None = entry(None, "encoder width; default: by size")
-    depth: int | None = entry(None, "encoder blocks; default: by size")
-    heads: int | None = entry(None, "encoder attention heads; default: by size")
-    patch: int | None = entry(None, "patch size in pixels; default: by size")
-    mlp_ratio: float = entry(4.0, "hidden width of every MLP over its block's width")
-    image_size: int = entry(224, "height and width of the student's picture in pixels")
-    segments: tuple[int, int] = entry((2, 2), "rows and columns of segments the image is cut into")
+    width: int | None = entry(None, "encoder width; default: by size", Range(least=4))
+    depth: int | None = entry(None, "encoder blocks; default: by size", COUNT)
+    heads: int | None = entry(None, "encoder attention heads; default: by size", COUNT)
+    patch: int | None = entry(None, "patch size in pixels; default: by size", COUNT)
+    mlp_ratio: float = entry(4.0, "hidden width of every MLP over its block's width", POSITIVE)
+    image_size: int = entry(224, "height and width of the student's picture in pixels", COUNT)
+    segments: tuple[int, int] = entry(
+        (2, 2), "rows and columns of segments the image is cut into", COUNT
+    )
     taps: tuple[int, ...] | None = entry(
         None,
         "depths (1-based) whose features feed the decoders; default: 1/2, 2/3, 5/6, 1 of depth",
+        COUNT,
     )
-    decoder_width: int = entry(1024, "width of both decoders")
-    decoder_depth: int = entry(2, "blocks of each decoder")
-    decoder_heads: int = entry(32, "attention heads of each decoder")
+    decoder_width: int = entry(1024, "width of both decoders", Range(least=4))
+    decoder_depth: int = entry(2, "blocks of each decoder", COUNT)
+    decoder_heads: int = entry(32, "attention heads of each decoder", COUNT)
     cls_mask: str = entry(
         "official",
         "who sees the CLS token: official (last visible segment), self (only itself), all (leaks "
         "later segments to earlier ones; to compare with)",
     )
     remat: str = entry("none", "what the backward pass recomputes: none, dots, full")
-    eps: float = entry(1e-6, "of the encoder's LayerNorms")
+    eps: float = entry(1e-6, "of the encoder's LayerNorms", Range(above=0, below=1))
     activation: str = entry("gelu", "of the encoder's MLPs: gelu (exact), gelu_tanh, quick_gelu")
 
     @property
@@ -56,17 +69,11 @@ class Model:
         sized = dict(zip(("width", "depth", "heads", "patch"), SIZES[self.size], strict=True))
         sized = {k: v for k, v in sized.items() if getattr(self, k) is None}
         model = dataclasses.replace(self, **sized)
-        positive(
-            model, "config.model", "depth", "heads", "patch", "image_size", "decoder_depth",
-            "decoder_heads",
-        )  # fmt: skip
-        if model.mlp_ratio <= 0:
-            raise UserError(f"config.model.mlp_ratio must be positive, got {model.mlp_ratio}")
         if model.taps is None:
             depths = (max(1, round(model.depth * f)) for f in (1 / 2, 2 / 3, 5 / 6, 1))
             model = dataclasses.replace(model, taps=tuple(dict.fromkeys(depths)))
         taps, depth = model.taps, model.depth
-        if list(taps) != sorted(set(taps)) or not taps or taps[0] < 1 or taps[-1] > depth:
+        if list(taps) != sorted(set(taps)) or not taps or taps[-1] > depth:
             raise UserError(
                 f"config.model.taps must increase within 1..{depth} (depth), got {taps}"
             )
@@ -75,14 +82,14 @@ class Model:
                 f"config.model.image_size {model.image_size} is not a multiple of the patch size "
                 f"{model.patch}"
             )
-        if min(model.segments) < 1 or any(model.grid % s for s in model.segments):
+        if any(model.grid % s for s in model.segments):
             raise UserError(
                 f"config.model.segments {model.segments} do not divide the "
                 f"{model.grid}×{model.grid} grid of patches"
             )
         for of in ("", "decoder_"):
             width, heads = getattr(model, f"{of}width"), getattr(model, f"{of}heads")
-            if width < 4 or width % 4 or width % heads:
+            if width % 4 or width % heads:
                 raise UserError(
                     f"config.model.{of}width {width} must be a multiple of 4 (sin-cos positions) "
                     f"and of {of}heads {heads}"
@@ -92,104 +99,142 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    path: str = entry("", "TFDS directory: a token store, or an image dataset")
+    path: str = entry("", "TFDS directory: a token store, or an image dataset", path=True)
     examples: int | None = entry(
-        None, "examples that it must have, and that a plan without it goes by; default: any number"
+        None,
+        "examples that it must have, and that a plan without it goes by; default: any number",
+        COUNT,
     )
     source: str = entry("", "image dataset that a store must be of: NAME or NAME:VERSION")
     split: str = entry("train", "split of an image dataset (a token store's splits are its views)")
     targets: str = entry("stored", "stored (token store), online (live views), pixels (iGPT)")
-    views: int | None = entry(None, "use the first so many views of the store; default: all")
+    views: int | None = entry(None, "use the first so many views of the store; default: all", COUNT)
     order: str = entry("random", "segment order: random (one an image and step), raster")
-    crop_scale: tuple[float, float] = entry((0.2, 1.0), "live views: area of the crop")
-    crop_ratio: tuple[float, float] = entry((3 / 4, 4 / 3), "live views: width over height")
+    crop_scale: tuple[float, float] = entry(
+        (0.2, 1.0), "live views: area of the crop", Range(above=0, most=1)
+    )
+    crop_ratio: tuple[float, float] = entry(
+        (3 / 4, 4 / 3), "live views: width over height", POSITIVE
+    )
     crop_clip: bool = entry(
         False, "live views: cut off what sticks out instead of drawing again, as MAE's probes do"
     )
     flip: bool = entry(True, "live views: mirror half of them")
-    threads: int = entry(8, "reading threads of each worker")
-    workers: int = entry(0, "worker processes; 0 reads in threads of the training process")
+    threads: int = entry(8, "reading threads of each worker", COUNT)
+    workers: int = entry(0, "worker processes; 0 reads in threads of the training process", NATURAL)
     prefetch_bytes: int = entry(
         1_000_000_000,
         "bytes of examples that a process, its workers together, reads before they are needed; at "
         "least two batches are",
+        COUNT,
     )
     bad_records: str | None = entry(
         None,
         "error, or skip: damaged records are named, counted and replaced by the next; default: "
         "error for token stores, skip for images",
     )
-    bad_most: float = entry(0.001, "share of bad records from which on skipping them is an error")
+    bad_most: float = entry(
+        0.001, "share of bad records from which on skipping them is an error", SHARE
+    )
     cache: str = entry(
-        "", "local directory for shards of data on gs:// while they are read; default: temporary"
+        "",
+        "local directory for shards of data on gs:// while they are read; default: temporary",
+        path=True,
     )
     lanes: int | None = entry(
         None,
         "data on gs://: parts of the shards that a batch is drawn from, in equal numbers; divides "
         "batch_size, best a multiple of the hosts; default: 16, or what of it divides batch_size",
+        COUNT,
     )
-    window: int = entry(2, "data on gs://: shards that a lane shuffles at a time")
+    window: int = entry(2, "data on gs://: shards that a lane shuffles at a time", COUNT)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    weights: str = entry("", "its weights: .safetensors, .pt, .pth, .bin or a directory with them")
-    image_size: int | None = entry(
-        None, "input size in pixels; default: the JSON's or the weights'"
+    weights: str = entry(
+        "", "its weights: .safetensors, .pt, .pth, .bin or a directory with them", path=True
     )
-    heads: int | None = entry(None, "attention heads; default: from the JSON beside the weights")
+    image_size: int | None = entry(
+        None, "input size in pixels; default: the JSON's or the weights'", COUNT
+    )
+    heads: int | None = entry(
+        None, "attention heads; default: from the JSON beside the weights", COUNT
+    )
     activation: str | None = entry(None, "gelu, gelu_tanh or quick_gelu; default: from the JSON")
     dtype: str = entry("float32", "dtype of the teacher's matmuls: float32 or bfloat16")
-    width: int | None = entry(None, "token width a store must have; default: what it has")
-    grid: int | None = entry(None, "side of the token grid a store must have; default: what it has")
+    width: int | None = entry(None, "token width a store must have; default: what it has", COUNT)
+    grid: int | None = entry(
+        None, "side of the token grid a store must have; default: what it has", COUNT
+    )
 
 
 @dataclass(frozen=True)
 class Loss:
-    next: float = entry(1.0, "weight of the generative loss (next segment); 0 leaves it out")
-    visible: float = entry(1.0, "weight of the discriminative loss (seen segments); 0: left out")
+    next: float = entry(
+        1.0, "weight of the generative loss (next segment); 0 leaves it out", NATURAL
+    )
+    visible: float = entry(
+        1.0, "weight of the discriminative loss (seen segments); 0: left out", NATURAL
+    )
     direct: float = entry(
         0.0,
         "weight of plain feature distillation: the seen tokens, predicted without a decoder by one "
         "linear layer on the last block; 0: left out",
+        NATURAL,
     )
 
 
 @dataclass(frozen=True)
 class Optim:
     kind: str = entry("adamw", "adamw; task=classify also: sgd, lars")
-    blr: float = entry(1.5e-4, "base learning rate: peak = blr * batch_size / 256")
+    blr: float = entry(1.5e-4, "base learning rate: peak = blr * batch_size / 256", NATURAL)
     grid: tuple[float, ...] = entry(
-        (), "task=classify: base learning rates instead of blr, one for each head of a probe"
+        (),
+        "task=classify: base learning rates instead of blr, one for each head of a probe",
+        POSITIVE,
     )
     warmup: str = entry("40 epochs", "linear warm-up from 0; a duration")
-    min_lr: float = entry(0.0, "learning rate at the end of the cosine")
+    min_lr: float = entry(0.0, "learning rate at the end of the cosine", NATURAL)
     layer_decay: float = entry(
-        1.0, "task=classify: learning rates shrink by this a layer, from the head down"
+        1.0,
+        "task=classify: learning rates shrink by this a layer, from the head down",
+        Range(above=0, most=1),
     )
     weight_decay: float = entry(
-        0.05, "decoupled; not on biases and norms, with task=classify nor on positions and CLS"
+        0.05,
+        "decoupled; not on biases and norms, with task=classify nor on positions and CLS",
+        NATURAL,
     )
-    b1: float = entry(0.9, "AdamW beta 1; momentum of sgd and lars")
-    b2: float = entry(0.95, "AdamW beta 2")
-    clip_norm: float = entry(0.0, "clip gradients to this global L2 norm; 0: do not")
+    b1: float = entry(0.9, "AdamW beta 1; momentum of sgd and lars", BELOW_1)
+    b2: float = entry(0.95, "AdamW beta 2", BELOW_1)
+    clip_norm: float = entry(0.0, "clip gradients to this global L2 norm; 0: do not", NATURAL)
     mu_dtype: str = entry("float32", "dtype of the first moment: float32 or bfloat16")
     bad_steps: int = entry(
-        10, "stop after so many updates in a row left out for numbers that are not finite"
+        10, "stop after so many updates in a row left out for numbers that are not finite", COUNT
     )
-    spike: float = entry(0.0, "leave out updates at this times the running mean of the loss; 0: no")
+    spike: float = entry(
+        0.0,
+        "leave out updates at this times the running mean of the loss; 0: no",
+        Range(above=1, also=(0,)),
+    )
     ema: float = entry(
         0.0,
         "decay a step of a moving average of the parameters, which is then what is evaluated "
         "and exported; 0: none",
+        BELOW_1,
     )
 
 
 @dataclass(frozen=True)
 class Mesh:
-    data: int = entry(-1, "devices along data parallelism; -1: the rest")
-    fsdp: int = entry(1, "devices over which parameters are split too")
-    tensor: int = entry(1, "devices over which heads and MLP widths are split")
+    data: int = entry(
+        -1, "devices along data parallelism; -1: the rest", Range(least=1, also=(-1,))
+    )
+    fsdp: int = entry(1, "devices over which parameters are split too", Range(least=1, also=(-1,)))
+    tensor: int = entry(
+        1, "devices over which heads and MLP widths are split", Range(least=1, also=(-1,))
+    )
 
 
 @dataclass(frozen=True)
@@ -197,15 +242,15 @@ class Hosts:
     coordinator: str = entry(
         "", "HOST:PORT of process 0; empty: alone, or found by JAX on a cluster"
     )
-    processes: int | None = entry(None, "number of processes that must take part")
-    process: int | None = entry(None, "number of this one, from 0; with coordinator")
-    timeout: int = entry(120, "seconds to wait for all of them")
+    processes: int | None = entry(None, "number of processes that must take part", COUNT)
+    process: int | None = entry(None, "number of this one, from 0; with coordinator", NATURAL)
+    timeout: int = entry(120, "seconds to wait for all of them", COUNT)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     every: str = entry("5 epochs", "duration between checkpoints")
-    keep: int = entry(2, "newest checkpoints to keep")
+    keep: int = entry(2, "newest checkpoints to keep", COUNT)
     keep_every: str = entry("", "duration: those at its multiples are kept for ever")
     best: str = entry(
         "",
@@ -221,19 +266,23 @@ class Evals:
         "",
         "data like data.path that is not trained on: its loss is logged, with task=classify its "
         "accuracy",
+        path=True,
     )
     heldout_split: str = entry("test", "its split, where it is an image dataset")
-    knn: str = entry("", "labelled TFDS image dataset for the kNN accuracy")
+    knn: str = entry("", "labelled TFDS image dataset for the kNN accuracy", path=True)
     knn_train: str = entry("train", "split that the neighbours come from, slices allowed")
     knn_test: str = entry("test", "split that is classified, slices allowed")
-    knn_resize: int = entry(256, "shorter side in pixels before the centre crop of image_size")
-    batch_size: int = entry(256, "examples a step")
-    threads: int | None = entry(
-        None, "reading threads of each process; default: its cores and 4, at most 32"
+    knn_resize: int = entry(
+        256, "shorter side in pixels before the centre crop of image_size", COUNT
     )
-    most: int | None = entry(None, "take the first so many examples of each; default: all")
+    batch_size: int = entry(256, "examples a step", COUNT)
+    threads: int | None = entry(
+        None, "reading threads of each process; default: its cores and 4, at most 32", COUNT
+    )
+    most: int | None = entry(None, "take the first so many examples of each; default: all", COUNT)
     pictures: int = entry(
         8,
         "examples to draw for TensorBoard: crops when a command begins, with task=pretrain what is "
         "predicted of heldout at every evaluation; 0: none",
+        NATURAL,
     )

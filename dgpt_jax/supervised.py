@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
-from dgpt_jax.schema import UserError, entry, one_of, positive
+from dgpt_jax.schema import BELOW_1, COUNT, NATURAL, SHARE, UserError, entry, one_of
 
 
 @dataclass(frozen=True)
 class Classify:
     weights: str = entry(
-        "", "what task=classify starts from: a work directory or weights; empty: random ones"
+        "",
+        "what task=classify starts from: a work directory or weights; empty: random ones",
+        path=True,
     )
-    num_classes: int = entry(1000, "classes of the data, labels 0 to num_classes - 1")
+    num_classes: int = entry(1000, "classes of the data, labels 0 to num_classes - 1", COUNT)
     pooling: str = entry("mean", "mean (of the patch tokens, then a fresh norm) or cls")
     train: str = entry("all", "all, or head: what classify.head names, on the frozen encoder")
     head: str = entry(
@@ -18,25 +20,30 @@ class Classify:
         "with train=head: linear (MAE's, standardised by batch), dinov2 (its linear heads on four "
         "kinds of features) or attentive (AIM's); the last two a head for each of optim.grid",
     )
-    drop_path: float = entry(0.1, "stochastic depth: rate of the last block, 0 in the first")
-    smoothing: float = entry(0.1, "share of a label that is spread over all classes")
+    drop_path: float = entry(
+        0.1, "stochastic depth: rate of the last block, 0 in the first", BELOW_1
+    )
+    smoothing: float = entry(0.1, "share of a label that is spread over all classes", BELOW_1)
     randaugment: str = entry(
         "rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy; empty: none"
     )
     interpolation: str = entry("bicubic", "of its shifts and turns: bicubic, bilinear or random")
     jitter: tuple[float, float, float] = entry(
-        (0.0, 0.0, 0.0), "strengths of random brightness, contrast and saturation"
+        (0.0, 0.0, 0.0), "strengths of random brightness, contrast and saturation", NATURAL
     )
-    erase: float = entry(0.25, "probability that a box of the picture becomes noise")
-    mixup: float = entry(0.8, "parameter of mixup's Beta distribution; 0: no mixup")
-    cutmix: float = entry(1.0, "the same of cutmix; with both, one of them is drawn")
+    erase: float = entry(0.25, "probability that a box of the picture becomes noise", SHARE)
+    mixup: float = entry(0.8, "parameter of mixup's Beta distribution; 0: no mixup", NATURAL)
+    cutmix: float = entry(1.0, "the same of cutmix; with both, one of them is drawn", NATURAL)
     mix_group: int = entry(
-        128, "neighbouring rows of a batch that are mixed alike: the official code's batch of a GPU"
+        128,
+        "neighbouring rows of a batch that are mixed alike: the official code's batch of a GPU",
+        COUNT,
     )
     resize: int | None = entry(
         None,
         "pixels of the shorter side (or both) before the centre crop of an evaluation; default: "
         "256/224 of image_size, above 224 image_size itself, as the official code has it",
+        COUNT,
     )
 
     def resolved(self) -> "Classify":
@@ -47,19 +54,6 @@ class Classify:
         one_of(
             "config.classify.interpolation", self.interpolation, ("bicubic", "bilinear", "random")
         )
-        positive(self, "config.classify", "num_classes", "mix_group")
-        for name in ("drop_path", "smoothing", "erase"):
-            if not 0 <= getattr(self, name) < 1 + (name == "erase"):
-                raise UserError(
-                    f"config.classify.{name} must be a share, got {getattr(self, name)}"
-                )
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise UserError(
-                    f"config.classify.{name} must not be negative, got {getattr(self, name)}"
-                )
-        if min(self.jitter) < 0:
-            raise UserError(f"config.classify.jitter must not be negative, got {self.jitter}")
         return self
 
 
@@ -86,9 +80,9 @@ def fit(config):
 def _fit_grid(config):
     task, grid = config.classify, config.optim.grid
     many = task.train == "head" and task.head != "linear"
-    if many != bool(grid) or min(grid, default=1) <= 0:
+    if many != bool(grid):
         raise UserError(
-            f"config.optim.grid {grid} must name positive learning rates for "
+            f"config.optim.grid {grid} must name learning rates for "
             f"classify.train=head with classify.head=dinov2 or attentive, and be empty else"
         )
     if many and not config.evals.heldout:

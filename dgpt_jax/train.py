@@ -6,6 +6,7 @@ done, 1 a user's error, 75 stopped by SIGTERM after saving, 130 by Ctrl-C after 
 """
 
 import contextlib
+import shlex
 import sys
 from functools import partial
 
@@ -16,6 +17,7 @@ from etils import epath
 from dgpt_jax import (
     cli,
     compile_cache,
+    durations,
     gcs,
     hosts,
     metrics,
@@ -27,23 +29,39 @@ from dgpt_jax import (
     signals,
     tasks,
 )
-from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
 from dgpt_jax.loop import Loop, Schedule, evaluations_of
 from dgpt_jax.progress import Progress
+from dgpt_jax.schema import UserError
 from dgpt_jax.step import make_train_step
 
 
 def resolve_schedule(config: Train, examples: int) -> Schedule:
-    """Durations become steps here and nowhere else; `examples` is the length of the dataset."""
-    to_steps = partial(config_lib.steps, batch_size=config.batch_size, examples=examples)
-    total = to_steps(config.total)
+    """Durations become steps here and nowhere else; `examples` is the length of the dataset.
+
+    Raises UserError where nothing would be trained, the warm-up does not end, or an interval is
+    shorter than a step.
+    """
+    to_steps = partial(durations.steps, batch_size=config.batch_size, examples=examples)
+    total = to_steps(config.total, "config.total", least=1)
+    warmup = to_steps(config.optim.warmup, "config.optim.warmup", total=total)
+    if warmup >= total:
+        raise UserError(
+            f"config.optim.warmup={config.optim.warmup!r} is {warmup} steps, config.total is "
+            f"{total}: the peak learning rate would not be reached; shorten the warm-up"
+        )
+    if config.profile and config.profile[0] >= total:
+        raise UserError(
+            f"config.profile starts at step {config.profile[0]} of {total}: start it sooner"
+        )
+    every, keep = config.checkpoint.every, config.checkpoint.keep_every
+    interval = partial(to_steps, total=total, least=1)
     return Schedule(
         total=total,
-        warmup=to_steps(config.optim.warmup, total=total),
-        checkpoint_every=max(1, to_steps(config.checkpoint.every, total=total)),
-        keep_every=to_steps(config.checkpoint.keep_every or "0 steps", total=total),
-        eval_every=max(1, to_steps(config.evals.every, total=total)),
+        warmup=warmup,
+        checkpoint_every=interval(every, "config.checkpoint.every"),
+        keep_every=interval(keep, "config.checkpoint.keep_every") if keep else 0,
+        eval_every=interval(config.evals.every, "config.evals.every"),
     )
 
 
@@ -107,7 +125,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
     best_and_last = metrics.best_and_last(workdir, config.checkpoint.best)
     for line in (*best_and_last, *evaluations_of(task).recorded(task, workdir)):
         progress.say(line)
-    then = task.then.format(workdir=workdir)
+    then = task.then.format(workdir=shlex.quote(str(workdir)))
     progress.say(f"done: {workdir} holds step {loop.step}; next: {then}")
     return 0
 
@@ -129,7 +147,9 @@ def describe(config, task, schedule, mesh, peak, progress):
 
 def main():
     made = cli.parser(__doc__, Train)
-    made.add_argument("--workdir", required=True, help="directory of the run; made if absent")
+    made.add_argument(
+        "--workdir", type=cli.path, required=True, help="directory of the run; made if absent"
+    )
     made.add_argument(
         "--allow_config_change",
         action="store_true",

@@ -203,7 +203,7 @@ def test_a_training_run_logs_them(spotted, tmp_path, capfd):
         total="10 steps", batch_size=8, log_every=1,
         model=data.TINY | {"depth": 1, "decoder_depth": 1},
         data={"path": str(spotted), "targets": "pixels", "bad_most": 0.1, "threads": 2},
-        loss={"visible": 0.0}, checkpoint={"every": "100%"},
+        loss={"visible": 0.0}, checkpoint={"every": "100%"}, optim={"warmup": "1 steps"},
     )  # fmt: skip
     assert train.train(schema.parse(Train, settings), tmp_path / "run") == 0
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -225,14 +225,17 @@ def test_a_store_cannot_leave_any_out(spotted, tmp_path):
     "text,said",
     [
         ("config.data.bad_records=warn", "must be one of None, error, skip, got 'warn'"),
-        ("config.data.bad_most=1.5", "config.data.bad_most 1.5 must be within 0 and 1"),
-        ("config.data.bad_most=-1", "must be within 0 and 1"),
+        (
+            "config.data.bad_most=1.5",
+            "config.data.bad_most must be at least 0 and at most 1, got 1.5",
+        ),
+        ("config.data.bad_most=-1", "at least 0 and at most 1, got -1.0"),
     ],
 )
 def test_settings(text, said):
     config = schema.default(Train)
     config.data.path = "somewhere"
-    schema.override(config, Train, *text.split("="))
     with pytest.raises(UserError, match=said):
+        schema.override(config, Train, *text.split("="))
         parse(Train, config)
     assert parse(Tokens, {"source": "x"})

@@ -195,8 +195,10 @@ def test_help_lists_every_field(monkeypatch, capsys, kind):
         told = shown[start : start + 500]
         assert f"default {field.default!r}): {' '.join(field.metadata['doc'].split())}" in told
     if kind is config.Train:
-        assert "--config.optim.blr (float, default 0.00015): base learning rate" in shown
-        assert "--config.data.views (int | None, default None): use the first" in shown
+        assert (
+            "--config.optim.blr (float, at least 0; default 0.00015): base learning rate" in shown
+        )
+        assert "--config.data.views (int | None, at least 1; default None): use the first" in shown
 
 
 def test_print_config(monkeypatch, capsys):

@@ -63,7 +63,9 @@ def test_overrides_are_read_by_the_fields_type():
     assert override("config.profile=None").profile is None
     assert override("config.data.views=None").data.views is None
     assert override("config.data.bad_records=None").data.bad_records is None
-    assert override("config.data.path=None").data.path == "None"  # a name like any other
+    assert override("config.wandb=None").wandb == ""
+    assert override("config.platform=None").platform == ""
+    assert override("config.checkpoint.keep_every=None").checkpoint.keep_every == ""
 
 
 @pytest.mark.parametrize("text", ["cls,mean", "[cls, mean]", "('cls', 'mean')", "cls, mean,"])
@@ -100,27 +102,22 @@ def test_lists_of_names(text):
         ("config.data.targets=online", "needs config.teacher.weights"),
         ("config.accum_steps=3", "not divisible by config.accum_steps"),
         ("config.data.lanes=3", "config.data.lanes 3 does not divide config.batch_size"),
-        ("config.data.lanes=0", "config.data.lanes 0 does not divide config.batch_size"),
-        ("config.data.window=0", "config.data.window must be positive"),
+        ("config.data.path=None", "config.data.path is empty"),
+        ("config.dtype=None", "config.dtype must be one of bfloat16, float32, got ''"),
+        ("config.total=300", "config.total: cannot read the duration '300'"),
+        ("config.total=5%", "config.total: cannot read the duration '5%'"),
+        ("config.optim.warmup=None", "config.optim.warmup: cannot read the duration ''"),
+        ("config.checkpoint.every=often", "config.checkpoint.every: cannot read the duration"),
+        ("config.checkpoint.keep_every=-1 steps", "config.checkpoint.keep_every: cannot read"),
+        ("config.evals.every=1 day", "config.evals.every: cannot read the duration '1 day'"),
         ("config.dtype=float16", "must be one of bfloat16, float32"),
-        ("config.loss.next=-1", "needs a positive weight"),
         ("config.profile=3", "config.profile takes 2 values"),
         ("config.batch_size=1" + 20 * "0", "config.batch_size is 100000000000000000000, more"),
         ("config.optim.blr=1e999", "config.optim.blr is inf, more than any use or not a number"),
         ("config.optim.blr={[]: 1}", "config.optim.blr must be float, got '{[]: 1}'"),
-        ("config.model.depth=0", "config.model.depth must be positive, got 0"),
-        ("config.model.mlp_ratio=0", "config.model.mlp_ratio must be positive"),
-        ("config.log_every=0", "config.log_every must be positive, got 0"),
-        ("config.data.threads=0", "config.data.threads must be positive"),
-        ("config.data.prefetch_bytes=0", "config.data.prefetch_bytes must be positive, got 0"),
-        ("config.evals.threads=0", "config.evals.threads must be positive, got 0"),
-        ("config.evals.most=0", "config.evals.most must be positive, got 0"),
-        ("config.data.workers=-1", "config.data.workers must not be negative"),
-        ("config.seed=-1", "config.seed must not be negative, got -1"),
-        ("config.data.crop_scale=0,1", "config.data.crop_scale (0.0, 1.0) must be LEAST, MOST"),
         ("config.data.crop_ratio=2,1", "config.data.crop_ratio (2.0, 1.0) must be LEAST, MOST"),
+        ("config.data.crop_scale=1,0.5", "config.data.crop_scale (1.0, 0.5) must be LEAST, MOST"),
         ("config.profile=5,5", "config.profile (5, 5) must be START, STOP"),
-        ("config.profile=-1,5", "config.profile (-1, 5) must be START, STOP"),
     ],
 )
 def test_mistakes_are_one_clear_line(text, message):
@@ -148,18 +145,6 @@ def test_distillation_reads_the_last_block_and_no_pixels():
 
 def test_absent_groups_are_filled_in_like_others():
     assert schema.parse(config.Train, {"data": {"path": "x"}}).model.width == 768
-
-
-def test_durations():
-    def steps(text, total=None):
-        return config.steps(text, batch_size=100, examples=1050, total=total)
-
-    assert steps("300 epochs") == 3150 and steps("1 epoch") == 10
-    assert steps("5000 steps") == 5000 and steps("1e6 examples") == 10_000
-    assert steps("2%", total=400) == 8
-    for text in ("", "5", "epochs", "-1 steps", "3 weeks", "5%", "x%", "inf steps", "nan epochs"):
-        with pytest.raises(UserError, match="cannot read the duration"):
-            steps(text)
 
 
 def test_config_files_that_fail(tmp_path):

@@ -177,10 +177,10 @@ def test_weights_go_to_the_device_once(monkeypatch):
     assert np.any(other.features(images(2)) != model.features(images(2)))
 
 
-@pytest.mark.parametrize("lengths", [(4, 3), (3, 4), (100, 99), (0, 0)])
+@pytest.mark.parametrize("lengths", [(4, 3), (3, 4), (100, 99)])
 def test_arrays_of_different_lengths_are_refused(lengths):
     with pytest.raises(UserError, match=f"{lengths[0]}, {lengths[1]}"):
-        pretrained().predictions(normalised(lengths[0]), np.zeros((lengths[1], 4), int))
+        pretrained().predictions(normalised(lengths[0]), orders(lengths[1]))
 
 
 def over_devices():

@@ -178,7 +178,7 @@ def test_grids_that_do_not_fit(dataset, encoder):
     optim, classify = run.optim, run.classify
     for changes, message in (
         ({"optim": dataclasses.replace(optim, grid=())}, r"config.optim.grid \(\) must name"),
-        ({"optim": dataclasses.replace(optim, grid=(0.1, 0.0))}, "must name positive learning"),
+        ({"optim": dataclasses.replace(optim, grid=(0.1, 0.0))}, r"grid\[1\] must be above 0"),
         ({"classify": dataclasses.replace(classify, head="linear")}, "and be empty else"),
         ({"classify": dataclasses.replace(classify, train="all")}, "and be empty else"),
         ({"classify": dataclasses.replace(classify, pooling="mean")}, "needs classify.pooling=cls"),

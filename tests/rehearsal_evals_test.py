@@ -39,6 +39,8 @@ BESIDE = 400e6 + 0.05 * BANK
 class Numbered:
     """Images whose first pixels are the bytes of their index."""
 
+    classes = None
+
     def __init__(self, length: int, first: int = 0):
         self.length, self.first = length, first
 

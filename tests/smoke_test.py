@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpt_jax import cli, config, schema, smoke
+from dgpt_jax import cli, config, durations, schema, smoke
 from dgpt_jax.schema import UserError
 from tests.config_test import CONFIGS, names_of, schema_of
 
@@ -40,7 +40,7 @@ def test_every_config_shrinks(name, tmp_path):
         words = "config.data.path=somewhere", run_of_smoke(tmp_path)
         before, small = shrunk(name, *words)
         assert small.model.width == 32 and small.model.depth == 8 and small.batch_size == 16
-        assert config.steps(small.total, batch_size=16, examples=1) == 4
+        assert durations.steps(small.total, "config.total", batch_size=16, examples=1) == 4
         whole = schema.parse(kind, before)
         for field in ("patch", "image_size", "segments", "remat", "eps", "activation"):
             assert getattr(small.model, field) == getattr(whole.model, field)

@@ -30,6 +30,7 @@ from etils import epath
 
 from dgpt_jax import (
     cli,
+    durations,
     hosts,
     load,
     progress,
@@ -41,7 +42,6 @@ from dgpt_jax import (
     towers,
     train,
 )
-from dgpt_jax import config as config_lib
 from dgpt_jax.config import Train
 from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError
@@ -176,12 +176,17 @@ def seconds_left(todo, base: Train, out: Path, pictures: dict) -> float:
 def short_run(run: studies.Run, base: Train, out: Path, pictures: dict) -> float:
     """Seconds that a whole run would take, with what it compiles."""
     config, place = studies.config_of(run, base, out), out / "short"
-    steps = config_lib.steps(
-        config.total, batch_size=config.batch_size, examples=len(pictures["train"][0])
+    steps = durations.steps(
+        config.total,
+        "config.total",
+        batch_size=config.batch_size,
+        examples=len(pictures["train"][0]),
+        least=1,
     )
     shutil.rmtree(place, ignore_errors=True)
     started = time.monotonic()
-    short = dataclasses.replace(config, total=f"{min(SHORT, steps)} steps")
+    optim = dataclasses.replace(config.optim, warmup="0 steps")  # it may be longer than this run
+    short = dataclasses.replace(config, total=f"{min(SHORT, steps)} steps", optim=optim)
     measured(features_of(trained(short, place)), pictures)
     passed = time.monotonic() - started
     rate, _ = run_log.read(place).curves["images_per_second"].point(-1)
@@ -228,7 +233,7 @@ def write_up(out: Path, name: str, study: studies.Study, wanted) -> list[studies
 def main():
     made = cli.parser(__doc__, Train)
     made.add_argument("study", help="which; a wrong name lists them")
-    made.add_argument("--out", required=True, type=Path, help="directory for everything")
+    made.add_argument("--out", required=True, type=cli.local_path, help="directory for everything")
     made.add_argument("--seeds", type=int, default=5, help="runs of every row")
     made.add_argument(
         "--images", default="digits", choices=small_images.IMAGES, help="which images"

@@ -207,7 +207,9 @@ def main():
     store.add_argument("--codecs", default="float16,int8,int4", help="names, comma-separated")
     store.set_defaults(run=stored)
     views_of = commands.add_parser("live", help="live views of photographs")
-    views_of.add_argument("--data", help="TFDS image dataset; default: random photographs")
+    views_of.add_argument(
+        "--data", type=cli.path, help="TFDS image dataset; default: random photographs"
+    )
     views_of.add_argument("--split", default="train", help="its split")
     views_of.add_argument(
         "--shape", type=lambda text: tuple(map(int, text.split("x"))), default=(500, 375),
@@ -218,9 +220,13 @@ def main():
         one.add_argument("--examples", type=int, default=2048, help="examples to write")
         one.add_argument("--seconds", type=float, default=3.0, help="seconds a measurement")
         one.add_argument("--workers", default="0", help="worker processes, comma-separated")
-        one.add_argument("--tensorflow", metavar="PYTHON", help="an interpreter with TensorFlow")
+        one.add_argument(
+            "--tensorflow", type=cli.path, metavar="PYTHON", help="an interpreter with TensorFlow"
+        )
         one.add_argument("--platform", default="", help="cpu, gpu or tpu; default: what JAX finds")
-        one.add_argument("--dir", help="where things are written; default: the system's")
+        one.add_argument(
+            "--dir", type=cli.path, help="where things are written; default: the system's"
+        )
     args = made.parse_args()
     hosts.start(Hosts(processes=1), args.platform)
     args.run(args)

@@ -74,7 +74,7 @@ def main():
     made.add_argument("--examples", type=int, default=1024, help="pictures of the store")
     made.add_argument("--threads", type=int, default=8, help="threads for pictures")
     made.add_argument("--seconds", type=float, default=3.0, help="seconds a measurement")
-    made.add_argument("--dir", help="where it is written; default: the system's")
+    made.add_argument("--dir", type=cli.path, help="where it is written; default: the system's")
     measure(made.parse_args())
 
 

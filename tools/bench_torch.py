@@ -15,15 +15,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from safetensors.numpy import load_file
-from torch import nn
 
-from dgpt_jax import vit
+from dgpt_jax import cli, vit
 from dgpt_jax.config import Model
-from dgpt_jax.convert import digpt_torch
 from dgpt_jax.schema import parse
+
+with cli.needs("dgpt_jax[torch]"):
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from dgpt_jax.convert import digpt_torch
 
 
 class Losses(nn.Module):
@@ -68,7 +71,8 @@ class TimmBlocks(nn.Module):
 
     def __init__(self, name: str, tokens: int):
         super().__init__()
-        import timm
+        with cli.needs("timm"):
+            import timm
 
         vit_model = timm.create_model(name)
         self.blocks, self.tokens = vit_model.blocks, tokens

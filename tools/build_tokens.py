@@ -5,13 +5,17 @@ python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=
 On several hosts or GPUs, start it on all of them; each builds its part.
 """
 
+import shlex
+
 from dgpt_jax import build, cli, hosts, signals
 from dgpt_jax.config import Tokens
 
 
 def main():
     made = cli.parser(__doc__, Tokens)
-    made.add_argument("--out", required=True, help="directory of the store; made if absent")
+    made.add_argument(
+        "--out", type=cli.path, required=True, help="directory of the store; made if absent"
+    )
     made.add_argument(
         "--check",
         action="store_true",
@@ -28,7 +32,8 @@ def main():
         f"tokens {info.tokens}×{info.width}{kept}, cosine to exact tokens {mean:.5f} (least "
         f"{least:.5f})"
     )
-    print(f"next: python tools/verify_tokens.py {args.out} --weights={config.teacher.weights}")
+    words = shlex.join([args.out, f"--weights={config.teacher.weights}"])
+    print(f"next: python tools/verify_tokens.py {words}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ oldest of the 9 on: average = decay · average + (1 - decay) · checkpoint.
 """
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def _load(path, step: int, names) -> dict[str, np.ndarray]:
 def main():
     made = cli.parser(__doc__)
     made.add_argument("action", choices=("inspect", "extract", "average"))
-    made.add_argument("path", help="work directory")
-    made.add_argument("dst", nargs="?", help="what extract and average write")
+    made.add_argument("path", type=cli.path, help="work directory")
+    made.add_argument("dst", type=cli.path, nargs="?", help="what extract and average write")
     made.add_argument("--last", type=int, default=2, help="average: checkpoints")
     made.add_argument("--decay", type=float, help="average: exponential, with this decay")
     made.add_argument("--step", type=int, help="inspect: which; default: the newest")
@@ -114,7 +115,7 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     if args.action == "inspect":
         print("\n".join(inspect(args.path, args.step)))
-        print(f"next: python tools/convert.py {args.path} DIR --to=timm")
+        print(f"next: python tools/convert.py {shlex.quote(args.path)} DIR --to=timm")
         return
     if args.action == "extract":
         name, weights = "safetensors", formats.read(args.path)[1]

@@ -106,9 +106,9 @@ def draw_crops(settings: config.Tokens, examples: int) -> np.ndarray:
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("--images", help="image dataset to take crops from")
+    made.add_argument("--images", type=cli.path, help="image dataset to take crops from")
     made.add_argument("--split", default="train", help="its split, slices allowed")
-    made.add_argument("--weights", help="the teacher's weights; needs --images")
+    made.add_argument("--weights", type=cli.path, help="the teacher's weights; needs --images")
     made.add_argument("--examples", type=int, default=64)
     made.add_argument("--pca", type=int, help="also with so many principal axes")
     args = made.parse_args()

@@ -25,8 +25,10 @@ from dgpt_jax.transformer import ACTIVATIONS
 
 def arguments():
     made = cli.parser(__doc__)
-    made.add_argument("src", help="work directory, or weights")
-    made.add_argument("dst", nargs="?", help="directory or file; not with --keys alone")
+    made.add_argument("src", type=cli.path, help="work directory, or weights")
+    made.add_argument(
+        "dst", type=cli.path, nargs="?", help="directory or file; not with --keys alone"
+    )
     made.add_argument("--to", choices=formats.WRITTEN, help="layout to write")
     made.add_argument(
         "--from", dest="source", choices=list(formats.LAYOUTS), help="SRC's layout; default: found"

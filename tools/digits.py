@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from dgpt_jax import records, towers, views
+from dgpt_jax import cli, records, towers, views
 from dgpt_jax.convert import clip as clip_weights
+
+with cli.needs("dgpt_jax[quickstart]"):
+    from sklearn.datasets import load_digits
 
 TEST = 360  # images of the test split, of 1,797
 TOWER = towers.Tower(

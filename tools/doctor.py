@@ -36,8 +36,10 @@ def findings(arguments):
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("data", nargs="*", help="token stores and image datasets, near or on gs://")
-    made.add_argument("--workdir", help="directory of a run")
+    made.add_argument(
+        "data", type=cli.path, nargs="*", help="token stores and image datasets, near or on gs://"
+    )
+    made.add_argument("--workdir", type=cli.path, help="directory of a run")
     made.add_argument("--platform", default="", help="tpu, gpu or cpu; default: what JAX finds")
     made.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 of a run")
     made.add_argument("--processes", type=int, default=2, help="hosts of it; default %(default)s")

@@ -8,15 +8,18 @@ character, 5,952; five other fonts make the test split, four of each, 1,240. So 
 style that was never seen. Size and position vary a little, by seed.
 """
 
+import shlex
 import string
 from pathlib import Path
 
 import digits
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dgpt_jax import cli
+
+with cli.needs("dgpt_jax[quickstart]"):
+    import matplotlib
 
 TEST = (
     "DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif-Italic", "STIXGeneralItalic", "cmss10"
@@ -61,12 +64,12 @@ def write_glyphs(folder: Path, size: int = 32, seed: int = 0):
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("folder", type=Path, help="where the pictures go")
+    made.add_argument("folder", type=cli.local_path, help="where the pictures go")
     made.add_argument("--size", type=int, default=32, help="height and width in pixels")
     made.add_argument("--seed", type=int, default=0, help="of sizes and positions")
     args = made.parse_args()
     write_glyphs(args.folder, args.size, args.seed)
-    print(f"next: python tools/import_images.py {args.folder} --out=GLYPHS")
+    print(f"next: python tools/import_images.py {shlex.quote(str(args.folder))} --out=GLYPHS")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A collection of images → a TFDS image dataset (labels optional); see dgpt_jax/images.py."""
 
 import os
+import shlex
 import warnings
 
 from dgpt_jax import cli, image_files, images, user_images
@@ -10,15 +11,21 @@ NAMES = 12  # classes that are named
 
 def main():
     made = cli.parser(f"{images.__doc__}\n{image_files.__doc__}")
-    made.add_argument("src", help="folder, tar or list of images")
+    made.add_argument("src", type=cli.path, help="folder, tar or list of images")
     made.add_argument(
-        "--out", required=True, help="directory of the dataset; made if absent; gs:// as well"
+        "--out",
+        type=cli.path,
+        required=True,
+        help="directory of the dataset; made if absent; gs:// as well",
     )
     made.add_argument(
         "--split", help="split name where SRC has no split folders; default: the tar's, or train"
     )
     made.add_argument(
-        "--labels", metavar="FILE", help='"file name<TAB or space>class", a line an image'
+        "--labels",
+        type=cli.path,
+        metavar="FILE",
+        help='"file name<TAB or space>class", a line an image',
     )
     made.add_argument(
         "--background", metavar="COLOUR", default="white",
@@ -63,7 +70,7 @@ def main():
     )
     cli.say(
         f"next: python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py "
-        f"--config.source={args['out']} --out=TOKENS"
+        f"{shlex.quote('--config.source=' + args['out'])} --out=TOKENS"
     )
 
 

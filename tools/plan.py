@@ -123,10 +123,11 @@ def does_not_fit(run: Train, topology: Topology, error: plan.DoesNotFit, say) ->
 def plot(reports: list[dict], title: str, out: str):
     """Throughput of a chip against their number: if communication hides behind the rest of the
     step, and if none of it does."""
-    import matplotlib
+    with cli.needs("dgpt_jax[plot]"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 3.6))
     chip_counts = [found["chips"] for found in reports]
@@ -219,7 +220,9 @@ def main():
     made.add_argument("--topology", action="append", default=[], help="v5e:4x4, 2*v5e:16x16, …")
     made.add_argument("--device", choices=["tpu", "gpu"], default="tpu")
     made.add_argument("--images_a_chip", type=int, help="instead of config.batch_size")
-    made.add_argument("--plot", metavar="FILE.png", help="draw weak scaling over the topologies")
+    made.add_argument(
+        "--plot", type=cli.path, metavar="FILE.png", help="draw weak scaling over the topologies"
+    )
     made.add_argument("--json", action="store_true", help="print JSON, one line a topology")
     for name, what in SIZES.items():
         made.add_argument(f"--{name}", type=int, help=f"of an evaluation: {what}")

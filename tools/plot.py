@@ -13,18 +13,21 @@ with 1 where they differ, also in which steps they have logged. What hangs on th
 (throughput, waiting) is compared only if --metrics names it.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from dgpt_jax import cli, run_diff, run_log
 from dgpt_jax.schema import UserError
+
+with cli.needs("dgpt_jax[plot]"):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
 COLUMNS = 4
 
@@ -145,6 +148,9 @@ def diff(logs, names, tolerance: float) -> bool:
     found = run_diff.compare(a, b, names, tolerance)
     for difference in sorted(found, key=lambda x: x.same):
         print(difference.line())
+    if not any(x.common for x in found):
+        print(f"{a.run} and {b.run} have no common steps: only their last values were compared")
+        return True
     parting = [(x.first[0], x.name) for x in found if x.first]
     if parting:
         step, name = min(parting)
@@ -152,15 +158,15 @@ def diff(logs, names, tolerance: float) -> bool:
     elif all(x.same for x in found):
         print(f"{a.run} and {b.run} are the same")
     else:
-        print(f"{a.run} and {b.run} agree where both have logged, and one has more")
+        print(f"{a.run} and {b.run} agree where both have logged, and that is not everywhere")
     return not all(x.same for x in found)
 
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("runs", nargs="+", help="work directories")
+    made.add_argument("runs", type=cli.path, nargs="+", help="work directories")
     made.add_argument("--metrics", help="names, comma-separated; default: all that tell something")
-    made.add_argument("--out", help="PNG or SVG file")
+    made.add_argument("--out", type=cli.path, help="PNG or SVG file")
     made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")
     made.add_argument("--diff", action="store_true", help="say where two runs part; 1 if they do")
     made.add_argument(
@@ -186,7 +192,7 @@ def main():
         if not args.metrics:
             names = [name for name in names if name not in run_log.OF_THE_MACHINE]
         differ = diff(logs, names, args.tolerance)
-    print(f"next: python tools/report_run.py {args.runs[0]} --out=report.html")
+    print(f"next: python tools/report_run.py {shlex.quote(args.runs[0])} --out=report.html")
     if differ:
         sys.exit(1)
 

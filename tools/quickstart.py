@@ -179,7 +179,9 @@ def check_export(out: Path, images: dict):
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("--out", default="quickstart_run", help="directory for everything")
+    made.add_argument(
+        "--out", type=cli.path, default="quickstart_run", help="directory for everything"
+    )
     made.add_argument("--images", default="digits", choices=IMAGES, help="which images")
     made.add_argument("--steps", type=int, help="steps of each training; default: the configs'")
     args = made.parse_args()

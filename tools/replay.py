@@ -20,7 +20,7 @@ def rows_of(text: str) -> slice:
 
 def main():
     parser = cli.parser(__doc__)
-    parser.add_argument("dir", help="WORKDIR/bad_step_N")
+    parser.add_argument("dir", type=cli.path, help="WORKDIR/bad_step_N")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the run's")
     parser.add_argument(
         "--rows", help="rows of the batch to run, START:STOP or a count of the first; default: all"

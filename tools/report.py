@@ -10,7 +10,7 @@ from dgpt_jax import cli, report
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("files", nargs="*", help="files of results")
+    made.add_argument("files", type=cli.path, nargs="*", help="files of results")
     args = made.parse_args()
     print(report.report(args.files))
     print(

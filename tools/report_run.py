@@ -189,9 +189,9 @@ def page(run, *, smooth: int = 0, log_file: Path | None = None) -> str:
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("run", help="work directory")
-    made.add_argument("--out", required=True, type=Path, help="HTML file")
-    made.add_argument("--log", type=Path, help="file of what the training printed")
+    made.add_argument("run", type=cli.path, help="work directory")
+    made.add_argument("--out", required=True, type=cli.local_path, help="HTML file")
+    made.add_argument("--log", type=cli.local_path, help="file of what the training printed")
     made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")
     args = made.parse_args()
     text = page(args.run, smooth=args.smooth, log_file=args.log)

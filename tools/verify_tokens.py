@@ -5,6 +5,7 @@ compared with the views of the source, drawn and rendered again. Exits 1 if anyt
 """
 
 import itertools
+import shlex
 
 from dgpt_jax import cli, config, token_store, verify
 from dgpt_jax.schema import UserError
@@ -12,12 +13,14 @@ from dgpt_jax.schema import UserError
 
 def main():
     made = cli.parser(__doc__)
-    made.add_argument("store", help="directory of a token store")
-    made.add_argument("--weights", required=True, help="the teacher's weights")
+    made.add_argument("store", type=cli.path, help="directory of a token store")
+    made.add_argument("--weights", type=cli.path, required=True, help="the teacher's weights")
     made.add_argument("--heads", type=int, help="where no JSON beside the weights tells")
     made.add_argument("--activation", help="likewise: gelu or quick_gelu")
     made.add_argument("--image_size", type=int, help="the teacher's input, if not the JSON's")
-    made.add_argument("--source", default="", help="image dataset that the store was built from")
+    made.add_argument(
+        "--source", type=cli.path, default="", help="image dataset that the store was built from"
+    )
     made.add_argument("--samples", type=int, default=4, help="examples a shard")
     args = made.parse_args()
     info = token_store.StoreInfo.load(args.store)
@@ -45,7 +48,7 @@ def main():
         )
     print(
         f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}; "
-        f"next: python -m dgpt_jax.train with config.data.path={args.store}"
+        f"next: python -m dgpt_jax.train with config.data.path={shlex.quote(args.store)}"
     )
 
 

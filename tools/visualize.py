@@ -25,10 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from dgpt_jax import (
@@ -47,6 +43,12 @@ from dgpt_jax.maps import cls_attention, foreground, neighbours, pca_colours, pr
 from dgpt_jax.members import OWN_FILE, Member, text
 from dgpt_jax.pictures import heat, mean_token_cosine, prediction_captions, prediction_rows
 from dgpt_jax.schema import UserError
+
+with cli.needs("dgpt_jax[plot]"):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
 MOST = 64  # images in a figure
 COLUMNS = 12  # images in a line of a figure
@@ -236,15 +238,15 @@ SHOWN = {"tokens": show_tokens, "attention": show_attention, "neighbours": show_
 
 def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("checkpoint", help="work directory or weights")
-    parser.add_argument("images", nargs="*", help="image files or folders")
+    parser.add_argument("checkpoint", type=cli.path, help="work directory or weights")
+    parser.add_argument("images", type=cli.path, nargs="*", help="image files or folders")
     parser.add_argument("--show", choices=(*SHOWN, "predictions"), default="tokens")
-    parser.add_argument("--out", required=True, help="PNG file")
+    parser.add_argument("--out", type=cli.path, required=True, help="PNG file")
     parser.add_argument("--count", type=int, default=12, help=f"images shown, at most {MOST}")
     parser.add_argument("--neighbours", type=int, default=6, help="of each image")
     parser.add_argument("--gallery", type=int, default=1000, help="images to find neighbours in")
     parser.add_argument("--features", choices=("cls", "mean"), default="mean", help="of neighbours")
-    parser.add_argument("--store", help="token store, for predictions")
+    parser.add_argument("--store", type=cli.path, help="token store, for predictions")
     parser.add_argument("--view", type=int, default=0, help="view of the store")
     parser.add_argument("--seed", type=int, default=0, help="of the orders of segments")
     args = parser.parse_intermixed_args()

@@ -81,7 +81,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(
-            f"{path} needs PyTorch to be read: pip install torch, or give safetensors"
+            f"{path} needs PyTorch to be read: pip install 'dgpt_jax[torch]', or give safetensors"
         ) from None
     if _is_torchscript(path):
         raise UserError(
@@ -162,7 +162,8 @@ def write_torch(path, content: Mapping[str, Mapping[str, np.ndarray]]):
         import torch
     except ImportError:
         raise UserError(
-            f"{path} needs PyTorch to be written: pip install torch, or name it .safetensors"
+            f"{path} needs PyTorch to be written: pip install 'dgpt_jax[torch]', or name it "
+            f".safetensors"
         ) from None
     tensors = {
         key: {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()}

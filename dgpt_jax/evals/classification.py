@@ -1,5 +1,7 @@
 """What is measured while a classifier trains: top-1 and top-5 accuracy, resized in both ways.
 
+Top-5 is left out of five classes or fewer, where every answer is right.
+
 At the end it becomes rows of results: of the last evaluation and of the best.
 """
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax import bad_records, batching, pipeline, records, run_log, sharding, views, vit
-from dgpt_jax.evals import results
+from dgpt_jax.evals import features, results
 from dgpt_jax.schema import UserError
 
 # Metric suffix → whether both sides are resized alike, as the official code has it.
@@ -29,7 +31,12 @@ def measured(task) -> list[str]:
     if not task.config.evals.heldout:
         return []
     heads = [f"val/top1{suffix}/{head}" for suffix in RESIZES for head in task.heads]
-    return [f"val/top{k}{suffix}" for suffix in RESIZES for k in (1, 5)] + heads
+    return [f"val/top{k}{suffix}" for suffix in RESIZES for k in _ks(task.config)] + heads
+
+
+def _ks(config) -> tuple[int, ...]:
+    """The k of the top-k accuracies: of five classes or fewer the top-5 says nothing."""
+    return (1, 5) if config.classify.num_classes > 5 else (1,)
 
 
 # What is trained, and by whose protocol: the name in results, its source.
@@ -51,9 +58,11 @@ def accuracy(task, mesh) -> Callable:
     """Shares of right answers among all held-out examples, each counted once.
 
     Where a task has heads, val/top1/HEAD is that of each, and the others are of the head whose
-    val/top1 is best: chosen by these examples.
+    val/top1 is best: chosen by these examples. An answer that is not finite is never right; where
+    the weights, or the best head, give any, UserError is raised.
     """
     config = task.config
+    ks = _ks(config)
     batch_size, size = config.evals.batch_size, config.model.image_size
     resize = resize_of(config)
     rows = sharding.process_rows(mesh, batch_size)
@@ -79,19 +88,29 @@ def accuracy(task, mesh) -> Callable:
             label = jnp.broadcast_to(batch["label"][:, None], (*logits.shape[:-1], 1))
             own = jnp.take_along_axis(logits, label, axis=-1)
             place = (~(logits < own)).sum(axis=-1)  # 1 for the largest; NaN is never right
-            for k in (1, 5):
+            bad = ~jnp.isfinite(logits).all(axis=-1)
+            seen[f"bad{suffix}"] = (bad & batch["valid"]).sum(axis=-1)
+            for k in ks:
                 seen[f"val/top{k}{suffix}"] = ((place <= k) & batch["valid"]).sum(axis=-1)
         return jax.tree.map(jnp.add, totals, seen)
 
     def evaluate(params) -> dict[str, float]:
         names = [name for name in measured(task) if not run_log.is_detail(name)]
+        names += [f"bad{suffix}" for suffix in RESIZES]
         shape = (len(task.heads),) if task.heads else ()
         totals = dict.fromkeys(names, jnp.zeros(shape, jnp.int32))
         threads = config.evals.threads
         for local in batching.eval_batches(load, length, batch_size, rows=rows, threads=threads):
+            labels = local["label"][local["valid"]]
+            pipeline.check_labels(labels, source, config.classify.num_classes)
             batch = sharding.global_batch(mesh, batch_size, local)
             totals = add(totals, params, frozen, batch)
-        return _shares({name: np.asarray(x) for name, x in totals.items()}, task, length)
+        totals = {name: np.asarray(x) for name, x in totals.items()}
+        best = int(totals["val/top1"].argmax()) if task.heads else ()
+        for suffix in RESIZES:
+            bad = int(totals.pop(f"bad{suffix}")[best])
+            features.refuse_not_finite(bad, length, f"{source}: logits")
+        return _shares(totals, task, length)
 
     return evaluate
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dgpt_jax import bad_records, batching, records, sharding, views
+from dgpt_jax import bad_records, batching, pipeline, records, sharding, views
 from dgpt_jax.schema import UserError
 
 # Rows that a device compares with at a time (see `groups`): 8 MB of similarities to 256 queries.
@@ -23,7 +23,12 @@ GATHERED = 2**20
 
 
 class Pictures(Protocol):
-    """A dataset to evaluate on; its str() names it."""
+    """A dataset to evaluate on; its str() names it.
+
+    classes: their number, where every example has one label; None where it has any number.
+    """
+
+    classes: int | None
 
     def __len__(self) -> int: ...
 
@@ -38,7 +43,8 @@ class Records:
     def __init__(self, split: records.Split):
         if split.label is None:
             raise UserError(f"{split} has no labels")
-        self._split = split
+        pipeline.check_first_label(split)
+        self._split, self.classes = split, split.label.num_classes
 
     def __len__(self) -> int:
         return len(self._split)
@@ -72,7 +78,9 @@ class Bank:
 
     @staticmethod
     def of(rows: np.ndarray, labels: np.ndarray, mesh, batch_size: int = 256) -> "Bank":
-        """From arrays (N, …) that every host has."""
+        """From arrays (N, …) that every host has. Raises UserError on rows that are not finite."""
+        bad = ~np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+        refuse_not_finite(int(bad.sum()), len(rows), "features")
         shards = sharding.batch_shards(mesh)
         batch_size = -(-batch_size // shards) * shards
         steps = bank_steps(len(rows), batch_size, mesh)
@@ -132,6 +140,16 @@ class Bank:
         mean = sum_over_processes(sums) / count
         squares = sum(np.square(x - mean).sum(axis=0) for x, _ in self.local())
         return mean, np.sqrt(sum_over_processes(squares) / count)
+
+
+def refuse_not_finite(count: int, of: int, what: str):
+    """Raises UserError where `count` of so many examples are not finite: NaN would be an answer to
+    argmax."""
+    if count:
+        raise UserError(
+            f"{what} of {count} of {of} examples are not finite (NaN or Inf), and nothing is "
+            f"measured: the weights are broken, or overflow in their dtype"
+        )
 
 
 def groups(steps: int, rows: int) -> tuple[int, int]:
@@ -210,7 +228,8 @@ class Extractor:
     `encode(params, pictures)` is jittable: uint8 (B, size, size, 3) to {name: (B, …)}; it is
     compiled once. `view` makes the picture of an image. `most`: only the first so many. Each
     process reads its own part of every batch. On a host are the labels and the batches on their
-    way, on a device its part of the rows.
+    way, on a device its part of the rows. Raises UserError on rows that are not finite, and on
+    labels that are none.
     """
 
     def __init__(
@@ -225,11 +244,14 @@ class Extractor:
         self._mesh, self._batch_size, self._most = mesh, batch_size, most
         self._threads = threads
         self._rows = sharding.process_rows(mesh, batch_size)
-        where = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        self._encode = jax.jit(
-            lambda params, batch: (encode(params, batch["image"]), batch["label"]),
-            out_shardings=where,
-        )
+        whole = sharding.replicated(mesh)
+
+        def run(params, batch):
+            found = encode(params, batch["image"])
+            bad = jax.tree.map(lambda x: (~_finite(x) & batch["valid"]).sum(), found)
+            return found, batch["label"], bad
+
+        self._encode = jax.jit(run, out_shardings=(sharding.batch_sharding(mesh), whole, whole))
 
     def __call__(self, params, source: Pictures, view: Callable) -> dict[str, Bank]:
         def load(index):
@@ -241,22 +263,32 @@ class Extractor:
         batches = batching.eval_batches(
             load, length, self._batch_size, rows=self._rows, threads=self._threads
         )
+        counts = None
         for step, local in enumerate(batches):
-            del local["valid"]  # what pads the last batch is beyond the end of the bank
+            if source.classes is not None:
+                pipeline.check_labels(local["label"][local["valid"]], source, source.classes)
             batch = sharding.global_batch(self._mesh, self._batch_size, local)
-            found, label = self._encode(params, batch)
+            found, label, bad = self._encode(params, batch)
             if memory is None:
                 memory = self._empty(found, length)
             memory = _put(memory, found, step)
+            counts = bad if counts is None else jax.tree.map(jnp.add, counts, bad)
             waiting.append(label)
             if len(waiting) > 1:  # one step late, so that host and devices work side by side
                 labels.append(np.asarray(waiting.popleft()))
         labels = np.concatenate([*labels, *map(np.asarray, waiting)])[:length]
+        for name, count in counts.items():
+            refuse_not_finite(int(count), length, f"{source}: {name} features")
         return {name: Bank(rows, labels) for name, rows in memory.items()}
 
     def _empty(self, found, length: int):
         steps = bank_steps(length, self._batch_size, self._mesh)
         return _zeros(found, steps, sharding.microbatch_sharding(self._mesh))
+
+
+def _finite(rows):
+    """bool (B,): whether all numbers of each row (B, …) are finite."""
+    return jnp.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
 
 
 def centre_view(size: int, resize: int, squash: bool) -> Callable:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dgpt_jax.evals import features
+from dgpt_jax.schema import UserError
 
 L2 = 2.0**10
 BIAS = 100.0  # a constant feature, large, so that its weight is hardly regularised
@@ -20,7 +21,8 @@ def least_squares(support: features.Bank, classes: int, l2: float = L2) -> Calla
 
     X: the support (N, D), standardised by its mean and standard deviation (+1e-5), and the constant
     BIAS; Y: 1 for the class (labels (N,)) and -1 for all others. Columns of mean 0 are orthogonal
-    to a constant one, so the weights of BIAS are a problem of their own.
+    to a constant one, so the weights of BIAS are a problem of their own. Raises UserError where W
+    is not finite.
     """
     mean, std = support.moments()
     std += 1e-5
@@ -39,6 +41,8 @@ def least_squares(support: features.Bank, classes: int, l2: float = L2) -> Calla
     gram, by_class = np.split(features.sum_over_processes(local), [len(mean)], axis=1)
     targets = 2 * by_class - by_class.sum(axis=1, keepdims=True)
     weights = np.linalg.solve(gram + l2 * np.eye(len(gram)), targets)
+    if not np.isfinite(weights).all():
+        raise UserError(f"the least squares of {len(support)} examples (l2 {l2:g}) are not finite")
     counts = np.bincount(support.labels, minlength=classes)
     bias = BIAS**2 * (2 * counts - len(support)) / (BIAS**2 * len(support) + l2)
 

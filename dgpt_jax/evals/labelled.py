@@ -55,6 +55,8 @@ class Images:
     `crop` pixels are cut off all around. EXIF orientation and transparency are left alone, as the
     published numbers' loaders do; an import changes both."""
 
+    classes = None
+
     def __init__(self, path: Path, members: Members | Files, labels: np.ndarray, crop: int = 0):
         self.path, self._members, self.labels, self._crop = path, members, labels, crop
 
@@ -77,6 +79,8 @@ class Images:
 class Stored:
     """Examples of a TFDS split; labels(record) gives the numbers of the right classes, at most
     `width`."""
+
+    classes = None
 
     def __init__(self, split: records.Split, labels: Callable[[dict], Sequence[int]], width: int):
         self._split, self._labels, self._width = split, labels, width

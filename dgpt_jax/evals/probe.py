@@ -49,7 +49,8 @@ def linear_probe(
     """Minimises mean cross-entropy + l2/2·‖W‖² (bias free) by L-BFGS.
 
     l2 is chosen by stratified cross-validation on the training labels alone (at most 5 folds, at
-    most the labels of the rarest class), then all of them are fitted.
+    most the labels of the rarest class), then all of them are fitted. Raises UserError where the
+    fit is not finite.
     """
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     mean, std = train.moments()
@@ -58,6 +59,8 @@ def linear_probe(
     problem = _labelled(train, folds)
     l2 = _choose(problem, scale, folds.max() + 1, l2_grid, iterations, classes, train.mesh)
     solution = fit(problem, scale, NO_FOLD, l2, iterations, classes=classes, mesh=train.mesh)
+    if not all(bool(jnp.isfinite(x).all()) for x in solution):
+        raise UserError(f"the linear probe of {len(train)} examples (l2 {l2:g}) has diverged")
     answers = _labelled(test, np.zeros(len(test), int))
     correct = int(_hits(answers, scale, solution, 0, mesh=test.mesh))
     return ProbeResult(correct, l2, *map(np.asarray, solution))
@@ -160,7 +163,9 @@ def _hits(problem, scale, solution, held, *, mesh):
 
         def add(total, chunk):
             x, labels = _standardised(chunk, scale)
-            return total + (_logits(x, solution).argmax(axis=1) == labels).sum(), None
+            logits = _logits(x, solution)
+            right = (logits.argmax(axis=1) == labels) & jnp.isfinite(logits).all(axis=1)
+            return total + right.sum(), None
 
         return features.scan_chunks(add, jnp.int32(0), part, len(solution[1]))[0]
 
@@ -220,10 +225,14 @@ def few_labels(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     if not shots:
         return np.arange(len(labels))
     rng = np.random.default_rng(seed)
-    chosen = []
-    for label, members in zip(*_by_class(labels), strict=True):
-        members = rng.permutation(members)
-        if len(members) < shots:
-            raise UserError(f"class {label} has {len(members)} examples, {shots} shots were asked")
-        chosen.append(members[:shots])
+    present, classes = _by_class(labels)
+    least = min(map(len, classes))
+    if least < shots:
+        few = [label for label, members in zip(present, classes) if len(members) < shots]
+        raise UserError(
+            f"config.shots={shots}: {len(few)} of {len(present)} classes have fewer labelled "
+            f"examples, class {few[0]} is the first: set config.shots to {least} or less, or take "
+            f"more of the split (config.train, config.most)"
+        )
+    chosen = [rng.permutation(members)[:shots] for members in classes]
     return np.sort(np.concatenate(chosen))

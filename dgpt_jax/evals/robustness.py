@@ -73,7 +73,8 @@ class Predictor:
             params, masks = given
             logits = dataclasses.replace(classifier, params=params).logits(pictures)
             masked = jnp.where(masks[None], logits[:, None], -jnp.inf)
-            return {"class": masked.argmax(axis=-1).astype(jnp.int32)}
+            found = masked.argmax(axis=-1).astype(jnp.int32)
+            return {"class": jnp.where(jnp.isfinite(logits).all(axis=-1)[:, None], found, -1)}
 
         self._banks = features.Extractor(
             encode,
@@ -86,9 +87,17 @@ class Predictor:
         self._place = partial(jax.device_put, device=sharding.replicated(mesh))
 
     def __call__(self, source, view: Callable, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """masks: bool (M, 1000): among which classes the M answers are looked for."""
+        """masks: bool (M, 1000): among which classes the M answers are looked for.
+
+        Raises UserError where there are none, and where logits are not finite.
+        """
+        if not masks.any(axis=1).all():
+            raise UserError(f"{source}: none of the model's classes is among its answers")
         bank = self._banks((self._params, self._place(masks)), source, view)["class"]
-        return bank.gathered(), bank.labels
+        predicted = bank.gathered()
+        bad = int((predicted < 0).any(axis=1).sum())
+        features.refuse_not_finite(bad, len(predicted), f"{source}: logits")
+        return predicted, bank.labels
 
 
 def correct(predicted: np.ndarray, labels: np.ndarray) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import math
 
 from hypothesis import strategies as st
 
-from dgpt_jax import cli, config, schema
+from dgpt_jax import cli, config, durations, schema
 from dgpt_jax.schema import UserError
 
 SCHEMAS = (config.Train, config.Tokens, config.Evaluate)
@@ -133,5 +133,7 @@ def duration(draw, _):
     )  # fmt: skip
     numbers = {"batch_size": draw(st.integers(1, 1 << 20)), "examples": draw(st.integers(1, 10**9))}
     with contextlib.suppress(UserError):
-        found = config.steps(text, total=draw(st.none() | st.integers(0, 10**9)), **numbers)
+        found = durations.steps(
+            text, "config.total", total=draw(st.none() | st.integers(0, 10**9)), **numbers
+        )
         assert isinstance(found, int) and found >= 0 and math.isfinite(found)
