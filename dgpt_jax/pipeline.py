@@ -114,6 +114,21 @@ def require_labels(split: records.Split, classify: Classify):
     check_first_label(split)
 
 
+def require_same_classes(split: records.Split, trained: records.Split):
+    """Raises UserError where the classes of two splits, as many, have other names or another order.
+    Datasets that name no classes have their numbers for names, and fit any."""
+    names, expected = (x.label.names for x in (split, trained))
+    numbers = [str(i) for i in range(len(names))]
+    if numbers in (names, expected):
+        return
+    for i, (name, other) in enumerate(zip(names, expected, strict=True)):
+        if name != other:
+            raise UserError(
+                f"class {i} is {name!r} in {split} and {other!r} in {trained}, which is trained "
+                f"on: answers would be counted for other classes. Import both with the same classes"
+            )
+
+
 def check_first_label(split: records.Split):
     """Raises UserError where the first example has no label: before anything is computed, where
     usually all or none have one. Batches are checked as they are read, and data on gs:// only so.

@@ -217,3 +217,44 @@ def test_top5_is_measured_where_it_means_something(tmp_path, classes, top5):
     assert {"val/top5", "val/top5_squash"} & found.keys() == (
         {"val/top5", "val/top5_squash"} if top5 else set()
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "trained", "message"),
+    [
+        (["a", "b"], ["a", "b"], ""),
+        (["0", "1"], ["a", "b"], ""),  # named by number: nothing is known of it
+        (["a", "b"], ["0", "1"], ""),
+        (["b", "c"], ["a", "b"], "class 0 is 'b' in test and 'a' in train"),
+        (["b", "a"], ["a", "b"], "class 0 is 'b' in test and 'a' in train"),
+        (["a", "B"], ["a", "b"], "class 1 is 'B' in test and 'b' in train"),
+    ],
+)
+def test_classes_of_two_datasets(names, trained, message):
+    """As many, and others: no accuracy."""
+    splits = [Named("test", names), Named("train", trained)]
+    ending = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
+    with ending:
+        pipeline.require_same_classes(*splits)
+
+
+class Named:
+    """A split that has but a name and classes."""
+
+    def __init__(self, name: str, classes: list[str]):
+        self.name, self.label = name, tfds.features.ClassLabel(names=classes)
+
+    def __repr__(self):
+        return self.name
+
+
+def test_a_heldout_set_that_was_imported_apart(tmp_path):
+    for name, classes in (("train", ("a", "b")), ("test", ("b", "c"))):
+        write_folder(tmp_path / name, 4, classes=classes)
+        images.import_images(tmp_path / name, tmp_path / f"{name}_images", say=lambda _: 0)
+    config = settings(
+        tmp_path / "train_images",
+        evals={"heldout": str(tmp_path / "test_images"), "heldout_split": "train"},
+    )
+    with pytest.raises(UserError, match="class 0 is 'b' in Split.*test_images.* and 'a' in"):
+        train.train(config, tmp_path / "run")

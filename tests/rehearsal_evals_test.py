@@ -158,6 +158,7 @@ def grey_task(path):
 
     return SimpleNamespace(
         config=settings, heads=(), frozen={}, weights={"grey": 1.0},
+        examples=SimpleNamespace(sources=SimpleNamespace(splits=[split])),
         heldout=lambda: (load, len(split)),
         logits=lambda params, frozen, x: -abs(shown(x)[:, None] + 0.25 - jnp.arange(LABELS)),
         loss=lambda params, frozen, batch: (0, {"grey": shown(batch["image"])}),
