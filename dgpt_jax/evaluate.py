@@ -144,7 +144,8 @@ def main():
     if arguments.untrained is None or arguments.out:
         step = weights.run.get("step")
         out = arguments.out or results.default_path(arguments.checkpoint, step)
-        results.refuse_another(out, weights.source)
+        parameters = results.digest(weights.params)
+        results.refuse_another(out, weights.source, parameters)
     if settings.protocol == "robustness":
         say = (lambda line: None) if jax.process_index() else print
         rows = robustness.evaluate(settings, weights, preprocessing(settings, weights), say)
@@ -156,7 +157,7 @@ def main():
     print(results.table(rows))
     print("low, high: 95 % interval of the accuracy over draws of the test examples (Wilson)")
     if out:
-        results.merge(out, weights.source, dataclasses.asdict(weights.model), rows)
+        results.merge(out, weights.source, dataclasses.asdict(weights.model), rows, parameters)
         print(f"added to {out}")
     print(f"next: python tools/report.py {shlex.quote(str(out)) if out else 'RESULTS.json…'}")
 

@@ -1,6 +1,7 @@
 """Intervals against SciPy, files of results that are merged, and the report."""
 
 import json
+import multiprocessing
 import sys
 
 import numpy as np
@@ -40,6 +41,57 @@ def test_mean_over_seeds():
     assert five["accuracy"] == pytest.approx(100 * 28 / 40) and five["seed"] == "mean of 3"
     assert five["sd"] == pytest.approx(np.std([50, 75, 85], ddof=1))
     assert (five["shots"], five["train"], one["shots"], one["seed"]) == (5, 10, 1, "mean of 2")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        (("run, step 5", "aa"), ("/home/run, step 5", "aa"), False),
+        (("run, step 5", "aa"), ("run, step 5", "bb"), True),  # from another directory
+        (("run, step 5", ""), ("run, step 5", "aa"), False),  # an earlier version's file
+        (("run, step 5", ""), ("other, step 5", "aa"), True),
+        (("run, step 5", "aa"), ("other, step 5", ""), True),
+    ],
+)
+def test_parameters_tell_a_model(tmp_path, before, now, refused):
+    path = tmp_path / "r.json"
+    results.merge(path, before[0], {}, [knn_row(20)], before[1])
+    if refused:
+        with pytest.raises(UserError, match="holds results of run, step 5"):
+            results.refuse_another(path, *now)
+    else:
+        results.merge(path, now[0], {}, [knn_row(21, k=10)], now[1])
+        assert len(results.read(path)["results"]) == 2
+        assert results.read(path)["parameters"] == "aa"
+
+
+def test_the_digest_of_parameters():
+    one = {"a": {"w": np.arange(6, dtype=np.float32)}, "b": np.zeros((), np.float32)}
+    others = [
+        {"a": {"w": np.arange(6, dtype=np.float32)[::-1]}, "b": one["b"]},
+        {"a": {"w": one["a"]["w"].reshape(2, 3)}, "b": one["b"]},
+        {"a": {"v": one["a"]["w"]}, "b": one["b"]},
+        {"a": {"w": one["a"]["w"].astype(np.int32)}, "b": one["b"]},
+    ]
+    assert len({results.digest(tree) for tree in (one, *others)}) == 5
+    again = {"b": np.zeros((), np.float32), "a": {"w": np.arange(12, dtype=np.float32)[:6]}}
+    assert results.digest(again) == results.digest(one)
+
+
+def add_rows(path, number: int):
+    for i in range(20):
+        results.merge(path, "run, step 5", {}, [knn_row(20, k=100 * number + i)])
+
+
+def test_processes_that_add_rows_at_once(tmp_path):
+    path = tmp_path / "r.json"
+    context = multiprocessing.get_context("spawn")
+    adding = [context.Process(target=add_rows, args=(path, number)) for number in range(3)]
+    for process in adding:
+        process.start()
+    for process in adding:
+        process.join()
+    assert len(results.read(path)["results"]) == 60
 
 
 def test_results_are_merged(tmp_path):

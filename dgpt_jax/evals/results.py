@@ -6,7 +6,10 @@ row that was measured before is replaced. Of a training there are rows of the la
 the best (`epoch`), and of a grid of heads, as a `detail`, one of each.
 """
 
+import contextlib
 import datetime
+import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +18,7 @@ from statistics import NormalDist
 import numpy as np
 from etils import epath
 
+from dgpt_jax.convert import layout
 from dgpt_jax.schema import UserError
 
 FORMAT = 1
@@ -97,29 +101,68 @@ def read(path) -> dict:
     return found
 
 
-def refuse_another(path, weights: str):
-    """Raises UserError where `path` holds results of other weights."""
-    if epath.Path(path).exists() and (before := read(path)["weights"]) != weights:
-        raise UserError(f"{path} holds results of {before}, not of {weights}: give another --out")
+def digest(params: Mapping) -> str:
+    """16 hexadecimal digits of nested arrays: their names, shapes, dtypes and bytes."""
+    sha = hashlib.sha256()
+    for name, array in sorted(layout.flatten(params).items()):
+        array = np.ascontiguousarray(array)
+        sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        sha.update(array.data.cast("B"))
+    return sha.hexdigest()[:16]
 
 
-def merge(path, weights: str, model: Mapping, rows: Sequence[Mapping]) -> list[dict]:
+def refuse_another(path, weights: str, parameters: str = ""):
+    """Raises UserError where `path` holds results of other weights: of other `parameters` (their
+    digest), or, where one of both does not tell them, of another name."""
+    if not epath.Path(path).exists():
+        return
+    found = read(path)
+    before, known = found["weights"], found.get("parameters", "")
+    if known != parameters if known and parameters else before != weights:
+        other = "other parameters, " if before == weights else ""
+        raise UserError(
+            f"{path} holds results of {before}, not of {weights} ({other}digests {known or '-'}, "
+            f"{parameters or '-'}): give another --out"
+        )
+
+
+def merge(
+    path, weights: str, model: Mapping, rows: Sequence[Mapping], parameters: str = ""
+) -> list[dict]:
     """Adds rows to the file, replacing those of the same IDENTITY; all rows that it then holds.
 
-    weights: where they come from, with the step. Raises UserError where the file is of others.
+    weights: where they come from, with the step; parameters: their digest, if known. Processes that
+    add to a file at the same time wait for each other, if it is near. Raises UserError where the
+    file is of other weights.
     """
     path = epath.Path(path)
-    refuse_another(path, weights)
-    before = read(path)["results"] if path.exists() else []
-    new = {_key(one): dict(one) for one in rows}
-    kept = [one for one in before if _key(one) not in new]
-    found = {
-        "format": FORMAT, "weights": weights, "model": dict(model), "results": [*kept, *rows],
-    }  # fmt: skip
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(json.dumps(found, indent=1) + "\n")
-    half.replace(path)
+    with _alone(path.parent):
+        refuse_another(path, weights, parameters)
+        before = read(path) if path.exists() else {"results": []}
+        new = {_key(one): dict(one) for one in rows}
+        kept = [one for one in before["results"] if _key(one) not in new]
+        found = {"format": FORMAT, "weights": weights, "model": dict(model)}
+        if parameters := parameters or before.get("parameters", ""):
+            found["parameters"] = parameters
+        found["results"] = [*kept, *rows]
+        half = path.with_name(f".{path.name}.{os.getpid()}")
+        half.write_text(json.dumps(found, indent=1) + "\n")
+        half.replace(path)
     return found["results"]
+
+
+@contextlib.contextmanager
+def _alone(directory: epath.Path):
+    """Holds a lock on a local directory."""
+    if "://" in os.fspath(directory):
+        yield
+        return
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def table(rows: Sequence[Mapping]) -> str:
