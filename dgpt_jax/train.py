@@ -1,8 +1,9 @@
 """Training: `python -m dgpt_jax.train --config=configs/… --workdir=DIR`.
 
 Running the same command again continues from the newest checkpoint in DIR. DIR holds config.json
-(resolved), metrics.jsonl, tensorboard/, checkpoints/ and, where asked for, profile/. Exit codes: 0
-done, 1 a user's error, 75 stopped by SIGTERM after saving, 130 by Ctrl-C after saving.
+(resolved), metrics.jsonl, tensorboard/, checkpoints/ and, where asked for, profile/. One training
+at a time works in DIR (workdir_lock.py). Exit codes: 0 done, 1 a user's error, 75 stopped by
+SIGTERM after saving, 130 by Ctrl-C after saving.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from dgpt_jax import (
     sharding,
     signals,
     tasks,
+    workdir_lock,
 )
 from dgpt_jax.config import Train
 from dgpt_jax.loop import Loop, Schedule, evaluations_of
@@ -79,6 +81,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
 
     stop = signals.StopOnSignal()
     with (
+        workdir_lock.held(workdir, progress.say),
         saving.Checkpoints(
             workdir,
             keep=config.checkpoint.keep,
