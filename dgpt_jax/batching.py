@@ -18,6 +18,7 @@ and what malloc keeps of what was freed (open_files.keep_memory).
 import contextlib
 import itertools
 import math
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -112,7 +113,9 @@ def _batches(stream: _Local, start_step: int) -> Generator:
     chunks = grain.MapDataset.range(start_step * local, stop).map(stream).batch(chunk)
     chunks = chunks.to_iter_dataset(grain.ReadOptions(min(data.threads, prefetch), prefetch))
     # It deals the chunks out to the workers, and takes them back, by turns: their order stays.
-    chunks = iter(chunks.mp_prefetch(grain.MultiprocessingOptions(data.workers)))
+    chunks = iter(
+        chunks.mp_prefetch(grain.MultiprocessingOptions(data.workers), worker_init_fn=_outlive)
+    )
     try:
         while True:
             batch = next(chunks) if chunk == local else _filled(chunks, first, local)
@@ -122,6 +125,13 @@ def _batches(stream: _Local, start_step: int) -> Generator:
             del batch  # or it stays while the next is filled
     finally:
         chunks.close()  # or its threads and processes complain at interpreter exit
+
+
+def _outlive(index: int, count: int):
+    """Makes a worker process ignore the signals that stop a training: terminals and schedulers send
+    them to all processes, and the training needs its workers until it has saved. It ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _prefetch(stream: _Local, example_bytes: int) -> int:

@@ -3,11 +3,14 @@
 import os
 import signal
 import sys
+import time
 
+import psutil
 import pytest
 
 from dgpt_jax import cli, hosts, signals, train
-from tests.processes import ROOT
+from tests import data
+from tests.processes import ROOT, outputs_of, start
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +87,35 @@ def test_before_the_loop_there_is_nothing_to_save(monkeypatch, tmp_path, number,
     with pytest.raises(SystemExit) as ended:
         cli.run(train.main)
     assert ended.value.code == code and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)],
+)
+def test_a_signal_to_worker_processes_too(tmp_path, number, code):
+    """As Ctrl-C in a terminal and a scheduler send it: the training saves before it ends."""
+    dataset = data.image_dataset(tmp_path, per_class=8)
+    workdir = tmp_path / "run"
+    words = [
+        "-m", "dgpt_jax.train", "--config=configs/quickstart.py:pixels", f"--workdir={workdir}",
+        *(f"--config.model.{name}={value}" for name, value in data.TINY.items()),
+        f"--config.data.path={dataset}", "--config.evals.heldout=", "--config.data.workers=2",
+        "--config.batch_size=8", "--config.total=100000 steps", "--config.log_every=1",
+    ]  # fmt: skip
+    process = start(words)
+    log = workdir / "metrics.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None, process.communicate()[0][-2000:]
+        time.sleep(0.1)
+    workers = [
+        child for child in psutil.Process(process.pid).children(recursive=True)
+        if "resource_tracker" not in " ".join(child.cmdline())
+    ]  # fmt: skip
+    assert len(workers) == 2
+    for one in (*workers, process):
+        one.send_signal(number)
+    (output,) = outputs_of([process], timeout=120)
+    assert process.returncode == code and "Traceback" not in output, output[-2000:]
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert not any(one.is_running() for one in workers)
