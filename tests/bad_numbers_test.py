@@ -198,7 +198,10 @@ def test_a_run_that_stopped_goes_on_when_its_data_are_mended(store, tmp_path):
     rarely = {"log_every": 5, "checkpoint": {"every": "4 steps"}}
     with pytest.raises(UserError, match="tools/replay.py"):
         train.train(settings(store, **rarely), tmp_path / "run")
-    assert train.train(settings(sound, **rarely), tmp_path / "run") == 0
+    with pytest.raises(UserError, match="sound has other contents"):
+        train.train(settings(sound, **rarely), tmp_path / "run")
+    run = settings(sound, **rarely)
+    assert train.train(run, tmp_path / "run", allow_config_change=True) == 0
     last = [line for line in lines_of(tmp_path / "run") if "skipped" in line][-1]
     assert last["step"] == 12 and np.isfinite(last["loss"]) and 0 < last["skipped"] < 12
 

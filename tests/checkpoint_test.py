@@ -139,6 +139,7 @@ def test_the_loop_saves_again_what_failed(store, tmp_path, breaks, monkeypatch, 
     breaks.extend([False, True, False, True])
     evaluators = [lambda _: {"heldout/next": 0.5}]
     monkeypatch.setattr(loop.pretraining, "periodic", lambda *_: evaluators)
+    monkeypatch.setattr(loop.pretraining, "measured", lambda _: ["heldout/next"])
     run = settings(
         store, checkpoint={"every": "2 steps", "best": "heldout/next"}, log_every=1,
         total="4 steps", evals={"every": "4 steps"},
@@ -175,7 +176,10 @@ def run(store, tmp_path_factory):
         ({"seed": 1}, "config.seed is 1"),
         ({"batch_size": 8}, "config.batch_size is 8"),
         ({"optim": {"warmup": "1 steps", "blr": 0.1}}, "config.optim.blr is 0.1"),
-        ({"data": {"views": 1}, "loss": {"next": 2.0}}, "config.data.views is 1.*and 1 more"),
+        (
+            {"data": {"order": "raster"}, "loss": {"next": 2.0}},
+            "config.data.order is 'raster'.*and 1 more",
+        ),
     ],
 )
 def test_another_run_is_refused(store, run, changes, named):

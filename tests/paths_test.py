@@ -18,6 +18,7 @@ COMMANDS = [
 ] + [train, evaluate]
 # Flags and keys whose text is not a path. Whatever is new must be added here, or be one.
 NO_PATHS = {
+    "background", "range",
     "action", "activation", "codecs", "coordinator", "metrics", "platform", "remat", "rows",
     "split", "study", "topology", "workers",
 }  # fmt: skip

@@ -28,7 +28,7 @@ def opened(path, **data):
         ("images", {"targets": "stored"}, "needs a token store, and"),
         ("tokens", {"targets": "online"}, "needs an image dataset, and"),
         ("tokens", {"views": 3}, "views 3: .* holds 2 views"),
-        ("tokens", {"views": 0}, "views 0: .* holds 2 views"),
+        ("tokens", {"views": 0}, "views must be at least 1, got 0"),
         ("tokens", {"examples": 6}, "has 5 examples, the config expects 6"),
     ],
 )

@@ -1,12 +1,15 @@
 """Which differences of the config a run may continue with; whole runs are in checkpoint_test."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from dgpt_jax import resume, schema
 from dgpt_jax.config import Train
 from dgpt_jax.schema import UserError, parse
+
+IDENTITY = {"examples": 1, "views": ["a"]}
 
 
 class Continued(Exception):
@@ -25,7 +28,7 @@ class Stored:
         return 3
 
     def metadata(self, step: int) -> dict:
-        return {"config": self.config}
+        return {"config": self.config, "data": IDENTITY}
 
     def restore(self, *_):
         raise Continued
@@ -47,7 +50,8 @@ def begin(config: Train, stored: dict, monkeypatch, *, allow: bool = False) -> S
     """What is said until the state is read. Raises UserError."""
     monkeypatch.setattr(resume.state, "abstract", lambda *_: None)
     said = Said()
-    task = type("Task", (), {"init": None})
+    examples = SimpleNamespace(data=config.data, identity=lambda: IDENTITY)
+    task = SimpleNamespace(init=None, examples=examples)
     with pytest.raises(Continued):
         resume.begin(config, task, None, None, Stored(stored), said, allow)
     assert said.pop() == "continuing from step 3 in RUN/checkpoints"
@@ -94,4 +98,4 @@ def test_what_changes_the_run_is_not_free():
     fields = schema.flatten(schema.to_dict(settings()))
     free = {name for name in fields if resume.FREE.match(name)}
     assert {"log_every", "accum_steps", "mesh.fsdp", "checkpoint.keep", "model.remat"} <= free
-    assert not free & {"seed", "batch_size", "total", "dtype", "data.views", "optim.blr"}
+    assert not free & {"seed", "batch_size", "total", "dtype", "data.order", "optim.blr"}

@@ -68,7 +68,8 @@ def accuracy(task, mesh) -> Callable:
     rows = sharding.process_rows(mesh, batch_size)
     source = records.Split(config.evals.heldout, config.evals.heldout_split)
     pipeline.require_labels(source, config.classify)
-    pipeline.require_same_classes(source, task.examples.sources.splits[0])
+    if task.examples is not None:  # a task that was made to train
+        pipeline.require_same_classes(source, task.examples.sources.splits[0])
     length = _count(source, config)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
 
