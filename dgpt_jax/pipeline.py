@@ -40,7 +40,8 @@ class Examples:
         splits = self.sources.splits
         found = {"examples": len(self), "views": [split.digest for split in splits]}
         if token_store.exists(self.data.path):
-            found["teacher"] = token_store.StoreInfo.load(self.data.path).teacher["hash"]
+            teacher = token_store.StoreInfo.load(self.data.path).teacher
+            found["teacher"] = teacher.get("hash", "")
         elif splits[0].label is not None:
             found["classes"] = list(splits[0].label.names)
         return found
