@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from dgpt_jax import hosts, workdir_lock
+from dgpt_jax import hosts, train, workdir_lock
 from dgpt_jax.schema import UserError
-from tests import data, processes
+from tests import classifying, data
 
 
 @pytest.fixture(autouse=True)
@@ -136,27 +136,11 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         pass
 
 
-def test_two_trainings(tmp_path):
-    """The second ends with one line, the first goes on."""
+def test_a_second_training_is_refused(tmp_path):
+    """Before it reads or writes anything of the run."""
     dataset = data.image_dataset(tmp_path, per_class=8)
-    store = data.token_store(tmp_path, dataset, data.random_teacher(tmp_path / "teacher"))
-    fields = {f"model.{name}": value for name, value in data.TINY.items()} | {
-        "total": "100000 steps", "batch_size": 8, "data.path": store, "evals.heldout": "",
-        "evals.knn": "", "log_every": 1, "checkpoint.every": "20 steps",
-    }  # fmt: skip
-    words = ["-m", "dgpt_jax.train", "--config=configs/quickstart.py:both"]
-    words += [f"--workdir={tmp_path / 'run'}", *(f"--config.{k}={v}" for k, v in fields.items())]
-    first = processes.start(words)
-    log = tmp_path / "run/metrics.jsonl"
-    try:
-        while not (log.exists() and log.read_text()):
-            assert first.poll() is None, first.communicate()[0][-2000:]
-            time.sleep(0.1)
-        second = processes.start(words)
-        (output,) = processes.outputs_of([second], timeout=120)
-        assert second.returncode == 1 and "Traceback" not in output
-        assert output.splitlines()[-1].startswith("error: another training works in ")
-        assert first.poll() is None
-    finally:
-        first.kill()
-        first.communicate()
+    config = classifying.settings(dataset, evals={"heldout": ""}, checkpoint={"best": ""})
+    held = workdir_lock.held(tmp_path / "run", print)
+    with held, pytest.raises(UserError, match="another training works in .*run: process"):
+        train.train(config, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
