@@ -118,7 +118,8 @@ def refuse_another(path, weights: str, parameters: str = ""):
         return
     found = read(path)
     before, known = found["weights"], found.get("parameters", "")
-    if known != parameters if known and parameters else before != weights:
+    same = known == parameters if known and parameters else before == weights
+    if not same:
         other = "other parameters, " if before == weights else ""
         raise UserError(
             f"{path} holds results of {before}, not of {weights} ({other}digests {known or '-'}, "
