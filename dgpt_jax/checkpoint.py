@@ -1,11 +1,14 @@
 """Checkpoints on disk: parameters, optimizer state and JSON metadata as three items of Orbax.
 
-Parameters alone open on any machine, as NumPy arrays, whatever topology wrote them. A training
-state is saved and continued by saving.py; no other file imports Orbax.
+Parameters alone open on any machine, as NumPy arrays, whatever topology wrote them. The metadata
+hold a checksum of every array (checksums.py) and one of themselves, which are compared when they
+are read. A training state is saved and continued by saving.py; no other file imports Orbax.
 """
 
 import contextlib
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dgpt_jax import checksums
 from dgpt_jax.schema import UserError
 
 # 1: before optim.Guarded, whose state is another one. 3: with a moving average of the parameters in
 # the optimizer state, which is what load_params gives; without one 2 is still written.
 FORMAT, OLDEST = 3, 2
+CURE = "Copy it again, or remove that step's directory: the step before it is then read"
 
 
 def directory(workdir) -> str:
@@ -27,13 +32,52 @@ def directory(workdir) -> str:
     return os.path.join(text, "checkpoints")
 
 
+def sealed(metadata: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+    """JSON metadata with the checksums of {"params": tree, "opt_state": tree}, and its own."""
+    content = metadata | {"checksums": checksums.of_tree(arrays)}
+    return content | {"checksum": checksums.of_json(content)}
+
+
 def checked(metadata: dict, path) -> dict:
-    """The metadata of a checkpoint in `path`. Raises UserError for a format of later code."""
+    """The metadata of a checkpoint in `path`. Raises UserError where they are of later code, or
+    have been changed since they were saved."""
     if metadata["format"] > FORMAT:
         raise UserError(
             f"{path} has checkpoint format {metadata['format']}, this code reads {FORMAT}"
         )
+    content = {name: value for name, value in metadata.items() if name != "checksum"}
+    if "checksum" in metadata and checksums.of_json(content) != metadata["checksum"]:
+        raise UserError(f"{path} is damaged: its metadata are not those that were saved. {CURE}")
     return metadata
+
+
+def verify(found: dict[str, str], metadata: dict, path, wanted: Callable = lambda name: True):
+    """Compares the checksums of arrays that were read with those in a checkpoint's metadata.
+
+    wanted: tells of a name in the metadata whether its array was to be read. Raises UserError for
+    an array that is missing or another. Without checksums (older code wrote none) it says so.
+    """
+    if "checksums" not in metadata:
+        print(f"{path} has no checksums: its arrays are not checked", file=sys.stderr)
+        return
+    saved = {name: value for name, value in metadata["checksums"].items() if wanted(name)}
+    if missing := sorted(saved.keys() - found.keys()):
+        raise UserError(f"{path} is damaged: {missing[0]} is missing. {CURE}")
+    for name, value in found.items():
+        if saved.get(name) != value:
+            raise UserError(f"{path} is damaged: {name} is not what was saved. {CURE}")
+
+
+@contextlib.contextmanager
+def damage_is_told(item):
+    """A context: what Orbax raises on files that are cut, changed or missing is a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as e:
+        reason = (str(e).strip().splitlines() or [""])[0][:300]
+        raise UserError(f"{item} is damaged: {reason or type(e).__name__}. {CURE}") from e
 
 
 def steps(path) -> list[int]:
@@ -70,24 +114,23 @@ def save_params(workdir, step: int, params, metadata: dict[str, Any]):
     with ocp.Checkpointer(handler) as writer:
         arguments = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
-            metadata=ocp.args.JsonSave({"format": OLDEST, "step": step} | metadata),
+            metadata=ocp.args.JsonSave(
+                sealed({"format": OLDEST, "step": step} | metadata, {"params": params})
+            ),
         )
         writer.save(item, args=arguments)
 
 
 @contextlib.contextmanager
 def _reader(item: epath.Path):
-    """An Orbax checkpointer for one checkpoint. Raises UserError where files are cut or missing."""
+    """An Orbax checkpointer for one checkpoint. Raises UserError where it is damaged."""
     handler = ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(),
         opt_state=ocp.PyTreeCheckpointHandler(),  # of which only a moving average is read
         metadata=ocp.JsonCheckpointHandler(),
     )
-    try:
-        with ocp.Checkpointer(handler) as reader:
-            yield reader
-    except (ValueError, OSError) as e:
-        raise UserError(f"{item} is damaged: {str(e).splitlines()[0][:300]}") from e
+    with damage_is_told(item), ocp.Checkpointer(handler) as reader:
+        yield reader
 
 
 def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
@@ -96,31 +139,61 @@ def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
     step: default the newest. parts: names of subtrees or arrays ("encoder", "next/pred/kernel"),
     the only ones that are read; those that are not there are left out. Where a moving average was
     kept, it is what is read. Needs no devices like those that wrote it, and does not read the rest
-    of the optimizer state.
+    of the optimizer state. Raises UserError for a checkpoint that is damaged, or lacks the average.
     """
     root, newest = find(path)
-    step = newest if step is None else step
-    item = epath.Path(root) / str(step)
+    item = epath.Path(root) / str(newest if step is None else step)
     with _reader(item) as reader:
-        stored = reader.metadata(item).item_metadata
-        average = _average(stored)
-        tree = stored["params"].tree if average is None else average
+        asked = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        metadata = checked(reader.restore(item, args=asked)["metadata"], item)
+        place, tree = _evaluated(reader.metadata(item).item_metadata, metadata, item)
         tree = tree if parts is None else _chosen(tree, parts)
-        items = {"params": tree} if average is None else {"opt_state": {"inner": {"ema": tree}}}
-        kind = ocp.RestoreArgs(restore_type=np.ndarray)
-        asked = {
-            name: ocp.args.PyTreeRestore(
-                item=tree, restore_args=jax.tree.map(lambda _: kind, tree), partial_restore=True
-            )
-            for name, tree in items.items()
-        }
-        asked = asked if tree else {}  # none of the parts is there
-        arguments = ocp.args.Composite(metadata=ocp.args.JsonRestore(), **asked)
-        found = reader.restore(item, args=arguments)
-    params = {}
-    if tree:
-        params = found["params"] if average is None else found["opt_state"]["inner"]["ema"]
-    return params, checked(found["metadata"], root)
+        params = _read(reader, item, place, tree) if tree else {}
+
+    def wanted(name: str) -> bool:
+        inner = name.removeprefix(f"{'/'.join(place)}/")
+        return inner != name and (parts is None or _is_part(inner, parts))
+
+    verify(checksums.of_tree(_nested(place, params)), metadata, item, wanted)
+    return params, metadata
+
+
+def _evaluated(stored, metadata: dict, item) -> tuple[tuple[str, ...], dict]:
+    """(names of the trees that hold it, tree) of what is read of a checkpoint: the moving average
+    (optim.Averaged), where the metadata promise one. Raises UserError where it is missing."""
+    if metadata["format"] < FORMAT:
+        return ("params",), stored["params"].tree
+    if stored.get("opt_state") is None:
+        raise UserError(
+            f"{item} lacks opt_state, and with it the moving average of the parameters "
+            f"(config.optim.ema), which is what this run measures: copy opt_state too, or extract "
+            f"the average where it is (tools/checkpoint.py extract)"
+        )
+    return ("opt_state", "inner", "ema"), stored["opt_state"].tree["inner"]["ema"]
+
+
+def _read(reader, item, place: tuple[str, ...], tree: dict) -> dict:
+    """The arrays of a part of a checkpoint."""
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _nested(place[1:], tree))
+    asked = ocp.args.PyTreeRestore(
+        item=_nested(place[1:], tree), restore_args=how, partial_restore=True
+    )
+    found = reader.restore(item, args=ocp.args.Composite(**{place[0]: asked}))
+    for name in place:
+        found = found[name]
+    return found
+
+
+def _nested(names: tuple[str, ...], tree) -> dict:
+    for name in reversed(names):
+        tree = {name: tree}
+    return tree
+
+
+def _is_part(name: str, parts) -> bool:
+    """Whether an array is one of `parts`, or in a subtree that is."""
+    names = name.split("/")
+    return any("/".join(names[:length]) in parts for length in range(1, len(names) + 1))
 
 
 def _chosen(tree: dict, parts, prefix: str = "") -> dict:
@@ -133,14 +206,6 @@ def _chosen(tree: dict, parts, prefix: str = "") -> dict:
         elif isinstance(value, dict) and (inner := _chosen(value, parts, f"{name}/")):
             chosen[key] = inner
     return chosen
-
-
-def _average(stored):
-    """The tree of the moving average (optim.Averaged) in a checkpoint's metadata, or None."""
-    tree = stored["opt_state"].tree if stored.get("opt_state") is not None else None
-    for name in ("inner", "ema"):
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
 
 
 def describe(path, step: int | None = None) -> list[tuple[str, tuple, str, str, int]]:

@@ -105,13 +105,16 @@ class Loop:
                     self._clock.restart(self.step)
                 self._advance(step_fn, batches)
                 last = self.step == schedule.total
+                failed = False
                 if self.step % config.log_every == 0 or last:
                     self._log()
+                    failed = self._has_failed_to_save()
                 results = {}
                 if self._evaluators and (self.step % schedule.eval_every == 0 or last):
                     results = self._evaluate()
                 measured = config.checkpoint.best in results
-                if self.step % schedule.checkpoint_every == 0 or measured or last:
+                due = self.step % schedule.checkpoint_every == 0 or measured or last
+                if due or failed:
                     self._flush()  # a run killed right after has logged all that it does not repeat
                     self._save(results or None)
             self._flush()
@@ -153,9 +156,6 @@ class Loop:
     def _log(self):
         """Ends an interval, and writes down the one before."""
         self._flush()
-        if self.checkpoints.failed():
-            self.progress.say("a checkpoint could not be written: once more")
-            self._save()
         values = {"learning_rate": float(self.rate(self.step - 1).max())}
         values |= self._clock.read(self.step) | self.task.examples.counters()
         self._interval.end(self.step, values, optim.counts(self.state.opt_state))
@@ -185,6 +185,11 @@ class Loop:
             self.writer.pictures(self.step, self._painter(params))
         self._clock.restart(self.step)
         return results
+
+    def _has_failed_to_save(self) -> bool:
+        if failed := self.checkpoints.failed():
+            self.progress.say("a checkpoint could not be written: once more")
+        return failed
 
     def _save(self, results=None):
         self.writer.copy()

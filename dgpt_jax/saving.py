@@ -12,14 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.futures import future
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from dgpt_jax import hosts, optim, run_log
-from dgpt_jax.checkpoint import FORMAT, OLDEST, checked, directory
+from dgpt_jax import checkpoint, checksums, hosts, optim, run_log
+from dgpt_jax.checkpoint import FORMAT, OLDEST, directory
 from dgpt_jax.schema import UserError
 from dgpt_jax.state import TrainState
 
 TRIES = 3
+# Where a part of a save fails, the threads of its other parts wait 300 s for it, and Python would
+# wait for them at its end. A save that is to be complete is waited for by Checkpoints.close.
+future._SignalingThread.daemon = True
 
 
 class Checkpoints:
@@ -77,10 +81,12 @@ class Checkpoints:
         """
         self.failed(wait=True)  # until then Orbax takes the failed one for a checkpoint it has
         step = int(state.step)
+        arrays = {"params": state.params, "opt_state": state.opt_state}
+        metadata = checkpoint.sealed({"format": _format(state), "step": step} | metadata, arrays)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.StandardSave(state.opt_state),
-            metadata=ocp.args.JsonSave({"format": _format(state), "step": step} | metadata),
+            metadata=ocp.args.JsonSave(metadata),
         )
         with self._disk_is_the_users():
             for _ in range(2):
@@ -118,32 +124,36 @@ class Checkpoints:
         return False
 
     def metadata(self, step: int) -> dict:
-        return checked(
-            self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))[
-                "metadata"
-            ],
-            self.directory,
-        )
+        """Raises UserError where they are damaged or of later code."""
+        asked = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        with checkpoint.damage_is_told(self._item(step)):
+            found = self._manager.restore(step, args=asked)["metadata"]
+            return checkpoint.checked(found, self._item(step))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state of a step, placed as `abstract` (shapes, dtypes, shardings) says.
 
-        Raises UserError for the state of an older format.
+        Raises UserError for the state of an older format, and for one that is damaged.
         """
-        if (found := self.metadata(step)["format"]) < OLDEST:
+        metadata = self.metadata(step)
+        if (found := metadata["format"]) < OLDEST:
             raise UserError(
                 f"{self.directory} has training states of format {found}, this code continues "
                 f"{OLDEST} to {FORMAT}: choose another --workdir (the parameters can be read)"
             )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            ),
+        asked = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            opt_state=ocp.args.StandardRestore(abstract.opt_state),
         )
+        with checkpoint.damage_is_told(self._item(step)):
+            restored = self._manager.restore(step, args=asked)
+            arrays = {name: restored[name] for name in ("params", "opt_state")}
+        checkpoint.verify(checksums.of_tree(arrays), metadata, self._item(step))
         counter = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
-        return TrainState(counter, restored["params"], restored["opt_state"])
+        return TrainState(counter, **arrays)
+
+    def _item(self, step: int) -> str:
+        return f"{self.directory}/{step}"
 
     def close(self):
         """Waits for the last save; raises what went wrong in the background."""

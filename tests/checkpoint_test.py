@@ -1,8 +1,8 @@
 """Which checkpoints are kept, what becomes of saves that fail, and who may continue a run."""
 
-import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import psutil
 import pytest
+from orbax.checkpoint._src.path import atomicity
 
 from dgpt_jax import checkpoint, loop, optim, saving, sharding, state, train
 from dgpt_jax.config import Optim, Train
@@ -153,6 +154,45 @@ def test_the_loop_saves_again_what_failed(store, tmp_path, breaks, monkeypatch, 
     assert "the last checkpoint could not be written: once more" in said
 
 
+def test_a_due_save_after_one_that_failed_is_made_once(store, tmp_path, breaks, monkeypatch):
+    """That of step 2 fails, which is noticed at step 4, where one is due."""
+    saved, save = [], saving.Checkpoints.save
+    monkeypatch.setattr(
+        saving.Checkpoints,
+        "save",
+        lambda self, made, *rest: (saved.append(int(made.step)), save(self, made, *rest))[0],
+    )
+    breaks.extend([False, True])
+    run = settings(store, checkpoint={"every": "2 steps"}, log_every=4, total="4 steps")
+    assert train.train(run, tmp_path / "run") == 0
+    assert saved == [2, 4] and steps_in(tmp_path / "run") == [4]
+
+
+def fail_once():
+    """In a process of its own: a save whose directory cannot be made, and the next."""
+    plan, create = [True], atomicity.AtomicRenameTemporaryPath.create
+
+    async def create_or_fail(self, *args, **kwargs):
+        if plan:
+            plan.pop()
+            raise RuntimeError("connection lost")
+        return await create(self, *args, **kwargs)
+
+    atomicity.AtomicRenameTemporaryPath.create = create_or_fail
+    with tempfile.TemporaryDirectory() as scratch, saving.Checkpoints(scratch, keep=2) as kept:
+        kept.save(make_state(1), {"config": {}})
+        assert kept.failed(wait=True)
+        kept.save(make_state(2), {"config": {}})
+    print("saved at", time.time())
+
+
+def test_a_process_ends_after_a_save_that_failed(capfd):
+    """And does not wait for Orbax's threads, which wait 300 s."""
+    processes.on_devices(1, fail_once)
+    ended = time.time()
+    assert ended - float(re.search(r"saved at ([\d.]+)", capfd.readouterr().out)[1]) < 60
+
+
 def settings(store, **changes) -> Train:
     return parse(Train, {
         "total": "2 steps", "batch_size": 4, "dtype": "float32", "log_every": 2,
@@ -206,8 +246,7 @@ def test_formats_of_other_versions(store, run, tmp_path):
     for found, message in ((99, "checkpoint format 99, this code reads 3"),
                            (1, "training states of format 1, this code continues 2")):  # fmt: skip
         workdir = shutil.copytree(run, tmp_path / str(found))
-        file = workdir / "checkpoints/2/metadata/metadata"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"format": found}))
+        data.edit_metadata(workdir / "checkpoints/2", lambda made, n=found: made.update(format=n))
         with pytest.raises(UserError, match=message):
             train.train(settings(store), workdir)
 

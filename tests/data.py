@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dgpt_jax import build, images, towers
+from dgpt_jax import build, checksums, images, towers
 from dgpt_jax.config import Model, Tokens
 from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.convert import files, layout, siglip
@@ -105,3 +105,12 @@ def token_store(root, dataset, teacher, *, check=False, **changes):
     )  # fmt: skip
     build.build(parse(Tokens, settings | changes), root / "tokens", check=check)
     return root / "tokens"
+
+
+def edit_metadata(step_directory, edit):
+    """Applies edit(metadata) to a checkpoint's metadata, as if it had been saved so."""
+    path = step_directory / "metadata/metadata"
+    content = json.loads(path.read_text())
+    content.pop("checksum")
+    edit(content)
+    path.write_text(json.dumps(content | {"checksum": checksums.of_json(content)}))

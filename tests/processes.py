@@ -32,10 +32,10 @@ def outputs_of(processes, timeout: float | None = None) -> list[str]:
             process.kill()
 
 
-def on_devices(count: int, function, *args):
+def on_devices(count: int, function, *args, **environment):
     """Calls a function of a test module in a process with `count` devices."""
     call = f"import {function.__module__} as tests; tests.{function.__name__}(*{args!r})"
-    process = start(["-c", call], devices=count)
+    process = start(["-c", call], devices=count, **environment)
     (output,) = outputs_of([process])
     print(output)
     assert process.returncode == 0, output[-2000:]

@@ -109,7 +109,7 @@ def rehearsal():
 
 @pytest.mark.slow
 def test_features_are_in_memory_once():
-    on_devices(1, rehearsal)
+    on_devices(1, rehearsal, XLA_FLAGS="")  # compiled as for users
 
 
 IMAGES = int(os.environ.get("REHEARSAL_IMAGES", 5_001))

@@ -1,0 +1,231 @@
+"""Checkpoints whose files are changed, cut or missing: they read as saved, or not at all."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgpt_jax import checkpoint, checksums, optim, saving, sharding, state
+from dgpt_jax.config import Mesh, Optim
+from dgpt_jax.schema import UserError
+from tests.data import edit_metadata
+from tests.processes import on_devices
+
+
+def made(step: int, ema: float = 0.9) -> state.TrainState:
+    """A state with a moving average, which differs from the parameters."""
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    tx = optim.optimizer(Optim(ema=ema), 1e-3)
+    first = state.create(
+        lambda key: {"encoder": {"w": jax.random.normal(key, (48, 32)), "b": jnp.ones((7,))}},
+        tx, mesh, seed=step,
+    )  # fmt: skip
+    params = jax.tree.map(lambda x: x + 1, first.params)
+    return state.TrainState(first.step + step, params, first.opt_state)
+
+
+def save(workdir, *states) -> None:
+    with saving.Checkpoints(workdir, keep=9) as kept:
+        for saved in states:
+            kept.save(saved, {"config": {"seed": 3}})
+
+
+def resumed(workdir) -> state.TrainState:
+    like = made(0)
+    places = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    with saving.Checkpoints(workdir, keep=9) as kept:
+        return kept.restore(kept.latest(), places)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, made(4))
+    return workdir
+
+
+FILES = {  # a glob below the step's directory → bytes to change, as parts of the length
+    "metadata/metadata": (0.1, 0.5, 0.9),
+    "params/_METADATA": (0.05, 0.3, 0.6, 0.95),
+    "params/_sharding": (0.1, 0.5),
+    "params/manifest.ocdbt": (0.1, 0.5, 0.9),
+    "params/d/*": (0.1, 0.5, 0.9),
+    "params/ocdbt.process_0/manifest.ocdbt": (0.5,),
+    "params/ocdbt.process_0/d/*": (0.1, 0.3, 0.5, 0.7, 0.9),
+    "params/array_metadatas/process_0": (0.5,),
+    "opt_state/_METADATA": (0.05, 0.3, 0.6, 0.95),
+    "opt_state/_sharding": (0.5,),
+    "opt_state/manifest.ocdbt": (0.5,),
+    "opt_state/d/*": (0.1, 0.5, 0.9),
+    "opt_state/ocdbt.process_0/d/*": (0.1, 0.3, 0.5, 0.7, 0.9),
+    "_CHECKPOINT_METADATA": (0.1, 0.5),
+}
+DAMAGES = [(name, "bit", at) for name, places in FILES.items() for at in places]
+DAMAGES += [(name, kind, 0.5) for name in FILES for kind in ("cut", "emptied", "removed")]
+
+
+def damage(path, kind: str, at: float):
+    content = bytearray(path.read_bytes())
+    position = int(at * (len(content) - 1))
+    if kind == "removed":
+        return path.unlink()
+    if kind == "bit":
+        content[position] ^= 4
+    else:
+        del content[position if kind == "cut" else 0 :]
+    return path.write_bytes(content)
+
+
+def equal(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
+
+
+@pytest.mark.parametrize("name,kind,at", DAMAGES, ids=lambda value: str(value).replace("/", "."))
+def test_what_is_read_is_what_was_saved_or_refused(saved, tmp_path, name, kind, at):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    files = [path for path in (workdir / "checkpoints/4").glob(name) if path.is_file()]
+    assert files, "the pattern names no file of this version of Orbax"
+    for path in files:
+        damage(path, kind, at)
+    expected = made(4)
+    try:
+        params, metadata = checkpoint.load_params(workdir)
+        assert equal(params, expected.opt_state.inner.ema)
+        assert metadata["config"] == {"seed": 3} and metadata["step"] == 4
+    except UserError as e:
+        assert re.search("damaged|lacks opt_state|no finished checkpoint", str(e)), e
+        assert "\n" not in str(e)
+    try:
+        again = resumed(workdir)
+        assert equal(again.params, expected.params)
+        assert equal(again.opt_state, expected.opt_state)
+    except UserError as e:
+        assert "damaged" in str(e)
+
+
+WRONG = "0" * 16
+
+
+@pytest.mark.parametrize(
+    "edit,named",
+    [
+        (lambda sums: sums.update({"params/encoder/w": WRONG}), "params/encoder/w is not what"),
+        (lambda sums: sums.update({"params/encoder/x": WRONG}), "params/encoder/x is missing"),
+        (lambda sums: sums.pop("params/encoder/b"), "params/encoder/b is not what was saved"),
+    ],
+    ids=["another", "missing", "added"],
+)
+def test_arrays_are_those_whose_checksums_were_saved(tmp_path, edit, named):
+    save(tmp_path, made(4, ema=0.0))
+    edit_metadata(tmp_path / "checkpoints/4", lambda content: edit(content["checksums"]))
+    with pytest.raises(UserError, match=named):
+        checkpoint.load_params(tmp_path)
+    params, _ = checkpoint.load_params(tmp_path, parts=["nothing"])
+    assert params == {}
+
+
+def test_parts_are_checked_alone(tmp_path):
+    save(tmp_path, made(4, ema=0.0))
+    edit_metadata(
+        tmp_path / "checkpoints/4",
+        lambda content: content["checksums"].update({"params/encoder/w": WRONG}),
+    )
+    params, _ = checkpoint.load_params(tmp_path, parts=["encoder/b"])
+    assert list(params["encoder"]) == ["b"]
+
+
+def test_an_average_that_was_not_copied_is_refused(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints/4/opt_state")
+    with pytest.raises(UserError, match="lacks opt_state, and with it the moving average"):
+        checkpoint.load_params(workdir)
+    assert checkpoint.describe(workdir)  # what is there can be listed
+    with pytest.raises(UserError, match="damaged"):
+        resumed(workdir)
+
+
+def test_without_checksums_one_line_says_so(saved, tmp_path, capsys):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    path = workdir / "checkpoints/4/metadata/metadata"
+    content = json.loads(path.read_text())
+    del content["checksums"], content["checksum"]
+    path.write_text(json.dumps(content))
+    checkpoint.load_params(workdir)
+    assert capsys.readouterr().err.count("has no checksums") == 1
+    resumed(workdir)
+    assert capsys.readouterr().err.count("has no checksums") == 1
+
+
+ARRAYS = {
+    "float32": np.linspace(-1, 1, 35 * 64, dtype=np.float32).reshape(35, 64),
+    "bfloat16": np.linspace(-1, 1, 24).reshape(8, 3).astype(jnp.bfloat16),
+    "float16": np.linspace(-1, 1, 9).astype(np.float16),
+    "int8": np.arange(-40, 40, dtype=np.int8).reshape(2, 40),
+    "int32": np.arange(checksums.CHUNK + 5, dtype=np.int32),
+    "uint32": np.full((3, 3, 3), 2**32 - 1, np.uint32),
+    "bool": np.array([True, False, True]),
+    "scalar": np.float32(3.5).reshape(()),
+    "empty": np.zeros((0, 4), np.float32),
+    "nan": np.array([np.nan, -np.nan, 0.0, -0.0], np.float32),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_devices_and_the_host_find_the_same(name):
+    host = checksums.of_tree({"x": ARRAYS[name]})
+    assert len(host["x"]) == 16
+    on_device = jnp.asarray(ARRAYS[name])
+    assert checksums.of_tree({"x": on_device}) == host  # on a CPU, by NumPy
+    in_a_program = checksums._on_devices(on_device)
+    np.testing.assert_array_equal(in_a_program, checksums._on_host(ARRAYS[name]))
+
+
+@pytest.mark.parametrize("name", [name for name in ARRAYS if name != "empty"])
+def test_every_bit_and_place_counts(name):
+    array = ARRAYS[name]
+    found = {checksums.of_tree([array])["0"]}
+    data = array.tobytes()
+    for position in sorted({0, len(data) // 2, len(data) - 1}):
+        for bit in range(8) if array.dtype != bool else (0,):
+            changed = bytearray(data)
+            changed[position] ^= 1 << bit
+            other = np.frombuffer(bytes(changed), array.dtype).reshape(array.shape)
+            found.add(checksums.of_tree([other])["0"])
+    flat = array.reshape(-1)
+    count = 1 + (8 if array.dtype != bool else 1) * len({0, len(data) // 2, len(data) - 1})
+    assert len(found) == count
+    if flat.size > 1 and flat[0] != flat[-1]:
+        swapped = flat.copy()
+        swapped[[0, -1]] = swapped[[-1, 0]]
+        assert checksums.of_tree([swapped.reshape(array.shape)])["0"] not in found
+
+
+def placements():
+    """In a process with eight devices."""
+    host = {"x": np.arange(64 * 24, dtype=np.float32).reshape(64, 24), "y": ARRAYS["scalar"]}
+    expected = checksums.of_tree(host)
+    P = jax.sharding.PartitionSpec
+    for devices in (jax.devices(), jax.devices()[::-1], jax.devices()[3:5]):
+        mesh = jax.sharding.Mesh(np.array(devices).reshape(-1, 2), ("a", "b"))
+        for spec in (P(), P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))):
+            if any(64 % len(devices) or 24 % n for n in mesh.shape.values()):
+                continue
+            placed = {
+                name: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec if x.ndim else P()))
+                for name, x in host.items()
+            }
+            assert checksums.of_tree(placed) == expected, (spec, devices)
+            text = checksums._on_devices.lower(placed["x"]).compile().as_text()
+            assert "all-gather" not in text, "an array is gathered to be summed"
+            print("checked", spec)
+
+
+def test_how_an_array_is_split_changes_nothing(capfd):
+    on_devices(8, placements)
+    assert capfd.readouterr().out.count("checked") >= 10
