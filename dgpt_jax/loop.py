@@ -48,11 +48,17 @@ def evaluations_of(task):
     return classification if task.config.task == "classify" else pretraining
 
 
-def _refuse_unmeasured(best: str, measured: list[str]):
-    """Raises UserError where no evaluation gives the metric `best` ("": none is asked for)."""
+def periodic_evaluators(task, mesh) -> list[Callable]:
+    """What is called every config.evals.every: each params → {metric: value}.
+
+    Raises UserError where its data do not fit the task, and where none of it gives the metric
+    config.checkpoint.best ("": none is asked for).
+    """
+    best, measured = task.config.checkpoint.best, evaluations_of(task).measured(task)
     if best and best not in measured:
         known = f"name one of {', '.join(measured)}" if measured else "config.evals names no data"
         raise UserError(f"config.checkpoint.best={best} is not measured: {known}")
+    return evaluations_of(task).periodic(task, mesh)
 
 
 class Loop:
@@ -68,6 +74,7 @@ class Loop:
         *,
         mesh,
         workdir: epath.Path,
+        evaluators: list[Callable],
         checkpoints: saving.Checkpoints,
         writer: metrics.Writer,
         progress: Progress,
@@ -84,8 +91,7 @@ class Loop:
         self._interval = metrics.Interval(task.metric_names, mesh)
         self._in_flight: deque[jax.Array] = deque()
         self._clock = Clock(first, schedule.total, self.config.batch_size)
-        _refuse_unmeasured(self.config.checkpoint.best, evaluations_of(task).measured(task))
-        self._evaluators = evaluations_of(task).periodic(task, mesh)
+        self._evaluators = evaluators
         pretrains = self.config.task == "pretrain"
         self._painter = pretraining.painter(task, mesh) if pretrains else None
 

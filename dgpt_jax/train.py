@@ -32,7 +32,7 @@ from dgpt_jax import (
     workdir_lock,
 )
 from dgpt_jax.config import Train
-from dgpt_jax.loop import Loop, Schedule, evaluations_of
+from dgpt_jax.loop import Loop, Schedule, evaluations_of, periodic_evaluators
 from dgpt_jax.progress import Progress
 from dgpt_jax.schema import UserError
 from dgpt_jax.step import make_train_step
@@ -78,6 +78,9 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
     rate = optim.schedule(peaks, schedule.warmup, schedule.total, config.optim.min_lr)
     tx = task.optimizer(rate)
     describe(config, task, schedule, mesh, peaks.max(), progress)
+    # Evaluators find it where it is, instead of making copies.
+    task.frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+    evaluators = periodic_evaluators(task, mesh)
 
     stop = signals.StopOnSignal()
     with (
@@ -88,18 +91,14 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             keep_every=schedule.keep_every,
             best=config.checkpoint.best,
         ) as checkpoints,
-        contextlib.closing(metrics.Writer(workdir, config.wandb)) as writer,
         contextlib.closing(progress),
     ):
         train_state, first = resume.begin(
             config, task, tx, mesh, checkpoints, progress, allow_config_change
         )
-        writer.config(schema.to_dict(config))
         progress.say(
             parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
         )
-        # Evaluators find it where it is, instead of making copies.
-        task.frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
         step_fn = make_train_step(
             task.loss,
             tx,
@@ -109,19 +108,23 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             seed=config.seed,
             places=jax.tree.map(lambda leaf: leaf.sharding, train_state),
         )
-        loop = Loop(
-            task,
-            schedule,
-            rate,
-            train_state,
-            first,
-            mesh=mesh,
-            workdir=workdir,
-            checkpoints=checkpoints,
-            writer=writer,
-            progress=progress,
-        )
-        loop.run(step_fn, stop)
+        # What is refused before leaves the logs of a run as they are.
+        with contextlib.closing(metrics.Writer(workdir, config.wandb)) as writer:
+            writer.config(schema.to_dict(config))
+            loop = Loop(
+                task,
+                schedule,
+                rate,
+                train_state,
+                first,
+                mesh=mesh,
+                workdir=workdir,
+                evaluators=evaluators,
+                checkpoints=checkpoints,
+                writer=writer,
+                progress=progress,
+            )
+            loop.run(step_fn, stop)
     if stop.exit_code is not None:
         progress.say(f"stopped by a signal, saved at step {loop.step}: the same command continues")
         return stop.exit_code
