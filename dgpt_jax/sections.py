@@ -24,6 +24,9 @@ SIZES = {
     "L/14": (1024, 24, 16, 14),
     "H/14": (1280, 32, 16, 14),
 }
+# Of pictures in [0, 1]; what is of 0 to 255 lies outside.
+MEAN = Range(least=0, most=1)
+STD = Range(above=0, most=10)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,12 @@ class Teacher:
         None, "attention heads; default: from the JSON beside the weights", COUNT
     )
     activation: str | None = entry(None, "gelu, gelu_tanh or quick_gelu; default: from the JSON")
+    mean: tuple[float, float, float] | None = entry(
+        None, "mean of R, G, B of its pictures in [0, 1]; default: as the weights' JSON says", MEAN
+    )
+    std: tuple[float, float, float] | None = entry(
+        None, "their std, which they are divided by; default: as the weights' JSON says", STD
+    )
     dtype: str = entry("float32", "dtype of the teacher's matmuls: float32 or bfloat16")
     width: int | None = entry(None, "token width a store must have; default: what it has", COUNT)
     grid: int | None = entry(

@@ -9,12 +9,23 @@ import re
 from pathlib import Path
 
 from dgpt_jax.convert import files, layout
+from dgpt_jax.convert.json_files import (
+    check_claims,
+    count,
+    group,
+    mean_std,
+    read_json,
+    refuse_unknown,
+    refuse_unusual,
+    shown,
+)
 from dgpt_jax.convert.layout import Entry, linear, norm
-from dgpt_jax.convert.source import read_json
+from dgpt_jax.convert.normalisation import timm_preprocess
 from dgpt_jax.convert.weights import (
     Layout,
     Preprocess,
     Weights,
+    assumed,
     depth_of,
     encoder_model,
     encoder_shapes,
@@ -38,12 +49,26 @@ WORDS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024,
 POOLS = {"mean": "avg", "cls": "token"}
 NORMS = {"mean": "fc_norm", "cls": "norm"}
 PREPROCESS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+# Words for its interpolation and crop_mode.
+WAYS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "center", "squash", "border")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 # What our encoder cannot be, and what timm has where the JSON says nothing.
 FIXED = {
     "qkv_bias": True, "qk_norm": False, "class_token": True, "no_embed_class": False,
     "reg_tokens": 0, "pre_norm": False, "init_values": None, "norm_layer": None,
-    "pool_include_prefix": False, "pos_embed": "learn", "in_chans": 3,
+    "pool_include_prefix": False, "pos_embed": "learn", "in_chans": 3, "proj_bias": True,
+    "scale_attn_norm": False, "scale_mlp_norm": False, "final_norm": True, "embed_layer": None,
+    "embed_norm_layer": None, "block_fn": None, "mlp_layer": None, "attn_layer": None,
 }  # fmt: skip
+# What the arrays have too, by our names.
+CLAIMS = {"embed_dim": "width", "depth": "depth", "patch_size": "patch"}
+TAKEN = ("num_heads", "act_layer", "global_pool", "fc_norm", "img_size")
+# Read in training, for the shape of arrays and their first values, or at other sizes of pictures.
+IGNORED = (
+    "mlp_ratio", "num_classes", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+    "attn_drop_rate", "drop_path_rate", "weight_init", "fix_init", "dynamic_img_size",
+    "dynamic_img_pad", "strict_img_size",
+)  # fmt: skip
 
 
 def entries(depth: int, pooling: str, *, head: bool) -> list[Entry]:
@@ -67,8 +92,10 @@ def pooling_of(state, config: dict, what) -> str:
     found = [pooling for pooling, name in NORMS.items() if f"{name}.weight" in state]
     if len(found) != 1:
         raise UserError(f"{what}: timm's ViT has either fc_norm or norm, this has {len(found)}")
-    usual = POOLS[found[0]]
-    told = (config.get("model_args") or {}).get("global_pool", config.get("global_pool", usual))
+    usual, args = POOLS[found[0]], _args(config, what)
+    # Where nothing tells the pooling, fc_norm alone says nothing of it: timm's default is "token".
+    unsaid = "token" if args.get("fc_norm") is not None else usual
+    told = args.get("global_pool", config.get("global_pool", unsaid))
     if told != usual:
         raise UserError(
             f"{what}: an encoder here cannot have {NORMS[found[0]]} with global_pool {told}, as "
@@ -77,9 +104,15 @@ def pooling_of(state, config: dict, what) -> str:
     return found[0]
 
 
+def _args(config: dict, what) -> dict:
+    """`model_args` of a config.json. Raises UserError."""
+    return group(config, "model_args", f"{what}: its config.json")
+
+
 def heads_of(config: dict, width: int, given: int | None, what) -> int:
     """From the caller, from model_args, or by the architecture's name."""
-    told = (config.get("model_args") or {}).get("num_heads")
+    told = _args(config, what).get("num_heads")
+    told = told and count(told, f"{what}: num_heads in its config.json")
     name = re.match(r"(?:vit|deit)_([a-z]+)_patch", config.get("architecture", ""))
     if not told and name and WORDS.get(name[1], (0, 0))[0] == width:
         told = WORDS[name[1]][1]
@@ -98,39 +131,66 @@ def model_of(state, config: dict, heads: int | None, what) -> Model:
     names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
     kernel, positions, hidden = needed(state, names, what)
     width, _, patch, _ = kernel.shape
-    told = config.get("model_args") or {}
-    odd = {n: told[n] for n, usual in FIXED.items() if n in told and told[n] != usual}
-    if odd:
-        raise UserError(f"{what}: an encoder here cannot have {odd}")
-    return encoder_model(
+    told, file = _args(config, what), f"{what}: model_args in its config.json"
+    refuse_unknown(told, {*FIXED, *CLAIMS, *TAKEN, *IGNORED}, file)
+    refuse_unusual(told, FIXED, file)
+    model = encoder_model(
         width=width,
         patch=patch,
         heads=heads_of(config, width, heads, what),
         depth=depth_of(state, "blocks.", what),
         mlp_width=len(hidden),
         image_size=image_side(positions.shape[1], patch, what),
-        activation=told.get("act_layer") or "gelu",
+        activation=_activation(told, file),
     )
+    claims = {
+        ours: (count(told[name], f"{file}: {name}"), f"{name} in its config.json")
+        for name, ours in CLAIMS.items()
+        if told.get(name) is not None
+    }
+    if told.get("img_size") is not None:
+        side = count(told["img_size"], f"{file}: img_size") // patch
+        claims["grid"] = (side, f"img_size // {patch} in its config.json")
+    check_claims(claims, vars(model) | {"grid": model.grid}, what)
+    return model
+
+
+def _activation(args: dict, file) -> str:
+    activation = args.get("act_layer") or "gelu"
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"{file}: act_layer {shown(activation)} is none of {', '.join(ACTIVATIONS)}"
+        )
+    return activation
 
 
 def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     """Weights from a state dict and the config.json beside its file."""
-    file = path.parent / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config, how, notes = beside(path)
     model, pooling = model_of(state, config, heads, path), pooling_of(state, config, path)
     classes = len(state["head.bias"]) if "head.bias" in state else 0
     table = entries(model.depth, pooling, head=classes > 0)
     params = layout.read(table, state, encoder_shapes(model, pooling, classes), what=str(path))
-    notes = (f"{path}: no JSON tells the preprocessing: ImageNet's is taken",)
-    how = preprocess_of(config)
-    notes = () if config.get("pretrained_cfg") else notes
     return Weights(model, params, pooling, str(path), how, notes=notes)
 
 
-def preprocess_of(config: dict) -> Preprocess:
-    """From a config.json; ImageNet's where it does not tell."""
-    told = config.get("pretrained_cfg") or {}
-    return Preprocess.of({name: told[name] for name in PREPROCESS if name in told})
+def beside(path: Path) -> tuple[dict, Preprocess, tuple[str, ...]]:
+    """(what config.json beside a file tells, its preprocessing, notes). Raises UserError.
+
+    What it does not tell of the preprocessing is timm's default.
+    """
+    file = path.parent / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    told = timm_preprocess(config, file)
+    channels = mean_std(told, "mean", "std", file)
+    rest = {name: told[name] for name in PREPROCESS[2:] if told.get(name) is not None}
+    for name, value in rest.items():
+        good = type(value) in (int, float) and value > 0 if name == "crop_pct" else value in WAYS
+        if not good:
+            raise UserError(f"{file}: {name} {shown(value)} is not known here")
+    unknown = [name for name in ("mean", "std") if name not in channels]
+    notes = assumed(path, unknown, "ImageNet's, timm's default,")
+    return config, Preprocess(**channels, **rest), notes
 
 
 def config_json(weights: Weights) -> dict:
