@@ -44,17 +44,21 @@ USUAL = {"num_channels": 3, "qkv_bias": True}
 # Of the whole file: code that the model brings along, and weights that are no plain numbers.
 ABSENT = {"auto_map": None, "quantization_config": None}
 IGNORED = (
-    "_attn_implementation", "_name_or_path", "_num_labels", "apply_layernorm", "architectures",
-    "attention_dropout", "attention_probs_dropout_prob", "drop_path_rate", "dtype",
-    "encoder_stride", "finetuning_task", "gradient_checkpointing", "hidden_dropout_prob",
-    "id2label", "initializer_factor", "initializer_range", "label2id", "layerscale_value",
-    "length_penalty", "logit_scale_init_value", "max_length", "mlp_ratio", "model_type",
-    "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "out_features",
-    "out_indices", "output_attentions", "output_hidden_states", "pooler_act", "pooler_output_size",
-    "problem_type", "projection_dim", "repetition_penalty", "reshape_hidden_states", "return_dict",
-    "stage_names", "temperature", "tie_word_embeddings", "top_k", "top_p", "torch_dtype",
-    "transformers_version", "typical_p", "use_cache", "use_mask_token", "use_swiglu_ffn",
-    "vision_use_head",
+    "_attn_implementation", "_name_or_path", "_num_labels", "add_cross_attention",
+    "apply_layernorm", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+    "chunk_size_feed_forward", "diversity_penalty", "do_sample", "drop_path_rate", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "encoder_stride", "finetuning_task",
+    "gradient_checkpointing", "hidden_dropout_prob", "id2label", "initializer_factor",
+    "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "layerscale_value",
+    "length_penalty", "logit_scale_init_value", "max_length", "min_length", "mlp_ratio",
+    "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+    "num_return_sequences", "out_features", "out_indices", "output_attentions",
+    "output_hidden_states", "output_scores", "pooler_act", "pooler_output_size", "problem_type",
+    "projection_dim", "remove_invalid_values", "repetition_penalty", "reshape_hidden_states",
+    "return_dict", "return_dict_in_generate", "stage_names", "temperature", "tf_legacy_loss",
+    "tie_encoder_decoder", "tie_word_embeddings", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "use_bfloat16", "use_cache", "use_mask_token",
+    "use_swiglu_ffn", "vision_use_head",
 )  # fmt: skip
 
 

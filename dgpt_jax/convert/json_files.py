@@ -9,8 +9,7 @@ from dgpt_jax.schema import Range, UserError, printable
 from dgpt_jax.sections import MEAN, STD
 
 LFS = b"version https://git-lfs"  # how the text begins that stands for a file in a git repository
-# Values that switch something off, or that state nothing.
-OFF = (None, False, 0, "", [], {})
+UNSAID = (None, "", [], {})  # values that state nothing
 
 
 def read_json(path: Path) -> dict:
@@ -89,8 +88,8 @@ def is_timm(content: Mapping) -> bool:
 
 
 def refuse_unknown(content: Mapping, known: Collection[str], file):
-    """Raises UserError where a key that is not known has a value other than one of OFF."""
-    odd = [key for key, value in content.items() if key not in known and value not in OFF]
+    """Raises UserError where a key that is not known has a value other than one of UNSAID."""
+    odd = [key for key, value in content.items() if key not in known and value not in UNSAID]
     if odd:
         told = ", ".join(f"{key} {shown(content[key])}" for key in odd)
         raise UserError(

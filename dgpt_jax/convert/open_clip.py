@@ -34,6 +34,7 @@ USUAL = {
 IGNORED = (
     "mlp_ratio", "patch_dropout", "pos_embed_type", "pool_type", "output_tokens", "image_seq_len",
     "attn_pooler_queries", "attn_pooler_heads", "timm_pool", "timm_proj",
+    "timm_model_pretrained", "timm_proj_bias", "timm_drop", "timm_drop_path", "timm_model_kwargs",
 )  # fmt: skip
 # Of the model, what the vision tower does not read.
 TEXT = (

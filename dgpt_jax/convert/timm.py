@@ -93,6 +93,10 @@ def pooling_of(state, config: dict, what) -> str:
     if len(found) != 1:
         raise UserError(f"{what}: timm's ViT has either fc_norm or norm, this has {len(found)}")
     usual, args = POOLS[found[0]], _args(config, what)
+    if args.get("fc_norm") not in (None, found[0] == "mean"):
+        raise UserError(
+            f"{what}: the arrays have {NORMS[found[0]]}, its config.json fc_norm {args['fc_norm']}"
+        )
     # Where nothing tells the pooling, fc_norm alone says nothing of it: timm's default is "token".
     unsaid = "token" if args.get("fc_norm") is not None else usual
     told = args.get("global_pool", config.get("global_pool", unsaid))

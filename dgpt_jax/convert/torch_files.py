@@ -62,7 +62,8 @@ def _load(path: Path):
         # The official D-iGPT files hold the program's arguments, a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are none of torch.save
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path, PyTorch looks at the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError,
         AttributeError, IndexError, AssertionError,

@@ -1,0 +1,298 @@
+"""JSON beside a teacher's weights: what is taken of it, and that the rest is refused by name."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgpt_jax import config, towers
+from dgpt_jax.convert import clip, dinov2, files, layout, teacher
+from dgpt_jax.schema import UserError, parse
+from tests.data import SIGLIP, TOWER, random_siglip, random_teacher
+
+HALF, ONE = (0.5,) * 3, (1.0,) * 3
+OTHER = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+LISTS = {name: list(value) for name, value in OTHER.items()}
+IMAGE = {f"image_{name}": value for name, value in LISTS.items()}
+DINOV2 = towers.Tower(
+    image_size=16, patch=4, width=32, depth=2, heads=2, mlp_width=64, out_width=None,
+    activation="gelu", eps=1e-6, **OTHER, pre_norm=False, patch_bias=True, layer_scale=True,
+)  # fmt: skip
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 4, "num_channels": 3,
+}  # fmt: skip
+CONFIGS = {
+    "clip": VISION
+    | {"model_type": "clip_vision_model", "intermediate_size": 64, "projection_dim": 24},
+    "siglip": VISION | {"model_type": "siglip_vision_model", "intermediate_size": 64},
+    "dinov2": VISION | {"model_type": "dinov2", "mlp_ratio": 2, "qkv_bias": True},
+}
+
+
+def hugging_face(directory, kind: str) -> dict:
+    """Writes a tower's random weights in one of Hugging Face's layouts; returns their arrays."""
+    tower, entries = {
+        "clip": (TOWER, clip.hf_entries(2)),
+        "dinov2": (DINOV2, dinov2.entries(2, registers=False, swiglu=False)),
+    }[kind]
+    params = jax.jit(towers.TeacherTower(tower).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    flat = {name: np.asarray(leaf) for name, leaf in layout.flatten(params["params"]).items()}
+    state = layout.write(entries, flat)
+    files.write_safetensors(directory / "model.safetensors", state, {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(CONFIGS[kind]))
+    return state
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """{layout: directory of weights with a JSON that tells all but mean and std}."""
+    root = tmp_path_factory.mktemp("published")
+    random_teacher(root / "open_clip")
+    path = root / "open_clip/open_clip_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"model_cfg": content["model_cfg"]}))
+    random_siglip(root / "siglip")
+    (root / "siglip/config.json").write_text(json.dumps(CONFIGS["siglip"]))
+    hugging_face(root / "clip", "clip")
+    hugging_face(root / "dinov2", "dinov2")
+    return root
+
+
+def directory(published, tmp_path, kind: str, changes: dict):
+    """A copy whose JSON files have other values; `changes`: {file: {"a.b": value}, or text}."""
+    for file in (published / kind).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name, change in changes.items():
+        path = tmp_path / name
+        if not isinstance(change, dict):
+            path.write_text(change)
+            continue
+        content = json.loads(path.read_text()) if path.exists() else {}
+        for key, value in change.items():
+            *groups, last = key.split(".")
+            place = content
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[last] = value
+        path.write_text(json.dumps(content))
+    return tmp_path
+
+
+OPEN, HF, PRE, PROCESSOR = (
+    "open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+CLIP_TOLD = {PRE: IMAGE}
+MODEL = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": {"head_width": 16, "width": 32}}
+TAKEN = [
+    ("open_clip", {OPEN: {f"preprocess_cfg.{n}": v for n, v in LISTS.items()}}, OTHER),
+    ("open_clip", {OPEN: {"preprocess_cfg.mean": 0.5, "preprocess_cfg.std": 1}},
+     {"mean": HALF, "std": ONE}),
+    ("open_clip", {PRE: IMAGE}, OTHER),
+    ("open_clip", {PRE: IMAGE, OPEN: json.dumps(MODEL)}, OTHER | {"heads": 2}),
+    ("open_clip", {OPEN: {"model_cfg.quick_gelu": False,
+                          "model_cfg.vision_cfg.act_kwargs": {"approximate": "tanh"},
+                          "model_cfg.vision_cfg.norm_kwargs": {"eps": 1e-6}}, PRE: IMAGE},
+     OTHER | {"activation": "gelu_tanh", "eps": 1e-6}),
+    ("open_clip", {OPEN: {"model_cfg.vision_cfg.pool_type": "avg",
+                          "model_cfg.vision_cfg.patch_dropout": 0.5}, PRE: IMAGE}, OTHER),
+    ("clip", {PRE: IMAGE}, OTHER),
+    ("clip", {PRE: {"image_mean": 0.5, "image_std": [0.5] * 3}}, {"mean": HALF, "std": HALF}),
+    ("clip", {PROCESSOR: {"image_processor": IMAGE}}, OTHER),
+    ("clip", {PROCESSOR: {"processor_class": "CLIPProcessor"}, PRE: IMAGE}, OTHER),
+    ("clip", {PRE: {"do_normalize": False}}, {"mean": (0.0,) * 3, "std": ONE}),
+    ("clip", CLIP_TOLD | {HF: {"layer_norm_eps": 1e-6, "hidden_act": "gelu_new"}},
+     {"eps": 1e-6, "activation": "gelu_tanh"}),
+    ("clip", CLIP_TOLD | {HF: json.dumps({"model_type": "clip", "vision_config": VISION})},
+     {"eps": 1e-5, "activation": "quick_gelu"}),
+    ("clip", CLIP_TOLD | {HF: {"image_size": [16, 16], "return_dict": True, "top_k": 50}}, OTHER),
+    ("siglip", {}, {"mean": HALF, "std": HALF}),
+    ("siglip", {PROCESSOR: {"image_processor": IMAGE}}, OTHER),
+    ("siglip", {HF: {"vision_use_head": False}}, {"activation": "gelu_tanh", "eps": 1e-6}),
+    ("dinov2", {PRE: IMAGE}, OTHER),
+    ("dinov2", {PRE: IMAGE, HF: {"layerscale_value": 1e-5, "apply_layernorm": True}}, OTHER),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "changes", "expected"), TAKEN)
+def test_taken(published, tmp_path, kind, changes, expected):
+    tower = teacher.load(str(directory(published, tmp_path, kind, changes))).tower
+    assert {name: getattr(tower, name) for name in expected} == expected
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+VISION_CFG = "model_cfg.vision_cfg"
+REFUSED = [
+    # Nothing tells mean and std.
+    ("open_clip", {}, "config.teacher.mean and config.teacher.std"),
+    ("open_clip", {OPEN: {"preprocess_cfg.mean": [0.1, 0.2, 0.3]}}, "set config.teacher.std"),
+    ("clip", {}, "config.teacher.mean and config.teacher.std"),
+    ("clip", {PRE: {"image_mean": None, "image_std": None}}, "set config.teacher.mean and"),
+    ("dinov2", {}, "config.teacher.mean and config.teacher.std"),
+    # Values that are no mean and std of pictures in [0, 1], or of two files.
+    *(
+        ("clip", {PRE: IMAGE | {key: value}}, f"{key} is ")
+        for key, value in [
+            ("image_mean", [123.675, 116.28, 103.53]), ("image_mean", [-0.1, 0, 0]),
+            ("image_mean", [0.1, 0.2]), ("image_mean", [0.1] * 4), ("image_mean", "half"),
+            ("image_mean", [0.1, 0.2, float("nan")]), ("image_mean", True),
+            ("image_std", [0, 0.5, 0.5]), ("image_std", 0), ("image_std", [58.4, 57.1, 57.4]),
+            ("image_std", [-0.5] * 3), ("image_std", [0.5, 0.5, None]),
+        ]
+    ),
+    ("clip", {PRE: IMAGE | {"rescale_factor": 1}}, "rescale_factor is 1"),
+    ("clip", {PRE: IMAGE | {"do_rescale": False}}, "do_rescale false"),
+    ("clip", {PRE: IMAGE | {"do_flip_channel_order": True}}, "do_flip_channel_order true"),
+    ("clip", {PRE: IMAGE, PROCESSOR: {"image_processor": {"image_mean": 0.5}}}, "says mean"),
+    ("open_clip", {PRE: IMAGE, OPEN: {"preprocess_cfg.mean": 0.5}}, "says mean"),
+    ("open_clip", {PRE: IMAGE, OPEN: {"preprocess_cfg.mode": "BGR"}}, 'mode "BGR"'),
+    # Keys that change what is computed.
+    *(
+        ("open_clip", {OPEN: {f"{VISION_CFG}.{key}": value}, PRE: IMAGE}, key)
+        for key, value in [
+            ("act_kwargs", {"approximate": "tanh"}),  # of QuickGELU
+            ("norm_kwargs", {"elementwise_affine": False}), ("norm_kwargs", {"eps": 2}),
+            ("no_ln_pre", True), ("ls_init_value", 1e-4), ("attentional_pool", True),
+            ("attentional_pool", "parallel"), ("final_ln_after_pool", True),
+            ("block_type", "custom"), ("qk_norm", True), ("scaled_cosine_attn", True),
+            ("scale_heads", True), ("scale_attn_inner", True), ("scale_attn", True),
+            ("scale_fc", True), ("timm_model_name", "vit_b"), ("rope", True),
+            ("bias", False),
+            ("width", 48), ("layers", 3), ("layers", [3, 4, 6, 3]), ("patch_size", 8),
+            ("head_width", 0.5), ("head_width", "16"), ("image_size", 32),
+        ]
+    ),
+    ("open_clip", {OPEN: {"model_cfg.embed_dim": 512}, PRE: IMAGE}, "embed_dim"),
+    ("open_clip", {OPEN: {"model_cfg.vision_act": "relu"}, PRE: IMAGE}, "vision_act"),
+    ("open_clip", {OPEN: {"model_cfg.quick_gelu": False,
+                          f"{VISION_CFG}.act_kwargs": {"inplace": True}}, PRE: IMAGE},
+     "act_kwargs"),
+    *(
+        ("clip", {HF: {key: value}, PRE: IMAGE}, key)
+        for key, value in [
+            ("hidden_act", "relu"), ("hidden_act", "gelu_10"), ("layer_norm_eps", 0),
+            ("layer_norm_eps", "1e-5"), ("num_attention_heads", "two"), ("num_attention_heads", 0),
+            ("num_channels", 4), ("hidden_size", 64), ("num_hidden_layers", 12),
+            ("intermediate_size", 128), ("projection_dim", 512), ("patch_size", 8),
+            ("patch_size", [4, 8]), ("image_size", 32), ("image_size", [16, 32]),
+            ("pruned_heads", {"0": [1]}), ("quantization_config", {"bits": 8}),
+            ("auto_map", {"AutoModel": "a.B"}), ("rope_theta", 100.0), ("model_type", "siglip"),
+            ("attention_bias", False), ("use_cls_token", 0),
+        ]
+    ),
+    ("siglip", {HF: {"hidden_act": "gelu_10"}}, "hidden_act"),
+    ("siglip", {HF: {"model_type": "siglip2_vision_model"}}, "model_type"),
+    ("dinov2", {HF: {"qkv_bias": False}, PRE: IMAGE}, "qkv_bias"),
+    ("dinov2", {HF: {"num_register_tokens": 4}, PRE: IMAGE}, "num_register_tokens"),
+    ("dinov2", {HF: {"key_bias": False, "use_gated_attention": True}, PRE: IMAGE}, "use_gated"),
+    # Files that are no JSON object.
+    *(
+        (kind, {name: text} | ({PRE: IMAGE} if name != PRE else {}), message)
+        for kind, name in [("open_clip", OPEN), ("clip", HF), ("clip", PRE), ("siglip", PROCESSOR)]
+        for text, message in [
+            ("", "is empty"), ("{", "is no JSON"), ("[1, 2]", "holds a JSON list"),
+            ("7", "holds a JSON int"), (POINTER, "git lfs pull"), ("[" * 99999, "is no JSON"),
+            ("<!DOCTYPE html>\x1b[1m", "is no JSON"), ("\x1b[31m{", "is no JSON"),
+        ]
+    ),
+    ("open_clip", {OPEN: json.dumps({"model_cfg": [1]})}, "model_cfg is [1], an object"),
+    ("open_clip", {OPEN: "{}"}, "has no vision_cfg"),
+    ("clip", {PROCESSOR: {"image_processor": "x"}}, "image_processor is \"x\", an object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), REFUSED)
+def test_refused(published, tmp_path, kind, changes, message):
+    path = directory(published, tmp_path, kind, changes)
+    with pytest.raises(UserError) as refused:
+        teacher.load(str(path))
+    line = str(refused.value)
+    assert message in line and line.isprintable(), line
+    assert str(path) in line
+
+
+def test_bytes_that_are_no_text(published, tmp_path):
+    path = directory(published, tmp_path, "clip", {PRE: IMAGE})
+    (path / HF).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="config.json is no JSON"):
+        teacher.load(str(path))
+
+
+GIVEN = [
+    ("open_clip", {}, OTHER, OTHER),
+    ("open_clip", {PRE: {"image_mean": LISTS["mean"]}}, {"std": HALF}, {"std": HALF}),
+    ("siglip", {}, OTHER, OTHER),
+    ("clip", {PRE: IMAGE}, OTHER, OTHER),
+    ("clip", {PRE: IMAGE}, {"mean": HALF}, "config.teacher.mean is (0.5, 0.5, 0.5), the weights"),
+    ("clip", {PRE: IMAGE, HF: {"image_size": 32}}, {"image_size": 32}, {"image_size": 32}),
+    ("clip", {PRE: IMAGE, HF: {"image_size": 32}}, {"image_size": 16}, {"image_size": 16}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "given", "expected"), GIVEN)
+def test_given_by_the_config(published, tmp_path, kind, changes, given, expected):
+    path = directory(published, tmp_path, kind, changes)
+    settings = parse(config.Teacher, {"weights": str(path)} | given)
+    if isinstance(expected, str):
+        with pytest.raises(UserError) as refused:
+            teacher.load_configured(settings)
+        assert expected in str(refused.value)
+        return
+    tower = teacher.load_configured(settings).tower
+    assert {name: getattr(tower, name) for name in expected} == expected
+
+
+def test_the_layouts_own_values_are_said(published, tmp_path):
+    notes = teacher.load(str(directory(published, tmp_path, "siglip", {}))).notes
+    assert [note.split(" tells ")[1] for note in notes] == [
+        f"{name}: that of its layout is taken, (0.5, 0.5, 0.5)" for name in ("mean", "std")
+    ]
+    assert teacher.load(str(tmp_path), **OTHER).notes == ()
+    assert teacher.load(str(tmp_path)).tower == SIGLIP
+
+
+def test_openais_own_file_is_described_by_its_code(published, tmp_path):
+    """`torch.jit.load("ViT-B-32.pt").state_dict()`: heads of 64 channels, QuickGELU, one mean."""
+    tower = towers.Tower(
+        image_size=16, patch=4, width=128, depth=1, heads=2, mlp_width=64, out_width=24,
+        activation="quick_gelu",
+    )  # fmt: skip
+    random_teacher(tmp_path / "a", tower=tower)
+    state = files.read_state(tmp_path / "a/open_clip_model.safetensors")
+    for name in clip.OPENAI:
+        state[name] = np.ones((), np.float32)
+    path = tmp_path / "ViT.safetensors"
+    files.write_safetensors(path, state, {})
+    assert teacher.load(str(path)).tower == tower
+    with pytest.raises(UserError, match="config.teacher.mean is"):
+        teacher.load(str(path), mean=HALF)
+    files.write_safetensors(path, {n: x for n, x in state.items() if n != clip.OPENAI[0]}, {})
+    with pytest.raises(UserError, match="does not tell heads and activation"):
+        teacher.load(str(path))
+
+
+def test_a_models_json_under_its_own_name(published, tmp_path):
+    """open_clip/model_configs/ViT-B-16.json beside the weights; of two none is chosen."""
+    path = directory(published, tmp_path, "open_clip", {PRE: IMAGE})
+    (path / OPEN).unlink()
+    (path / "ViT-B-16.json").write_text(json.dumps(MODEL))
+    assert teacher.load(str(path)).tower.heads == 2
+    (path / "ViT-L-14.json").write_text(json.dumps(MODEL))
+    with pytest.raises(UserError, match="ViT-B-16.json and .*ViT-L-14.json each describe"):
+        teacher.load(str(path))
+
+
+def test_timms_weights_beside_open_clips(published, tmp_path):
+    """As timm's repositories hold them; config.json is timm's, and tells mean and std too."""
+    path = directory(published, tmp_path, "open_clip", {})
+    random = {"patch_embed.proj.weight": np.zeros((32, 3, 4, 4), np.float32)}
+    files.write_safetensors(path / "model.safetensors", random, {})
+    timm = {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": LISTS}
+    (path / HF).write_text(json.dumps(timm))
+    found = teacher.load(str(path)).tower
+    assert {name: getattr(found, name) for name in OTHER} == OTHER and found.heads == 2
+    (path / OPEN).unlink()
+    with pytest.raises(UserError, match="does not tell heads and activation"):  # timm's is no CLIP
+        teacher.load(str(path / "open_clip_model.safetensors"))
