@@ -156,7 +156,10 @@ class Data:
 @dataclass(frozen=True)
 class Teacher:
     weights: str = entry(
-        "", "its weights: .safetensors, .pt, .pth, .bin or a directory with them", path=True
+        "",
+        "its weights: .safetensors, .pt, .pth, .bin, .ckpt (FILE#KEY: one of several state dicts), "
+        "or a directory with them",
+        path=True,
     )
     image_size: int | None = entry(
         None, "input size in pixels; default: the JSON's or the weights'", COUNT

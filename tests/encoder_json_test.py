@@ -167,6 +167,19 @@ def test_hugging_faces_defaults_are_said(tmp_path, changes, said):
     assert [note.split(" its ")[1].split(":")[0] for note in found.notes] == said
 
 
+def test_arrays_and_metadata_of_no_use(tmp_path):
+    path = tmp_path / "a.safetensors"
+    state = layout.write(timm.LAYOUT.table(random_weights()), random_weights().params)
+    flat = {"patch_embed.proj.weight": state["patch_embed.proj.weight"].reshape(24, -1)}
+    files.write_safetensors(path, state | flat, {})
+    with pytest.raises(UserError, match="is no weights of layout timm: ValueError not enough"):
+        formats.read(path, heads=3)
+    for text in ("{", "[]", '{"format": "x"}', '{"format": 1}'):
+        files.write_safetensors(path, state, {"dgpt_jax": text})
+        with pytest.raises(UserError, match="is no weights of layout safetensors"):
+            formats.read(path)
+
+
 def test_a_change_of_one_value_is_read_back(tmp_path):
     """What is written is read as it was, so that no check here is in the way of an export."""
     for number, how in enumerate([SQUASH, dataclasses.replace(SQUASH, **OTHER)]):

@@ -213,6 +213,24 @@ def test_refused(published, tmp_path, kind, changes, message):
     assert str(path) in line
 
 
+@pytest.mark.parametrize(("kind", "name"), [
+    ("open_clip", "visual.conv1.weight"), ("open_clip", "visual.class_embedding"),
+    ("clip", "vision_model.embeddings.position_embedding.weight"),
+    ("siglip", "encoder.layers.0.mlp.fc1.bias"), ("dinov2", "embeddings.position_embeddings"),
+])  # fmt: skip
+def test_arrays_of_other_ranks(published, tmp_path, kind, name):
+    path = directory(published, tmp_path, kind, {PRE: IMAGE})
+    (file,) = path.glob("*.safetensors")
+    state = files.read_state(file)
+    for shape in ((), (state[name].size,), (1, 2, 3, 4, 5)):
+        files.write_safetensors(file, state | {name: np.zeros(shape, np.float32)}, {})
+        if shape == state[name].shape:
+            continue
+        with pytest.raises(UserError) as refused:
+            teacher.load(str(path))
+        assert str(refused.value).isprintable()
+
+
 def test_bytes_that_are_no_text(published, tmp_path):
     path = directory(published, tmp_path, "clip", {PRE: IMAGE})
     (path / HF).write_bytes(b"\xff\xfe\x00")

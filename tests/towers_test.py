@@ -62,6 +62,28 @@ def test_clip(transformers, tmp_path, activation):
     same(teacher.load(str(tmp_path), **CLIP), images, expected)
 
 
+@pytest.mark.parametrize("kind", ["MetaClip2", "ChineseCLIP"])
+def test_models_of_clips_kind(transformers, tmp_path, kind):
+    """Whole models whose vision tower, and what its config leaves out, is CLIP's."""
+    torch = pytest.importorskip("torch")
+    vision = dict(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=12,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision, text_config=text, projection_dim=20
+    )
+    model = parity.randomise(getattr(transformers, f"{kind}Model")(config))
+    model.save_pretrained(tmp_path)
+    images = parity.images(5, 32)
+    hidden = torch.tensor(parity.hidden_state(model.vision_model, images))
+    with torch.no_grad():
+        normed = model.vision_model.post_layernorm(hidden)
+        expected = model.visual_projection(normed).numpy()
+    same(teacher.load(str(tmp_path), **CLIP), images, expected)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_siglip(transformers, tmp_path, whole):
     """36 pixels are four patches of 8 and a rest, as 384 are 27 of 14."""

@@ -16,7 +16,8 @@ from dgpt_jax.schema import UserError
 from dgpt_jax.towers import CLIP_MEAN, CLIP_STD, Tower
 
 # `model_type` of Hugging Face's models of these names, and the eps that their configs leave out.
-TYPES = {"clip": 1e-5, "clip_vision_model": 1e-5}
+KINDS = ("clip", "metaclip_2", "chinese_clip")
+TYPES = {f"{kind}{part}": 1e-5 for kind in KINDS for part in ("", "_vision_model")}
 # Numbers beside the arrays of OpenAI's own files, which no other program saves. `clip/model.py`
 # there has heads of 64 channels and QuickGELU, `clip/clip.py` one mean and std for all models.
 OPENAI = ("input_resolution", "context_length", "vocab_size")

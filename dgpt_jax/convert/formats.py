@@ -60,7 +60,7 @@ def read(
         given["parts"] = ENCODER_PARTS
     try:
         found = layout.read(state, file, **given)
-    except (AttributeError, IndexError, KeyError, TypeError) as e:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         # Sizes are taken from arrays and JSON before the table is compared with them.
         raise UserError(
             f"{path} is no weights of layout {layout.name}: {type(e).__name__} {e}"

@@ -53,10 +53,14 @@ def load(
     that are not known, missing or unknown arrays, unknown or contradicting settings.
     """
     state, path, notes = files.read(_find(Path(weights)))
-    source = _source(state, path)
     given = {"heads": heads, "activation": activation, "mean": mean, "std": std}
     given = {name: value for name, value in given.items() if value is not None}
-    tower = _tower(source, given, path, image_size)
+    try:
+        source = _source(state, path)
+        tower = _tower(source, given, path, image_size)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        # Sizes are taken from arrays before their table is compared with them.
+        raise UserError(f"{path} is no teacher's weights: {type(e).__name__} {e}") from e
     usual = [name for name in ("mean", "std") if name not in {**source.told, **given}]
     notes += tuple(
         f"{path}: no JSON beside it tells {name}: that of its layout is taken, "
@@ -154,8 +158,6 @@ def _tower(source: Source, given: Mapping, path: Path, asked: int | None) -> Tow
     if missing:
         raise UserError(f"{path}: missing {', '.join(missing)}")
     kernel, positions, hidden, *proj = (source.state[name] for name in needed)
-    if kernel.ndim != 4 or positions.ndim < 2 or hidden.ndim != 1:
-        raise UserError(f"{path}: {', '.join(needed)} are of no such tower's shapes")
     width, _, patch, _ = kernel.shape
     out_axis = 0 if proj and table["proj/kernel"].kind == "linear" else 1
     side = round((positions.shape[-2] - settings.get("cls", True)) ** 0.5)
@@ -218,8 +220,9 @@ def _settings(source: Source, given: Mapping, path: Path) -> dict:
     if unknown:
         raise UserError(
             f"{path}: neither the weights nor JSON beside them tell {' and '.join(unknown)} of the "
-            f"pictures: put the {' or '.join(normalisation.READERS)} that came with the weights "
-            f"beside them, or set {' and '.join(f'config.teacher.{name}' for name in unknown)} "
-            f"(OpenAI's CLIP has mean {CLIP_MEAN}, std {CLIP_STD})"
+            f"pictures: put the JSON that came with the weights (preprocessor_config.json, "
+            f"open_clip_config.json) beside them, or set "
+            f"{' and '.join(f'config.teacher.{name}' for name in unknown)} (OpenAI's CLIP has mean "
+            f"{CLIP_MEAN}, std {CLIP_STD})"
         )
     return settings
