@@ -10,7 +10,7 @@ import pytest
 from dgpt_jax.convert import digpt, files, formats, layout, timm
 from dgpt_jax.convert.weights import Preprocess
 from dgpt_jax.schema import UserError
-from tests.conversions import HALF, SQUASH, pretrained, random_weights
+from tests.conversions import HALF, SQUASH, change_json, pretrained, random_weights
 
 CONFIG, PRE, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 LISTS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
@@ -19,25 +19,10 @@ IMAGENET = {"mean": Preprocess().mean, "std": Preprocess().std}
 
 
 def directory(path, kind: str, changes: dict):
-    """random_weights in a layout; `changes`: {file: {"a.b": value}, text, or None: removed}."""
+    """random_weights in a layout, its JSON files changed."""
     path.mkdir()
     formats.LAYOUTS[kind].save(random_weights("cls"), path)
-    for name, change in changes.items():
-        file = path / name
-        if change is None:
-            file.unlink()
-        elif isinstance(change, str):
-            file.write_text(change)
-        else:
-            content = json.loads(file.read_text()) if file.exists() else {}
-            for key, value in change.items():
-                *groups, last = key.split(".")
-                place = content
-                for group in groups:
-                    place = place.setdefault(group, {})
-                place[last] = value
-            file.write_text(json.dumps(content))
-    return path
+    return change_json(path, changes)
 
 
 TAKEN = [

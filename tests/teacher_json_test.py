@@ -1,84 +1,29 @@
 """JSON beside a teacher's weights: what is taken of it, and that the rest is refused by name."""
 
+import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dgpt_jax import config, towers
-from dgpt_jax.convert import clip, dinov2, files, layout, teacher
+from dgpt_jax.convert import clip, files, teacher
 from dgpt_jax.schema import UserError, parse
-from tests.data import SIGLIP, TOWER, random_siglip, random_teacher
+from tests.data import SIGLIP, TOWER, random_teacher
+from tests.published import VISION, changed, write_all
 
 HALF, ONE = (0.5,) * 3, (1.0,) * 3
 OTHER = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 LISTS = {name: list(value) for name, value in OTHER.items()}
 IMAGE = {f"image_{name}": value for name, value in LISTS.items()}
-DINOV2 = towers.Tower(
-    image_size=16, patch=4, width=32, depth=2, heads=2, mlp_width=64, out_width=None,
-    activation="gelu", eps=1e-6, **OTHER, pre_norm=False, patch_bias=True, layer_scale=True,
-)  # fmt: skip
-VISION = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
-    "patch_size": 4, "num_channels": 3,
-}  # fmt: skip
-CONFIGS = {
-    "clip": VISION
-    | {"model_type": "clip_vision_model", "intermediate_size": 64, "projection_dim": 24},
-    "siglip": VISION | {"model_type": "siglip_vision_model", "intermediate_size": 64},
-    "dinov2": VISION | {"model_type": "dinov2", "mlp_ratio": 2, "qkv_bias": True},
-}
-
-
-def hugging_face(directory, kind: str) -> dict:
-    """Writes a tower's random weights in one of Hugging Face's layouts; returns their arrays."""
-    tower, entries = {
-        "clip": (TOWER, clip.hf_entries(2)),
-        "dinov2": (DINOV2, dinov2.entries(2, registers=False, swiglu=False)),
-    }[kind]
-    params = jax.jit(towers.TeacherTower(tower).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    flat = {name: np.asarray(leaf) for name, leaf in layout.flatten(params["params"]).items()}
-    state = layout.write(entries, flat)
-    files.write_safetensors(directory / "model.safetensors", state, {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(CONFIGS[kind]))
-    return state
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """{layout: directory of weights with a JSON that tells all but mean and std}."""
     root = tmp_path_factory.mktemp("published")
-    random_teacher(root / "open_clip")
-    path = root / "open_clip/open_clip_config.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({"model_cfg": content["model_cfg"]}))
-    random_siglip(root / "siglip")
-    (root / "siglip/config.json").write_text(json.dumps(CONFIGS["siglip"]))
-    hugging_face(root / "clip", "clip")
-    hugging_face(root / "dinov2", "dinov2")
+    write_all(root)
     return root
-
-
-def directory(published, tmp_path, kind: str, changes: dict):
-    """A copy whose JSON files have other values; `changes`: {file: {"a.b": value}, or text}."""
-    for file in (published / kind).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    for name, change in changes.items():
-        path = tmp_path / name
-        if not isinstance(change, dict):
-            path.write_text(change)
-            continue
-        content = json.loads(path.read_text()) if path.exists() else {}
-        for key, value in change.items():
-            *groups, last = key.split(".")
-            place = content
-            for group in groups:
-                place = place.setdefault(group, {})
-            place[last] = value
-        path.write_text(json.dumps(content))
-    return tmp_path
 
 
 OPEN, HF, PRE, PROCESSOR = (
@@ -86,6 +31,21 @@ OPEN, HF, PRE, PROCESSOR = (
 )  # fmt: skip
 CLIP_TOLD = {PRE: IMAGE}
 MODEL = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": {"head_width": 16, "width": 32}}
+# Of a CLIPVisionConfig as transformers 4.16 wrote it, what is neither null nor empty.
+OLDER = {
+    "add_cross_attention": False, "attention_dropout": 0.0, "chunk_size_feed_forward": 0,
+    "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0, "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0, "id2label": {"0": "LABEL_0"}, "is_decoder": False,
+    "is_encoder_decoder": False, "length_penalty": 1.0, "max_length": 20, "min_length": 0,
+    "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1,
+    "output_attentions": False, "output_hidden_states": False, "output_scores": False,
+    "remove_invalid_values": False, "repetition_penalty": 1.0, "return_dict": True,
+    "return_dict_in_generate": False, "temperature": 1.0, "tf_legacy_loss": False,
+    "tie_encoder_decoder": False, "tie_word_embeddings": True, "top_k": 50, "top_p": 1.0,
+    "torchscript": False, "typical_p": 1.0, "use_bfloat16": False, "bos_token_id": 0,
+    "_attn_implementation_autoset": True, "transformers_version": "4.16.0.dev0",
+}  # fmt: skip
+WHOLE = {"model_type": "clip", "projection_dim": 24, "vision_config": VISION | OLDER}
 TAKEN = [
     ("open_clip", {OPEN: {f"preprocess_cfg.{n}": v for n, v in LISTS.items()}}, OTHER),
     ("open_clip", {OPEN: {"preprocess_cfg.mean": 0.5, "preprocess_cfg.std": 1}},
@@ -107,6 +67,10 @@ TAKEN = [
      {"eps": 1e-6, "activation": "gelu_tanh"}),
     ("clip", CLIP_TOLD | {HF: json.dumps({"model_type": "clip", "vision_config": VISION})},
      {"eps": 1e-5, "activation": "quick_gelu"}),
+    ("clip", CLIP_TOLD | {HF: json.dumps(WHOLE)}, {"activation": "quick_gelu", "heads": 2}),
+    ("clip", CLIP_TOLD | {HF: json.dumps(WHOLE | {"vision_config_dict": {
+        "num_attention_heads": 2, "hidden_act": "gelu", "hidden_size": 32}})},
+     {"activation": "gelu", "heads": 2}),
     ("clip", CLIP_TOLD | {HF: {"image_size": [16, 16], "return_dict": True, "top_k": 50}}, OTHER),
     ("siglip", {}, {"mean": HALF, "std": HALF}),
     ("siglip", {PROCESSOR: {"image_processor": IMAGE}}, OTHER),
@@ -118,7 +82,7 @@ TAKEN = [
 
 @pytest.mark.parametrize(("kind", "changes", "expected"), TAKEN)
 def test_taken(published, tmp_path, kind, changes, expected):
-    tower = teacher.load(str(directory(published, tmp_path, kind, changes))).tower
+    tower = teacher.load(str(changed(published, tmp_path, kind, changes))).tower
     assert {name: getattr(tower, name) for name in expected} == expected
 
 
@@ -161,7 +125,7 @@ REFUSED = [
             ("scale_fc", True), ("timm_model_name", "vit_b"), ("rope", True),
             ("bias", False),
             ("width", 48), ("layers", 3), ("layers", [3, 4, 6, 3]), ("patch_size", 8),
-            ("head_width", 0.5), ("head_width", "16"), ("image_size", 32),
+            ("head_width", 0.5), ("head_width", "16"), ("head_width", 64), ("image_size", 32),
         ]
     ),
     ("open_clip", {OPEN: {"model_cfg.embed_dim": 512}, PRE: IMAGE}, "embed_dim"),
@@ -182,6 +146,8 @@ REFUSED = [
             ("attention_bias", False), ("use_cls_token", 0),
         ]
     ),
+    ("clip", {PRE: IMAGE, HF: json.dumps(WHOLE | {"vision_config_dict": {"patch_size": 4}})},
+     "vision_config has num_attention_heads 2, vision_config_dict 12"),
     ("siglip", {HF: {"hidden_act": "gelu_10"}}, "hidden_act"),
     ("siglip", {HF: {"model_type": "siglip2_vision_model"}}, "model_type"),
     ("dinov2", {HF: {"qkv_bias": False}, PRE: IMAGE}, "qkv_bias"),
@@ -205,7 +171,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("kind", "changes", "message"), REFUSED)
 def test_refused(published, tmp_path, kind, changes, message):
-    path = directory(published, tmp_path, kind, changes)
+    path = changed(published, tmp_path, kind, changes)
     with pytest.raises(UserError) as refused:
         teacher.load(str(path))
     line = str(refused.value)
@@ -219,7 +185,7 @@ def test_refused(published, tmp_path, kind, changes, message):
     ("siglip", "encoder.layers.0.mlp.fc1.bias"), ("dinov2", "embeddings.position_embeddings"),
 ])  # fmt: skip
 def test_arrays_of_other_ranks(published, tmp_path, kind, name):
-    path = directory(published, tmp_path, kind, {PRE: IMAGE})
+    path = changed(published, tmp_path, kind, {PRE: IMAGE})
     (file,) = path.glob("*.safetensors")
     state = files.read_state(file)
     for shape in ((), (state[name].size,), (1, 2, 3, 4, 5)):
@@ -232,7 +198,7 @@ def test_arrays_of_other_ranks(published, tmp_path, kind, name):
 
 
 def test_bytes_that_are_no_text(published, tmp_path):
-    path = directory(published, tmp_path, "clip", {PRE: IMAGE})
+    path = changed(published, tmp_path, "clip", {PRE: IMAGE})
     (path / HF).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="config.json is no JSON"):
         teacher.load(str(path))
@@ -251,7 +217,7 @@ GIVEN = [
 
 @pytest.mark.parametrize(("kind", "changes", "given", "expected"), GIVEN)
 def test_given_by_the_config(published, tmp_path, kind, changes, given, expected):
-    path = directory(published, tmp_path, kind, changes)
+    path = changed(published, tmp_path, kind, changes)
     settings = parse(config.Teacher, {"weights": str(path)} | given)
     if isinstance(expected, str):
         with pytest.raises(UserError) as refused:
@@ -262,8 +228,14 @@ def test_given_by_the_config(published, tmp_path, kind, changes, given, expected
     assert {name: getattr(tower, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("changes", [{"activation": "gelu_tanh"}, {"eps": 1e-6}, {"eps": 1e-3}])
+def test_what_is_saved_is_read_back(tmp_path, changes):
+    tower = dataclasses.replace(TOWER, **OTHER, **changes)
+    assert teacher.load(str(random_teacher(tmp_path, tower=tower))).tower == tower
+
+
 def test_the_layouts_own_values_are_said(published, tmp_path):
-    notes = teacher.load(str(directory(published, tmp_path, "siglip", {}))).notes
+    notes = teacher.load(str(changed(published, tmp_path, "siglip", {}))).notes
     assert [note.split(" tells ")[1] for note in notes] == [
         f"{name}: that of its layout is taken, (0.5, 0.5, 0.5)" for name in ("mean", "std")
     ]
@@ -293,7 +265,7 @@ def test_openais_own_file_is_described_by_its_code(published, tmp_path):
 
 def test_a_models_json_under_its_own_name(published, tmp_path):
     """open_clip/model_configs/ViT-B-16.json beside the weights; of two none is chosen."""
-    path = directory(published, tmp_path, "open_clip", {PRE: IMAGE})
+    path = changed(published, tmp_path, "open_clip", {PRE: IMAGE})
     (path / OPEN).unlink()
     (path / "ViT-B-16.json").write_text(json.dumps(MODEL))
     assert teacher.load(str(path)).tower.heads == 2
@@ -304,7 +276,7 @@ def test_a_models_json_under_its_own_name(published, tmp_path):
 
 def test_timms_weights_beside_open_clips(published, tmp_path):
     """As timm's repositories hold them; config.json is timm's, and tells mean and std too."""
-    path = directory(published, tmp_path, "open_clip", {})
+    path = changed(published, tmp_path, "open_clip", {})
     random = {"patch_embed.proj.weight": np.zeros((32, 3, 4, 4), np.float32)}
     files.write_safetensors(path / "model.safetensors", random, {})
     timm = {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": LISTS}

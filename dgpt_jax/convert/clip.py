@@ -85,7 +85,13 @@ def _of_open_clip(directory: Path, width: int) -> tuple[dict, dict]:
     """`told` and `claims` of OpenCLIP's JSON; both empty where there is none."""
     told, claims = open_clip.config(directory)
     if told:
-        told["heads"] = max(1, width // told.pop("head_width"))
+        head_width = told.pop("head_width")
+        told["heads"] = width // head_width
+        if head_width > width:
+            raise UserError(
+                f"{directory}: OpenCLIP's JSON has head_width {head_width}, the arrays "
+                f"width {width}"
+            )
     return told, claims
 
 
@@ -129,6 +135,10 @@ def save(directory, params, tower: Tower):
         "patch_size": tower.patch,
         "mlp_ratio": tower.mlp_width / tower.width,
     }
+    if tower.activation == "gelu_tanh":
+        vision["act_kwargs"] = {"approximate": "tanh"}
+    if tower.eps != 1e-5:
+        vision["norm_kwargs"] = {"eps": tower.eps}
     config = {
         "model_cfg": {
             "embed_dim": tower.out_width,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dgpt_jax.config import Model
-from dgpt_jax.convert import dinov2, layout, timm
+from dgpt_jax.convert import dinov2, layout, timm, timm_json
 from dgpt_jax.convert.json_files import check_claims
 from dgpt_jax.convert.layout import Entry
 from dgpt_jax.convert.weights import (
@@ -63,7 +63,7 @@ def read_own(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     odd = [what for what, word in ODD.items() if any(word in name for name in state)]
     if odd:
         raise UserError(f"{path}: an encoder here cannot have the {odd[0]} of this DINOv2")
-    config, how, notes = timm.beside(path)
+    config, how, notes = timm_json.beside(path)
     timm.pooling_of(state, config, path)
     told = {n: v for n, v in (config.get("model_args") or {}).items() if n != "init_values"}
     heads = heads or HEADS.get(state["patch_embed.proj.weight"].shape[0])

@@ -2,7 +2,7 @@
 
 A model of a known `model_type` reads few keys: those of TAKEN and CLAIMS, and those of USUAL, which
 have one value here. IGNORED are attributes that every config has, and what only training, the
-text tower or a head reads.
+text tower or a head reads; names that begin with _ are the library's own.
 """
 
 from collections.abc import Mapping
@@ -44,21 +44,21 @@ USUAL = {"num_channels": 3, "qkv_bias": True}
 # Of the whole file: code that the model brings along, and weights that are no plain numbers.
 ABSENT = {"auto_map": None, "quantization_config": None}
 IGNORED = (
-    "_attn_implementation", "_name_or_path", "_num_labels", "add_cross_attention",
-    "apply_layernorm", "architectures", "attention_dropout", "attention_probs_dropout_prob",
-    "chunk_size_feed_forward", "diversity_penalty", "do_sample", "drop_path_rate", "dtype",
-    "early_stopping", "encoder_no_repeat_ngram_size", "encoder_stride", "finetuning_task",
-    "gradient_checkpointing", "hidden_dropout_prob", "id2label", "initializer_factor",
-    "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "layerscale_value",
-    "length_penalty", "logit_scale_init_value", "max_length", "min_length", "mlp_ratio",
-    "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+    "add_cross_attention", "apply_layernorm", "architectures", "attention_dropout",
+    "attention_probs_dropout_prob", "attn_implementation", "bos_token_id",
+    "chunk_size_feed_forward", "diversity_penalty", "do_sample", "drop_path_rate", "dropout",
+    "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_stride", "eos_token_id",
+    "finetuning_task", "gradient_checkpointing", "hidden_dropout_prob", "id2label",
+    "initializer_factor", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
+    "layerscale_value", "length_penalty", "logit_scale_init_value", "max_length", "min_length",
+    "mlp_ratio", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
     "num_return_sequences", "out_features", "out_indices", "output_attentions",
-    "output_hidden_states", "output_scores", "pooler_act", "pooler_output_size", "problem_type",
-    "projection_dim", "remove_invalid_values", "repetition_penalty", "reshape_hidden_states",
-    "return_dict", "return_dict_in_generate", "stage_names", "temperature", "tf_legacy_loss",
-    "tie_encoder_decoder", "tie_word_embeddings", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers_version", "typical_p", "use_bfloat16", "use_cache", "use_mask_token",
-    "use_swiglu_ffn", "vision_use_head",
+    "output_hidden_states", "output_scores", "pad_token_id", "pooler_act", "pooler_output_size",
+    "problem_type", "projection_dim", "remove_invalid_values", "repetition_penalty",
+    "reshape_hidden_states", "return_dict", "return_dict_in_generate", "sep_token_id",
+    "stage_names", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings",
+    "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
+    "use_bfloat16", "use_cache", "use_mask_token", "use_swiglu_ffn", "vision_use_head",
 )  # fmt: skip
 
 
@@ -73,28 +73,47 @@ def config(directory: Path, types: Mapping[str, float], *, activation: str) -> t
     content = read_json(file) if file.is_file() else {}
     if not content or is_timm(content):
         return {}, {}
-    vision = {**group(content, "vision_config", file), **group(content, "vision_config_dict", file)}
-    usual = next(iter(types))
-    kinds = [part.get("model_type", usual) for part in (content, vision)]
+    vision = group(content, "vision_config", file)
+    kinds = [part.get("model_type", next(iter(types))) for part in (content, vision)]
     if other := next((kind for kind in kinds if kind not in types), None):
         raise UserError(
             f"{file}: model_type {shown(other)} is none of {', '.join(types)}, whose names these "
             f"arrays have"
         )
     refuse_unusual(content, ABSENT, file)
-    claims, vision = {}, vision or content
+    eps = types[kinds[1] if "model_type" in vision else kinds[0]]
+    defaults = {"num_attention_heads": 12, "hidden_act": activation, "layer_norm_eps": eps}
+    claims, vision = {}, _vision(content, defaults, file)
     width = content.get("projection_dim")
     if width is not None and "clip" in types:
         claims["out_width"] = (width, f"projection_dim in {file}")
-    refuse_unknown(vision, {*TAKEN, *CLAIMS, *USUAL, *IGNORED}, file)
+    own = {name for name in vision if name.startswith("_")}
+    refuse_unknown(vision, {*TAKEN, *CLAIMS, *USUAL, *IGNORED, *own}, file)
     refuse_unusual(vision, USUAL, file)
     claims |= {
         ours: (_size(vision[key]), f"{key} in {file}")
         for key, ours in CLAIMS.items()
         if vision.get(key) is not None
     }
-    eps = types[kinds[1] if "model_type" in vision else kinds[0]]
-    return _told(vision, file, activation, eps), claims
+    return _told(defaults | vision, file), claims
+
+
+def _vision(content: Mapping, defaults: Mapping, file) -> dict:
+    """The part of a config that the vision tower reads.
+
+    A `vision_config_dict`, in older files, stands for all of it, its left-out values for defaults.
+    Raises UserError where it contradicts what is there besides.
+    """
+    vision = group(content, "vision_config", file)
+    older = group(content, "vision_config_dict", file)
+    whole = {**defaults, **older} if older else {}
+    odd = [name for name in whole if vision.get(name, whole[name]) != whole[name]]
+    if odd:
+        raise UserError(
+            f"{file}: vision_config has {odd[0]} {shown(vision[odd[0]])}, vision_config_dict "
+            f"{shown(whole[odd[0]])}: remove the one that is not of these weights"
+        )
+    return vision | whole or dict(content)
 
 
 def _size(value):
@@ -103,17 +122,17 @@ def _size(value):
     return value[0] if pair else value
 
 
-def _told(vision: Mapping, file, activation: str, eps: float) -> dict:
+def _told(vision: Mapping, file) -> dict:
     """heads, activation, eps and image_size."""
-    activation = vision.get("hidden_act", activation)
+    activation = vision["hidden_act"]
     if activation not in ACTIVATIONS:
         raise UserError(
             f"{file}: hidden_act {shown(activation)} is none of {', '.join(ACTIVATIONS)}"
         )
     found = {
-        "heads": count(vision.get("num_attention_heads", 12), f"{file}: num_attention_heads"),
+        "heads": count(vision["num_attention_heads"], f"{file}: num_attention_heads"),
         "activation": ACTIVATIONS[activation],
-        "eps": share(vision.get("layer_norm_eps", eps), f"{file}: layer_norm_eps"),
+        "eps": share(vision["layer_norm_eps"], f"{file}: layer_norm_eps"),
     }
     if vision.get("image_size") is not None:
         found["image_size"] = count(vision["image_size"], f"{file}: image_size")

@@ -63,7 +63,7 @@ def channels(value, within: Range, what: str) -> tuple[float, float, float]:
     They are of pictures in [0, 1]. Raises UserError on values outside the range.
     """
     values = value if isinstance(value, list) else [value] * 3
-    good = all(type(v) in (int, float) and math.isfinite(v) and v in within for v in values)
+    good = all(type(v) in (int, float) and v in within and math.isfinite(v) for v in values)
     if len(values) != 3 or not good:
         raise UserError(
             f"{what} is {shown(value)}; expected are three numbers, or one for all channels, each "

@@ -5,27 +5,22 @@ with the weights, config.json beside it.
 """
 
 import json
-import re
 from pathlib import Path
 
 from dgpt_jax.convert import files, layout
-from dgpt_jax.convert.json_files import (
-    check_claims,
-    count,
-    group,
-    mean_std,
-    read_json,
-    refuse_unknown,
-    refuse_unusual,
-    shown,
-)
+from dgpt_jax.convert.json_files import check_claims
 from dgpt_jax.convert.layout import Entry, linear, norm
-from dgpt_jax.convert.normalisation import timm_preprocess
+from dgpt_jax.convert.timm_json import (
+    activation_of,
+    args_of,
+    beside,
+    checked_args,
+    claims_of,
+    heads_of,
+)
 from dgpt_jax.convert.weights import (
     Layout,
-    Preprocess,
     Weights,
-    assumed,
     depth_of,
     encoder_model,
     encoder_shapes,
@@ -43,32 +38,9 @@ NAMES = {
     "L/14": "vit_large_patch14_224",
     "H/14": "vit_huge_patch14_224",
 }
-# Heads by the width that timm's words for sizes stand for, whatever patch and image.
-WORDS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16),
-         "huge": (1280, 16)}  # fmt: skip
 POOLS = {"mean": "avg", "cls": "token"}
 NORMS = {"mean": "fc_norm", "cls": "norm"}
 PREPROCESS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-# Words for its interpolation and crop_mode.
-WAYS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "center", "squash", "border")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
-# What our encoder cannot be, and what timm has where the JSON says nothing.
-FIXED = {
-    "qkv_bias": True, "qk_norm": False, "class_token": True, "no_embed_class": False,
-    "reg_tokens": 0, "pre_norm": False, "init_values": None, "norm_layer": None,
-    "pool_include_prefix": False, "pos_embed": "learn", "in_chans": 3, "proj_bias": True,
-    "scale_attn_norm": False, "scale_mlp_norm": False, "final_norm": True, "embed_layer": None,
-    "embed_norm_layer": None, "block_fn": None, "mlp_layer": None, "attn_layer": None,
-}  # fmt: skip
-# What the arrays have too, by our names.
-CLAIMS = {"embed_dim": "width", "depth": "depth", "patch_size": "patch"}
-TAKEN = ("num_heads", "act_layer", "global_pool", "fc_norm", "img_size")
-# Read in training, for the shape of arrays and their first values, or at other sizes of pictures.
-IGNORED = (
-    "mlp_ratio", "num_classes", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
-    "attn_drop_rate", "drop_path_rate", "weight_init", "fix_init", "dynamic_img_size",
-    "dynamic_img_pad", "strict_img_size",
-)  # fmt: skip
 
 
 def entries(depth: int, pooling: str, *, head: bool) -> list[Entry]:
@@ -92,7 +64,7 @@ def pooling_of(state, config: dict, what) -> str:
     found = [pooling for pooling, name in NORMS.items() if f"{name}.weight" in state]
     if len(found) != 1:
         raise UserError(f"{what}: timm's ViT has either fc_norm or norm, this has {len(found)}")
-    usual, args = POOLS[found[0]], _args(config, what)
+    usual, args = POOLS[found[0]], args_of(config, what)
     if args.get("fc_norm") not in (None, found[0] == "mean"):
         raise UserError(
             f"{what}: the arrays have {NORMS[found[0]]}, its config.json fc_norm {args['fc_norm']}"
@@ -108,36 +80,12 @@ def pooling_of(state, config: dict, what) -> str:
     return found[0]
 
 
-def _args(config: dict, what) -> dict:
-    """`model_args` of a config.json. Raises UserError."""
-    return group(config, "model_args", f"{what}: its config.json")
-
-
-def heads_of(config: dict, width: int, given: int | None, what) -> int:
-    """From the caller, from model_args, or by the architecture's name."""
-    told = _args(config, what).get("num_heads")
-    told = told and count(told, f"{what}: num_heads in its config.json")
-    name = re.match(r"(?:vit|deit)_([a-z]+)_patch", config.get("architecture", ""))
-    if not told and name and WORDS.get(name[1], (0, 0))[0] == width:
-        told = WORDS[name[1]][1]
-    if given and told and given != told:
-        raise UserError(f"{what}: {given} heads are given, its config.json says {told}")
-    if not (given or told):
-        raise UserError(
-            f"{what}: the head count is neither in the weights nor in a config.json beside them: "
-            f"give it with --heads"
-        )
-    return given or told
-
-
 def model_of(state, config: dict, heads: int | None, what) -> Model:
     """The `config.Model` of a state dict and its config JSON."""
     names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
     kernel, positions, hidden = needed(state, names, what)
     width, _, patch, _ = kernel.shape
-    told, file = _args(config, what), f"{what}: model_args in its config.json"
-    refuse_unknown(told, {*FIXED, *CLAIMS, *TAKEN, *IGNORED}, file)
-    refuse_unusual(told, FIXED, file)
+    args, file = checked_args(config, what)
     model = encoder_model(
         width=width,
         patch=patch,
@@ -145,27 +93,11 @@ def model_of(state, config: dict, heads: int | None, what) -> Model:
         depth=depth_of(state, "blocks.", what),
         mlp_width=len(hidden),
         image_size=image_side(positions.shape[1], patch, what),
-        activation=_activation(told, file),
+        activation=activation_of(args, file),
     )
-    claims = {
-        ours: (count(told[name], f"{file}: {name}"), f"{name} in its config.json")
-        for name, ours in CLAIMS.items()
-        if told.get(name) is not None
-    }
-    if told.get("img_size") is not None:
-        side = count(told["img_size"], f"{file}: img_size") // patch
-        claims["grid"] = (side, f"img_size // {patch} in its config.json")
+    claims = claims_of(args, patch, file)
     check_claims(claims, vars(model) | {"grid": model.grid}, what)
     return model
-
-
-def _activation(args: dict, file) -> str:
-    activation = args.get("act_layer") or "gelu"
-    if activation not in ACTIVATIONS:
-        raise UserError(
-            f"{file}: act_layer {shown(activation)} is none of {', '.join(ACTIVATIONS)}"
-        )
-    return activation
 
 
 def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
@@ -176,25 +108,6 @@ def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     table = entries(model.depth, pooling, head=classes > 0)
     params = layout.read(table, state, encoder_shapes(model, pooling, classes), what=str(path))
     return Weights(model, params, pooling, str(path), how, notes=notes)
-
-
-def beside(path: Path) -> tuple[dict, Preprocess, tuple[str, ...]]:
-    """(what config.json beside a file tells, its preprocessing, notes). Raises UserError.
-
-    What it does not tell of the preprocessing is timm's default.
-    """
-    file = path.parent / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    told = timm_preprocess(config, file)
-    channels = mean_std(told, "mean", "std", file)
-    rest = {name: told[name] for name in PREPROCESS[2:] if told.get(name) is not None}
-    for name, value in rest.items():
-        good = type(value) in (int, float) and value > 0 if name == "crop_pct" else value in WAYS
-        if not good:
-            raise UserError(f"{file}: {name} {shown(value)} is not known here")
-    unknown = [name for name in ("mean", "std") if name not in channels]
-    notes = assumed(path, unknown, "ImageNet's, timm's default,")
-    return config, Preprocess(**channels, **rest), notes
 
 
 def config_json(weights: Weights) -> dict:
