@@ -15,6 +15,16 @@ DINOV2 = towers.Tower(
     image_size=16, patch=4, width=32, depth=2, heads=2, mlp_width=64, out_width=None,
     activation="gelu", eps=1e-6, pre_norm=False, patch_bias=True, layer_scale=True,
 )  # fmt: skip
+# Names of JSON files.
+OPEN, HF, PRE, PROCESSOR = (
+    "open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+# Mean and std of pictures, and the same in JSON.
+HALF, ONE = (0.5,) * 3, (1.0,) * 3
+OTHER = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+LISTS = {name: list(value) for name, value in OTHER.items()}
+IMAGE = {f"image_{name}": value for name, value in LISTS.items()}
+MODEL = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": {"head_width": 16, "width": 32}}
 VISION = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 4, "num_channels": 3,

@@ -76,9 +76,22 @@ def openclip(state: Mapping, path: Path) -> Source | None:
         told, claims = _of_hugging_face(path.parent)
     told |= normalisation.told(path.parent)
     if all(name in state for name in OPENAI):
-        own = {"heads": width // 64, "activation": "quick_gelu", "mean": CLIP_MEAN, "std": CLIP_STD}
-        told = own | told
+        told |= _of_openai(told, width, path)
     return Source(vision, openclip_entries, told=told, claims=claims)
+
+
+def _of_openai(told: Mapping, width: int, path: Path) -> dict:
+    """What OpenAI's code has for all its models. Raises UserError where JSON beside tells another:
+    OpenCLIP's ViT-B-16.json, say, has an exact GELU."""
+    own = {"heads": width // 64, "activation": "quick_gelu", "mean": CLIP_MEAN, "std": CLIP_STD}
+    for name, value in own.items():
+        other = told.get(name, value)
+        if not (normalisation.same(other, value) if isinstance(value, tuple) else other == value):
+            raise UserError(
+                f"{path} is OpenAI's own, whose code has {name} {value}, the JSON beside it says "
+                f"{other}: remove that JSON"
+            )
+    return own
 
 
 def _of_open_clip(directory: Path, width: int) -> tuple[dict, dict]:

@@ -74,14 +74,15 @@ def config(directory: Path, types: Mapping[str, float], *, activation: str) -> t
     if not content or is_timm(content):
         return {}, {}
     vision = group(content, "vision_config", file)
-    kinds = [part.get("model_type", next(iter(types))) for part in (content, vision)]
+    usual = next(iter(types))
+    kinds = [part.get("model_type") or usual for part in (content, vision)]
     if other := next((kind for kind in kinds if kind not in types), None):
         raise UserError(
             f"{file}: model_type {shown(other)} is none of {', '.join(types)}, whose names these "
             f"arrays have"
         )
     refuse_unusual(content, ABSENT, file)
-    eps = types[kinds[1] if "model_type" in vision else kinds[0]]
+    eps = types[kinds[1] if vision.get("model_type") else kinds[0]]
     defaults = {"num_attention_heads": 12, "hidden_act": activation, "layer_norm_eps": eps}
     claims, vision = {}, _vision(content, defaults, file)
     width = content.get("projection_dim")
