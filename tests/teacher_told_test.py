@@ -27,6 +27,7 @@ GIVEN = [
     ("siglip", {}, OTHER, OTHER),
     ("clip", {PRE: IMAGE}, OTHER, OTHER),
     ("clip", {PRE: IMAGE}, {"mean": HALF}, "config.teacher.mean is (0.5, 0.5, 0.5), the weights"),
+    ("siglip", {}, {"mean": (0.25,), "std": [0.5]}, {"mean": (0.25,) * 3, "std": HALF}),
     ("clip", {PRE: IMAGE, HF: {"image_size": 32}}, {"image_size": 32}, {"image_size": 32}),
     ("clip", {PRE: IMAGE, HF: {"image_size": 32}}, {"image_size": 16}, {"image_size": 16}),
 ]
@@ -43,6 +44,16 @@ def test_given_by_the_config(published, tmp_path, kind, changes, given, expected
         return
     tower = teacher.load_configured(settings).tower
     assert {name: getattr(tower, name) for name in expected} == expected
+
+
+BAD = [(), (0.5, 0.5), (0.5,) * 4, (123.7, 116.3, 103.5), (0.5, 0.5, -0.1), (0.5, float("nan"), 1)]
+
+
+@pytest.mark.parametrize("value", [*BAD, 0.5, "half", (True, 0, 0)])
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_config_that_tells_no_mean_or_std(name, value):
+    with pytest.raises(UserError, match=f"config.{name}|config.teacher.{name}"):
+        parse(config.Teacher, {"weights": "x", name: value})
 
 
 @pytest.mark.parametrize("changes", [{"activation": "gelu_tanh"}, {"eps": 1e-6}, {"eps": 1e-3}])
