@@ -24,6 +24,9 @@ SIZES = {
     "L/14": (1024, 24, 16, 14),
     "H/14": (1280, 32, 16, 14),
 }
+# Of pictures in [0, 1]; what is of 0 to 255 lies outside.
+MEAN = Range(least=0, most=1)
+STD = Range(above=0, most=10)
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,10 @@ class Data:
 @dataclass(frozen=True)
 class Teacher:
     weights: str = entry(
-        "", "its weights: .safetensors, .pt, .pth, .bin or a directory with them", path=True
+        "",
+        "its weights: .safetensors, .pt, .pth, .bin, .ckpt (FILE#KEY: one of several state dicts), "
+        "or a directory with them",
+        path=True,
     )
     image_size: int | None = entry(
         None, "input size in pixels; default: the JSON's or the weights'", COUNT
@@ -162,11 +168,30 @@ class Teacher:
         None, "attention heads; default: from the JSON beside the weights", COUNT
     )
     activation: str | None = entry(None, "gelu, gelu_tanh or quick_gelu; default: from the JSON")
+    mean: tuple[float, ...] | None = entry(
+        None,
+        "of its pictures in [0, 1], what is subtracted: R, G, B, or one number for all three; "
+        "default: as the weights or the JSON beside them say",
+        MEAN,
+    )
+    std: tuple[float, ...] | None = entry(None, "what they are then divided by; likewise", STD)
     dtype: str = entry("float32", "dtype of the teacher's matmuls: float32 or bfloat16")
     width: int | None = entry(None, "token width a store must have; default: what it has", COUNT)
     grid: int | None = entry(
         None, "side of the token grid a store must have; default: what it has", COUNT
     )
+
+    def resolved(self) -> "Teacher":
+        """Mean and std with three numbers each. Raises UserError on other lengths."""
+        channels = {}
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) not in (1, 3):
+                raise UserError(
+                    f"config.teacher.{name} takes 3 values, or one for all channels, got {value!r}"
+                )
+            channels[name] = value * 3 if value is not None and len(value) == 1 else value
+        return dataclasses.replace(self, **channels)
 
 
 @dataclass(frozen=True)

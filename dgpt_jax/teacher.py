@@ -19,12 +19,7 @@ class Teacher:
 
     def __init__(self, settings: config.Teacher, batch_size: int, tensor: int = 1):
         """batch_size: pictures a device. tensor: devices over which the weights are split."""
-        loaded = teacher_weights.load(
-            settings.weights,
-            image_size=settings.image_size,
-            heads=settings.heads,
-            activation=settings.activation,
-        )
+        loaded = teacher_weights.load_configured(settings)
         self.tower, self.name, self.hash = loaded.tower, loaded.name, loaded.hash
         self.notes, self.dtype = loaded.notes, settings.dtype
         self.mesh = sharding.make_mesh(config.Mesh(tensor=tensor), jax.local_devices())

@@ -18,6 +18,9 @@ from tests.paths import GOLDEN
 
 OFFICIAL = GOLDEN / "clip_tower_tiny.safetensors"
 HF = GOLDEN / "hf_clip_tiny"
+# What no JSON beside the golden files tells.
+CHANNELS = {"mean": towers.CLIP_MEAN, "std": towers.CLIP_STD}
+TOLD = {"heads": 2, "activation": "gelu", **CHANNELS}
 
 
 def tokens_of(loaded, images):
@@ -31,7 +34,7 @@ def inputs(seed, size):
 
 
 def official():
-    return convert.load(str(OFFICIAL), heads=2, activation="gelu")
+    return convert.load(str(OFFICIAL), **TOLD)
 
 
 def test_official_tower():
@@ -39,13 +42,13 @@ def test_official_tower():
     loaded = official()
     assert loaded.tower.image_size == 56 and loaded.tower.grid == (4, 4)
     np.testing.assert_allclose(tokens_of(loaded, inputs(11, 56)), expected, atol=1e-4)
-    wrong = convert.load(str(OFFICIAL), heads=2, activation="quick_gelu")
+    wrong = convert.load(str(OFFICIAL), **TOLD | {"activation": "quick_gelu"})
     assert np.abs(tokens_of(wrong, inputs(11, 56)) - expected).max() > 1e-3
 
 
 def test_hugging_face_tower():
     expected = np.load(HF / "expected.npz")["tokens"]
-    loaded = convert.load(str(HF))
+    loaded = convert.load(str(HF), **CHANNELS)
     assert (loaded.tower.heads, loaded.tower.activation) == (4, "quick_gelu")
     np.testing.assert_allclose(tokens_of(loaded, inputs(17, 28)), expected, atol=1e-4)
 
@@ -54,7 +57,7 @@ def test_whole_clip_models_are_read_without_their_text_towers(tmp_path):
     state = load_file(OFFICIAL)
     text = ("token_embedding.weight", "transformer.resblocks.0.ln_1.weight", "logit_scale")
     save_file(state | {name: np.ones(3, np.float32) for name in text}, tmp_path / "a.safetensors")
-    loaded = convert.load(str(tmp_path / "a.safetensors"), heads=2, activation="gelu")
+    loaded = convert.load(str(tmp_path / "a.safetensors"), **TOLD)
     assert loaded.hash == official().hash
 
 
@@ -82,9 +85,9 @@ def test_unknown_and_contradicting_settings(tmp_path):
 def test_partial_and_extra_weights_are_listed(tmp_path, source):
     if (source.parent / "config.json").exists():
         shutil.copy(source.parent / "config.json", tmp_path)
-        given, block = {}, "vision_model.encoder.layers.1.self_attn.k_proj.weight"
+        given, block = CHANNELS, "vision_model.encoder.layers.1.self_attn.k_proj.weight"
     else:
-        given = {"heads": 2, "activation": "gelu"}
+        given = TOLD
         block = "visual.transformer.resblocks.1.attn.in_proj_weight"
     state = load_file(source)
     path = tmp_path / "model.safetensors"
@@ -99,7 +102,7 @@ def test_partial_and_extra_weights_are_listed(tmp_path, source):
 
 def test_positions_are_interpolated_like_torch():
     torch = pytest.importorskip("torch")
-    loaded = convert.load(str(OFFICIAL), heads=2, activation="gelu", image_size=84)
+    loaded = convert.load(str(OFFICIAL), **TOLD, image_size=84)
     assert loaded.tower.grid == (6, 6) and "56 to 84" in loaded.notes[0]
     table = load_file(OFFICIAL)["visual.positional_embedding"]
     grid = torch.tensor(table[1:]).reshape(1, 4, 4, 64).permute(0, 3, 1, 2)

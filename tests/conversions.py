@@ -1,5 +1,6 @@
 """Small encoders to convert, and tools/convert.py as tests call it."""
 
+import json
 import sys
 
 import numpy as np
@@ -65,3 +66,23 @@ def same(a: Weights, b: Weights):
     assert set(a.params) == set(b.params)
     for path in a.params:
         np.testing.assert_array_equal(a.params[path], b.params[path])
+
+
+def change_json(directory, changes: dict):
+    """The directory, JSON in it changed: {file: {"a.b": value}, its text, or None: removed}."""
+    for name, change in changes.items():
+        path = directory / name
+        if change is None:
+            path.unlink()
+        elif isinstance(change, str):
+            path.write_text(change)
+        else:
+            content = json.loads(path.read_text()) if path.exists() else {}
+            for key, value in change.items():
+                *groups, last = key.split(".")
+                place = content
+                for group in groups:
+                    place = place.setdefault(group, {})
+                place[last] = value
+            path.write_text(json.dumps(content))
+    return directory

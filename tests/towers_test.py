@@ -21,6 +21,8 @@ SIGLIP_VISION = dict(
     hidden_size=448, intermediate_size=488, num_hidden_layers=2, num_attention_heads=8,
     image_size=36, patch_size=8,
 )  # fmt: skip
+CLIP = {"mean": towers.CLIP_MEAN, "std": towers.CLIP_STD}
+IMAGENET = {"mean": vit.IMAGENET_MEAN, "std": vit.IMAGENET_STD}
 DINOV2 = dict(
     hidden_size=48, num_hidden_layers=3, num_attention_heads=6, image_size=40, patch_size=8,
     mlp_ratio=2,
@@ -57,7 +59,29 @@ def test_clip(transformers, tmp_path, activation):
     with torch.no_grad():
         normed = model.vision_model.post_layernorm(hidden)
         expected = model.visual_projection(normed).numpy()
-    same(teacher.load(str(tmp_path)), images, expected)
+    same(teacher.load(str(tmp_path), **CLIP), images, expected)
+
+
+@pytest.mark.parametrize("kind", ["MetaClip2", "ChineseCLIP"])
+def test_models_of_clips_kind(transformers, tmp_path, kind):
+    """Whole models whose vision tower, and what its config leaves out, is CLIP's."""
+    torch = pytest.importorskip("torch")
+    vision = dict(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=12,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision, text_config=text, projection_dim=20
+    )
+    model = parity.randomise(getattr(transformers, f"{kind}Model")(config))
+    model.save_pretrained(tmp_path)
+    images = parity.images(5, 32)
+    hidden = torch.tensor(parity.hidden_state(model.vision_model, images))
+    with torch.no_grad():
+        normed = model.vision_model.post_layernorm(hidden)
+        expected = model.visual_projection(normed).numpy()
+    same(teacher.load(str(tmp_path), **CLIP), images, expected)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -104,11 +128,10 @@ def dinov2(transformers, registers: bool, classifier: bool, **changes):
 def test_dinov2(transformers, tmp_path, registers, classifier, swiglu):
     model, vision = dinov2(transformers, registers, classifier, use_swiglu_ffn=swiglu)
     model.save_pretrained(tmp_path)
-    loaded = teacher.load(str(tmp_path))
+    loaded = teacher.load(str(tmp_path), **IMAGENET)
     tower = loaded.tower
     assert (tower.cls, tower.registers, tower.grid) == (True, 3 * registers, (5, 5))
     assert tower.activation == ("swiglu" if swiglu else "gelu")
-    assert (tower.mean, tower.std) == (vit.IMAGENET_MEAN, vit.IMAGENET_STD)
     images = parity.images(3, 40)
     expected = parity.hidden_state(vision, images)
     expected = np.delete(expected, range(1, 1 + tower.registers), axis=1)
@@ -125,8 +148,8 @@ def test_dinov2_at_another_size(transformers, tmp_path, registers, size):
     """With registers positions are antialiased, without they are not."""
     model, _ = dinov2(transformers, registers, classifier=False)
     model.save_pretrained(tmp_path)
-    loaded = teacher.load(str(tmp_path), image_size=size)
-    assert f"from 40 to {size} pixels" in loaded.notes[0]
+    loaded = teacher.load(str(tmp_path), **IMAGENET, image_size=size)
+    assert f"from 40 to {size} pixels" in loaded.notes[-1]
     images = parity.images(4, size)
     expected = parity.hidden_state(model, images)
     expected = np.delete(expected, range(1, 1 + loaded.tower.registers), axis=1)

@@ -24,11 +24,14 @@ def main():
     made.add_argument("--samples", type=int, default=4, help="examples a shard")
     args = made.parse_args()
     info = token_store.StoreInfo.load(args.store)
+    tower = info.teacher.get("tower", {})
     teacher = config.Teacher(
         weights=args.weights,
         heads=args.heads,
         activation=args.activation,
         image_size=args.image_size,
+        mean=tuple(tower["mean"]) if "mean" in tower else None,
+        std=tuple(tower["std"]) if "std" in tower else None,
         dtype=info.teacher["dtype"],
     )
     least, median = verify.thresholds(info)

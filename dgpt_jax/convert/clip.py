@@ -9,11 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax.convert import files, layout
+from dgpt_jax.convert import files, hugging_face, layout, normalisation, open_clip
 from dgpt_jax.convert.layout import Entry, hugging_face_layers, linear, norm
-from dgpt_jax.convert.source import Source, hugging_face, part, read_json, refusal
+from dgpt_jax.convert.source import Source, part, refusal
 from dgpt_jax.schema import UserError
-from dgpt_jax.towers import Tower
+from dgpt_jax.towers import CLIP_MEAN, CLIP_STD, Tower
+
+# `model_type` of Hugging Face's models of these names, and the eps that their configs leave out.
+KINDS = ("clip", "metaclip_2", "chinese_clip")
+TYPES = {f"{kind}{part}": 1e-5 for kind in KINDS for part in ("", "_vision_model")}
+# Numbers beside the arrays of OpenAI's own files, which no other program saves. `clip/model.py`
+# there has heads of 64 channels and QuickGELU, `clip/clip.py` one mean and std for all models.
+OPENAI = ("input_resolution", "context_length", "vocab_size")
 
 
 def openclip_entries(depth: int) -> list[Entry]:
@@ -63,23 +70,46 @@ def openclip(state: Mapping, path: Path) -> Source | None:
         raise refusal(path, "holds a CLIP ResNet; the teacher must be a ViT")
     if "class_embedding" not in vision or "proj" not in vision:
         raise refusal(path, "holds no CLIP tower with class_embedding and proj")
-    return Source(vision, openclip_entries, told=_told(path.parent))
+    width = len(vision["class_embedding"])
+    told, claims = _of_open_clip(path.parent, width)
+    if not told:
+        told, claims = _of_hugging_face(path.parent)
+    told |= normalisation.told(path.parent)
+    if all(name in state for name in OPENAI):
+        told |= _of_openai(told, width, path)
+    return Source(vision, openclip_entries, told=told, claims=claims)
 
 
-def _told(directory: Path) -> dict:
-    """open_clip_config.json, or else Hugging Face's JSON: repositories may hold both."""
-    path = directory / "open_clip_config.json"
-    if not path.is_file():
-        return hugging_face(directory, activation="quick_gelu", eps=1e-5)
-    content = read_json(path)
-    model = content["model_cfg"]
-    vision = model["vision_cfg"]
-    preprocess = content.get("preprocess_cfg", {})
-    return {
-        "heads": vision["width"] // vision.get("head_width", 64),
-        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        **{name: tuple(preprocess[name]) for name in ("mean", "std") if name in preprocess},
-    }
+def _of_openai(told: Mapping, width: int, path: Path) -> dict:
+    """What OpenAI's code has for all its models. Raises UserError where JSON beside tells another:
+    OpenCLIP's ViT-B-16.json, say, has an exact GELU."""
+    own = {"heads": width // 64, "activation": "quick_gelu", "mean": CLIP_MEAN, "std": CLIP_STD}
+    for name, value in own.items():
+        other = told.get(name, value)
+        if not (normalisation.same(other, value) if isinstance(value, tuple) else other == value):
+            raise UserError(
+                f"{path} is OpenAI's own, whose code has {name} {value}, the JSON beside it says "
+                f"{other}: remove that JSON"
+            )
+    return own
+
+
+def _of_open_clip(directory: Path, width: int) -> tuple[dict, dict]:
+    """`told` and `claims` of OpenCLIP's JSON; both empty where there is none."""
+    told, claims = open_clip.config(directory)
+    if told:
+        head_width = told.pop("head_width")
+        told["heads"] = width // head_width
+        if head_width > width:
+            raise UserError(
+                f"{directory}: OpenCLIP's JSON has head_width {head_width}, the arrays "
+                f"width {width}"
+            )
+    return told, claims
+
+
+def _of_hugging_face(directory: Path) -> tuple[dict, dict]:
+    return hugging_face.config(directory, TYPES, activation="quick_gelu")
 
 
 def hf(state: Mapping, path: Path) -> Source | None:
@@ -97,7 +127,12 @@ def hf(state: Mapping, path: Path) -> Source | None:
         )
     vision = {n: x for n, x in state.items() if n.startswith(("vision_model.", "visual_proj"))}
     vision.pop("vision_model.embeddings.position_ids", None)  # a buffer of old versions
-    return Source(vision, hf_entries, told=_told(path.parent))
+    told, claims = _of_hugging_face(path.parent)
+    if not told:
+        width = vision.get("vision_model.embeddings.class_embedding", np.zeros(0)).size
+        told, claims = _of_open_clip(path.parent, width)
+    told |= normalisation.told(path.parent)
+    return Source(vision, hf_entries, told=told, claims=claims)
 
 
 def save(directory, params, tower: Tower):
@@ -113,6 +148,10 @@ def save(directory, params, tower: Tower):
         "patch_size": tower.patch,
         "mlp_ratio": tower.mlp_width / tower.width,
     }
+    if tower.activation == "gelu_tanh":
+        vision["act_kwargs"] = {"approximate": "tanh"}
+    if tower.eps != 1e-5:
+        vision["norm_kwargs"] = {"eps": tower.eps}
     config = {
         "model_cfg": {
             "embed_dim": tower.out_width,

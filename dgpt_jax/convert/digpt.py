@@ -13,7 +13,15 @@ import numpy as np
 from dgpt_jax import segments
 from dgpt_jax.convert import files, layout
 from dgpt_jax.convert.layout import Entry, linear, norm
-from dgpt_jax.convert.weights import Layout, Weights, depth_of, full_shapes, image_side, needed
+from dgpt_jax.convert.weights import (
+    Layout,
+    Weights,
+    assumed,
+    depth_of,
+    full_shapes,
+    image_side,
+    needed,
+)
 from dgpt_jax.schema import UserError, parse
 from dgpt_jax.sections import SIZES, Model
 
@@ -116,7 +124,8 @@ def _read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     model = model_of(state, heads, decoder_heads)
     (pred,) = needed(state, ["ar_pred.weight"], path)
     params = read(state, model, full_shapes(model, len(pred)))
-    return Weights(model, params, None, str(path))
+    notes = assumed(path, ("mean", "std"), "ImageNet's, as in pretraining here,")
+    return Weights(model, params, None, str(path), notes=notes)
 
 
 def _save(weights: Weights, path: Path):

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from dgpt_jax import vit
+from dgpt_jax.convert import hugging_face, normalisation
 from dgpt_jax.convert.layout import Entry, linear, norm, patch_embed
-from dgpt_jax.convert.source import Source, hugging_face, part
+from dgpt_jax.convert.source import Source, part
 
 # Of the models that hold a tower beside a head.
 PREFIXES = ("dinov2.", "dinov2_with_registers.")
+# `model_type` of Hugging Face's models of these names, and the eps that their configs leave out.
+TYPES = {"dinov2": 1e-6, "dinov2_with_registers": 1e-6}
 REGISTERS = "embeddings.register_tokens"
 
 
@@ -48,7 +50,7 @@ def source(state: Mapping, path: Path) -> Source | None:
     vision.pop("embeddings.mask_token", None)  # for its own pretraining
     registers = vision[REGISTERS].shape[-2] if REGISTERS in vision else 0
     swiglu = any(".mlp.weights_in." in name for name in vision)
-    told = hugging_face(path.parent, activation="gelu", eps=1e-6)
+    told, claims = hugging_face.config(path.parent, TYPES, activation="gelu")
     if swiglu:
         told["activation"] = "swiglu"  # hidden_act is then without meaning
     return Source(
@@ -57,13 +59,12 @@ def source(state: Mapping, path: Path) -> Source | None:
         fields={
             "activation": "gelu",
             "eps": 1e-6,
-            "mean": vit.IMAGENET_MEAN,
-            "std": vit.IMAGENET_STD,
             "registers": registers,
             "pre_norm": False,
             "patch_bias": True,
             "layer_scale": True,
         },
-        told=told,
+        told=told | normalisation.told(path.parent),
+        claims=claims,
         antialias=bool(registers),
     )

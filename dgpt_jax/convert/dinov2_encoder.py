@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from dgpt_jax.config import Model
-from dgpt_jax.convert import dinov2, layout, timm
+from dgpt_jax.convert import dinov2, layout, timm, timm_json
+from dgpt_jax.convert.json_files import check_claims
 from dgpt_jax.convert.layout import Entry
-from dgpt_jax.convert.source import read_json
 from dgpt_jax.convert.weights import (
     Layout,
     Preprocess,
     Weights,
+    assumed,
     depth_of,
     encoder_model,
     encoder_shapes,
@@ -62,15 +63,14 @@ def read_own(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     odd = [what for what, word in ODD.items() if any(word in name for name in state)]
     if odd:
         raise UserError(f"{path}: an encoder here cannot have the {odd[0]} of this DINOv2")
-    file = path.parent / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config, how, notes = timm_json.beside(path)
     timm.pooling_of(state, config, path)
     told = {n: v for n, v in (config.get("model_args") or {}).items() if n != "init_values"}
     heads = heads or HEADS.get(state["patch_embed.proj.weight"].shape[0])
     model = timm.model_of(state, config | {"model_args": told}, heads, path)
     params = _folded(own_entries(model.depth), state, model, path)
-    notes = (f"{path}: LayerScale is folded into the projections before it",)
-    return Weights(model, params, "cls", str(path), timm.preprocess_of(config), notes=notes)
+    notes += (f"{path}: LayerScale is folded into the projections before it",)
+    return Weights(model, params, "cls", str(path), how, notes=notes)
 
 
 def _folded(table, state, model: Model, path) -> dict[str, np.ndarray]:
@@ -110,12 +110,17 @@ def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
         eps=told["eps"],
         activation=told["activation"],
     )
+    size = told.get("image_size", model.image_size)
+    claims = {**source.claims, "grid": (size // patch, f"image_size // {patch} in its config.json")}
+    check_claims(claims, vars(model) | {"registers": 0, "grid": model.grid}, path)
     params = _folded(entries(model.depth), source.state, model, path)
     notes = (f"{path}: LayerScale is folded into the projections before it",)
     if any(name.startswith("classifier.") for name in state):
         notes += (f"{path}: the classifier (of CLS and mean together) is left out",)
-    preprocess = Preprocess(mean=tuple(told["mean"]), std=tuple(told["std"]))
-    return Weights(model, params, "cls", str(path), preprocess, notes=notes)
+    channels = {name: told[name] for name in ("mean", "std") if name in told}
+    unknown = [name for name in ("mean", "std") if name not in channels]
+    notes += assumed(path, unknown, "ImageNet's, as in DINOv2's own code,")
+    return Weights(model, params, "cls", str(path), Preprocess(**channels), notes=notes)
 
 
 LAYOUT = Layout(

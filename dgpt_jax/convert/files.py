@@ -1,51 +1,122 @@
 """Reading and writing weight files. Nothing here runs code that a file brings along."""
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
-import pickle
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dgpt_jax.convert import contents, torch_files
+from dgpt_jax.convert.json_files import group, read_json, shown
+from dgpt_jax.convert.torch_files import line
 from dgpt_jax.schema import UserError
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": "F32", "float16": "F16"}  # what is written, by safetensors' names
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+# What programs put before every name: PyTorch's parallel, compiled and averaged modules, trainers.
+PREFIXES = ("module.", "model.", "_orig_mod.")
+COUNTER = "n_averaged"  # the one array beside an averaged module
 
 
-def read_state(path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors, .pt, .pth, .bin or .npz file, or of a directory with an INDEX.
+class Read(NamedTuple):
+    """What a file holds.
 
-    Half precision becomes float32. Raises UserError on anything that is not plain weights.
+    state: its arrays; None for a directory of checkpoints. path: the file, with #KEY where it holds
+    several state dicts. notes: what was chosen, to print.
+    """
+
+    state: dict[str, np.ndarray] | None
+    path: Path
+    notes: tuple[str, ...]
+
+
+def split(path) -> tuple[Path, str | None]:
+    """(file, key) of FILE#KEY; of another path, that path and None."""
+    path = Path(path)
+    name, mark, key = path.name.partition("#")
+    if not mark or path.exists():
+        return path, None
+    return path.with_name(name) if name else path, key
+
+
+def read(path) -> Read:
+    """The arrays of a file of safetensors, of torch.save or of NumPy's savez, found by its
+    contents; or of the shards that an index names, or the INDEX of a directory.
+
+    FILE#KEY names one of several state dicts in a file of torch.save. One common prefix of all
+    names is left out. Half precision becomes float32. Raises UserError on anything that is not
+    plain weights.
     """
     if "://" in os.fspath(path):
         raise UserError(f"{path}: weights are read from a local disk, copy them to one")
-    path = Path(path)
+    path, key = split(path)
     if path.is_dir() and (path / INDEX).is_file():
-        shards = json.loads((path / INDEX).read_text())["weight_map"].values()
-        state: dict[str, np.ndarray] = {}
-        for name in sorted(set(shards)):
-            if Path(name).name != name:
-                raise UserError(f"{path / INDEX} names a shard outside its directory: {name}")
-            state |= read_state(path / name)
-        return state
+        path = path / INDEX
     if not path.is_file():
         raise UserError(f"no such weights file: {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    raise UserError(f"{path}: weights are .safetensors, {', '.join(TORCH_SUFFIXES)}, .npz files")
+    state, taken, notes = _read_file(path, key)
+    state, prefix = _without_prefix(state)
+    if prefix:
+        notes.append(f"{path}: all names begin with {prefix}, which is left out")
+    return Read(state, path.with_name(f"{path.name}#{taken}") if taken else path, tuple(notes))
+
+
+def read_state(path) -> dict[str, np.ndarray]:
+    """The arrays alone of `read`."""
+    return read(path).state
+
+
+def _read_file(path: Path, key: str | None = None, shard: bool = False):
+    """(arrays by their names in a file, the key that was taken or None, notes)."""
+    kind = contents.kind(path)
+    if key is not None and kind != "torch":
+        raise UserError(f"{path} holds one set of weights, #{key} is for files of torch.save")
+    if kind == "torch":
+        return torch_files.read(path, key)
+    if kind == "index":
+        if shard:
+            raise UserError(f"{path} is JSON, and an index names it as a shard of weights")
+        return _read_shards(path), None, []
+    return (_read_npz if kind == "npz" else _read_safetensors)(path), None, []
+
+
+def _without_prefix(state: dict) -> tuple[dict, str]:
+    """(arrays by their names without what of PREFIXES all begin with, that prefix)."""
+    prefix = ""
+    while True:
+        names = [name.removeprefix(prefix) for name in state if name != COUNTER]
+        more = next((p for p in PREFIXES if names and all(n.startswith(p) for n in names)), None)
+        if more is None:
+            break
+        prefix += more
+    if not prefix:
+        return state, ""
+    return {n.removeprefix(prefix): x for n, x in state.items() if n != COUNTER}, prefix
+
+
+def _read_shards(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of all files that an index beside them names."""
+    shards = group(read_json(path), "weight_map", path)
+    if not shards:
+        raise UserError(f"{path} is JSON without a weight_map; {contents.TAKEN}")
+    state: dict[str, np.ndarray] = {}
+    for name in sorted(set(map(str, shards.values()))):
+        if Path(name).name != name:
+            raise UserError(f"{path} names a shard outside its directory: {shown(name)}")
+        if not (path.parent / name).is_file():
+            raise UserError(f"{path} names {shown(name)}, and there is no such file beside it")
+        state |= _read_file(path.parent / name, shard=True)[0]
+    missing = sorted(set(shards) - set(state))
+    if missing:
+        raise UserError(f"{path} names arrays that its shards have not: {', '.join(missing[:8])}")
+    return state
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -53,7 +124,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: _float32(file[name]) for name in file.files}
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path} is no readable .npz of plain arrays: {_line(e)}") from None
+        raise UserError(f"{path} is no readable .npz of plain arrays: {line(e)}") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -67,7 +138,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 )
         return {name: _tensor(path, name, kind) for name, kind in kinds.items()}
     except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{path} is no readable safetensors file: {_line(e)}") from None
+        raise UserError(f"{path} is no readable safetensors file: {line(e)}") from None
 
 
 def _tensor(path: Path, name: str, kind: str) -> np.ndarray:
@@ -76,52 +147,9 @@ def _tensor(path: Path, name: str, kind: str) -> np.ndarray:
         return _float32(np.asarray(file.get_tensor(name)))
 
 
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path} needs PyTorch to be read: pip install 'dgpt_jax[torch]', or give safetensors"
-        ) from None
-    if _is_torchscript(path):
-        raise UserError(
-            f"{path} is a TorchScript archive, which brings code: in PyTorch, run `state = "
-            f"torch.jit.load({path.name!r}, 'cpu').state_dict()` and save it with "
-            f"`safetensors.torch.save_file`, then give that file"
-        )
-    try:
-        # The official D-iGPT files hold the program's arguments, a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise UserError(f"{path} is not plain PyTorch weights: {_line(e)}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors")
-    half = (torch.float16, torch.bfloat16)
-    return {n: (x.float() if x.dtype in half else x).numpy() for n, x in tensors.items()}
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
-
-
 def _float32(array: np.ndarray) -> np.ndarray:
     half = array.dtype == np.float16 or array.dtype.name == "bfloat16"
     return array.astype(np.float32) if half else array
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -158,13 +186,9 @@ def write_safetensors(path, state: Mapping[str, np.ndarray], metadata: Mapping[s
 
 def write_torch(path, content: Mapping[str, Mapping[str, np.ndarray]]):
     """Writes {key: state dict} atomically with torch.save. Raises UserError without PyTorch."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path} needs PyTorch to be written: pip install 'dgpt_jax[torch]', or name it "
-            f".safetensors"
-        ) from None
+    torch_files.import_torch(path, "written")
+    import torch
+
     tensors = {
         key: {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()}
         for key, state in content.items()
@@ -173,18 +197,19 @@ def write_torch(path, content: Mapping[str, Mapping[str, np.ndarray]]):
         try:
             torch.save(tensors, temporary)
         except RuntimeError as e:  # what it makes of a full disk
-            raise UserError(f"{path} cannot be written: {_line(e)}") from e
+            raise UserError(f"{path} cannot be written: {line(e)}") from e
 
 
 def read_metadata(path) -> dict[str, str]:
-    """The metadata of a .safetensors file; none of another. Raises UserError."""
-    if Path(path).suffix != ".safetensors":
+    """The metadata of a safetensors file; none of another. Raises UserError."""
+    path, key = split(path)
+    if key is not None or contents.kind(path) != "safetensors":
         return {}
     try:
         with safe_open(path, "numpy") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is no readable safetensors file: {_line(e)}") from None
+        raise UserError(f"{path} is no readable safetensors file: {line(e)}") from None
 
 
 def hash_state(state: Mapping[str, np.ndarray]) -> str:

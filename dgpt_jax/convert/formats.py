@@ -1,7 +1,6 @@
 """All layouts of encoders: which one lies at a path, reading it, writing another."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from etils import epath
 from dgpt_jax import gcs, probe_heads
 from dgpt_jax.convert import big_vision, digpt, dinov2_encoder, files, hf, mae, ours, timm, weights
 from dgpt_jax.convert.layout import unflatten
+from dgpt_jax.convert.source import first_names
 from dgpt_jax.convert.weights import Layout, Weights
 from dgpt_jax.schema import UserError
 
@@ -30,7 +30,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 WRITTEN = tuple(name for name, one in LAYOUTS.items() if one.save)
 # What a directory of weights may hold.
-FILES = ("model.safetensors", files.INDEX, "pytorch_model.bin", "model.pth", "model.npz")
+FILES = (
+    "model.safetensors", files.INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "model.pth", "model.npz",
+)  # fmt: skip
 # Of a checkpoint, what makes its encoder.
 ENCODER_PARTS = ("encoder", "pos_embed", "norm", "head", "running_mean", "running_var")
 
@@ -50,18 +53,19 @@ def read(
     """
     gcs.require(path)
     path = epath.Path(path)
-    state, file = _open(path)
+    state, file, notes = _open(path)
     layout = _layout(state, file, name)
     given = {"heads": heads, "decoder_heads": decoder_heads}
     if state is None and encoder_only:
         given["parts"] = ENCODER_PARTS
     try:
         found = layout.read(state, file, **given)
-    except (AttributeError, IndexError, KeyError, TypeError) as e:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         # Sizes are taken from arrays and JSON before the table is compared with them.
         raise UserError(
             f"{path} is no weights of layout {layout.name}: {type(e).__name__} {e}"
         ) from e
+    found = dataclasses.replace(found, notes=(*notes, *found.notes))
     told = {"heads": heads, "decoder_heads": decoder_heads if found.full else None}
     for name, count in told.items():
         if count not in (None, getattr(found.model, name)):
@@ -83,19 +87,19 @@ def _with_encoder(probe: Weights) -> Weights:
     return dataclasses.replace(probe, params=params)
 
 
-def _open(path: Path) -> tuple[Mapping | None, Path]:
-    """(the arrays, or None for a checkpoint directory; the path of the file or directory)."""
+def _open(path: Path) -> files.Read:
+    """The arrays; with None for them, a checkpoint directory."""
     if not path.is_dir():
-        if not path.exists():
+        if not (path.exists() or files.split(path)[1]):
             raise UserError(f"{path} is neither a work directory with checkpoints nor weights")
-        return files.read_state(path), path
+        return files.read(path)
     if (path / "checkpoints").is_dir() or ours.is_checkpoint(path):
-        return None, path
+        return files.Read(None, path, ())
     for name in FILES:
         if (path / name).is_file():
-            return files.read_state(path if name == files.INDEX else path / name), path / name
+            return files.read(path / name)
     if path.name == "checkpoints":
-        return None, path.parent
+        return files.Read(None, path.parent, ())
     raise UserError(
         f"{path} is neither a work directory with checkpoints nor holds {', '.join(FILES)}"
     )
@@ -115,7 +119,8 @@ def _layout(state, file: Path, name: str | None) -> Layout:
             f"{file} holds a tower of CLIP or SigLIP: a teacher (--config.teacher.weights), which "
             f"an encoder here cannot be (a norm before its blocks, or another pooling)"
         )
-    raise UserError(f"{file} is in none of the layouts {', '.join(LAYOUTS)}")
+    shown = f": {first_names(state)}" if state else ""
+    raise UserError(f"{file} is in none of the layouts {', '.join(LAYOUTS)}{shown}")
 
 
 def target(layout: Layout, path: Path) -> Path:

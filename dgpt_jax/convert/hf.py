@@ -7,13 +7,14 @@ import json
 import math
 from pathlib import Path
 
-from dgpt_jax.convert import files, layout
+from dgpt_jax.convert import files, hugging_face, layout, normalisation
+from dgpt_jax.convert.json_files import check_claims, group, read_json
 from dgpt_jax.convert.layout import Entry, linear, norm
-from dgpt_jax.convert.source import read_json
 from dgpt_jax.convert.weights import (
     Layout,
     Preprocess,
     Weights,
+    assumed,
     depth_of,
     encoder_model,
     encoder_shapes,
@@ -24,7 +25,8 @@ from dgpt_jax.schema import UserError
 
 PATCH = "embeddings.patch_embeddings.projection"
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
-OURS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_new": "gelu_tanh"}
+# `model_type` of Hugging Face's models of these names, and the eps that their configs leave out.
+TYPES = {"vit": 1e-12, "vit_msn": 1e-6}
 # Pillow's numbers of its filters.
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
@@ -56,17 +58,11 @@ def _table(weights: Weights) -> list[Entry]:
 
 def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     """Weights from a state dict, with config.json and preprocessor_config.json beside it."""
-    file = path.parent / "config.json"
-    if not file.is_file():
+    told, claims = hugging_face.config(path.parent, TYPES, activation="gelu")
+    if not told:
         raise UserError(f"{path}: Hugging Face's config.json must lie beside it")
-    config = read_json(file)
-    # Left-out values are those of ViTConfig.
-    told_heads = config.get("num_attention_heads", 12)
-    activation = config.get("hidden_act", "gelu")
-    if heads not in (None, told_heads):
-        raise UserError(f"{path}: {heads} heads are given, its config.json says {told_heads}")
-    if activation not in OURS:
-        raise UserError(f"{file}: hidden_act {activation} is none of {', '.join(OURS)}")
+    if heads not in (None, told["heads"]):
+        raise UserError(f"{path}: {heads} heads are given, its config.json says {told['heads']}")
     classes = len(state["classifier.bias"]) if "classifier.bias" in state else 0
     if not classes:  # a model with another head, or none
         state = {n.removeprefix("vit."): x for n, x in state.items()}
@@ -78,26 +74,44 @@ def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     model = encoder_model(
         width=width,
         patch=patch,
-        heads=told_heads,
+        heads=told["heads"],
         depth=depth_of(state, f"{tower}encoder.layer.", path),
         mlp_width=len(hidden),
         image_size=image_side(positions.shape[1], patch, path),
-        eps=config.get("layer_norm_eps", 1e-12),
-        activation=OURS[activation],
+        eps=told["eps"],
+        activation=told["activation"],
     )
+    size = told.get("image_size", model.image_size)
+    claims["grid"] = (size // patch, f"image_size // {patch} in its config.json")
+    check_claims(claims, vars(model) | {"mlp_width": len(hidden), "grid": model.grid}, path)
     notes = ()
     if "pooler.dense.weight" in state and not classes:
         state = {n: x for n, x in state.items() if not n.startswith("pooler.dense.")}
         notes = (f"{path}: the pooler (dense, tanh) is left out: features are the normed CLS",)
     table = entries(model.depth, head=classes > 0)
     params = layout.read(table, state, encoder_shapes(model, "cls", classes), what=str(path))
-    preprocess = _preprocess(path.parent / "preprocessor_config.json", model.image_size)
+    preprocess, unknown = _preprocess(path.parent, model.image_size)
+    notes += assumed(path, unknown, "those of ViTImageProcessor (0.5, bilinear)")
     return Weights(model, params, "cls", str(path), preprocess, notes=notes)
 
 
-def _preprocess(file: Path, image_size: int) -> Preprocess:
-    """From a preprocessor_config.json; left-out values are those of ViTImageProcessor."""
-    told = read_json(file) if file.is_file() else {}
+def _processor(directory: Path) -> tuple[dict, Path]:
+    """(what an image processor is made of, from where); transformers 5 looks in this order."""
+    file = directory / "processor_config.json"
+    told = group(read_json(file), "image_processor", file) if file.is_file() else {}
+    if told:
+        return told, file
+    file = directory / "preprocessor_config.json"
+    return (read_json(file) if file.is_file() else {}), file
+
+
+def _preprocess(directory: Path, image_size: int) -> tuple[Preprocess, list[str]]:
+    """(how pictures are prepared, what of it nothing tells and is ViTImageProcessor's)."""
+    told, file = _processor(directory)
+    told = {name: value for name, value in told.items() if value is not None}
+    channels = normalisation.image_processor(told, file)
+    unknown = [name for name in ("mean", "std") if name not in channels]
+    unknown += ["filter"] if "resample" not in told else []
     resample = told.get("resample", FILTERS["bilinear"])
     filters = {number: name for name, number in FILTERS.items()}
     if resample not in filters:
@@ -107,13 +121,14 @@ def _preprocess(file: Path, image_size: int) -> Preprocess:
     edge = size.get("shortest_edge", size.get("height"))
     if not edge or size.get("width", edge) != edge:
         raise UserError(f"{file}: size {size} is neither a square nor a shortest_edge")
-    return Preprocess(
-        mean=tuple(told.get("image_mean", (0.5, 0.5, 0.5))),
-        std=tuple(told.get("image_std", (0.5, 0.5, 0.5))),
+    how = Preprocess(
+        mean=channels.get("mean", (0.5, 0.5, 0.5)),
+        std=channels.get("std", (0.5, 0.5, 0.5)),
         interpolation=filters[resample],
         crop_pct=_crop_pct(image_size, edge) if told.get("do_center_crop") else 1.0,
         crop_mode="center" if "shortest_edge" in size else "squash",
     )
+    return how, unknown
 
 
 def _edge(size: int, crop_pct: float) -> int:

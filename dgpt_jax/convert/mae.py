@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dgpt_jax.convert import layout, timm
-from dgpt_jax.convert.weights import Layout, Weights, encoder_shapes
+from dgpt_jax.convert.weights import Layout, Weights, assumed, encoder_shapes
 from dgpt_jax.schema import UserError
 
 DECODER = ("decoder_", "mask_token")
@@ -17,9 +17,9 @@ def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
         raise UserError(f"{path} holds no MAE encoder: it needs patch_embed.proj and norm")
     heads = heads or HEADS.get(state["norm.weight"].size)
     model = timm.model_of(state, {}, heads, path)
-    notes = ()
+    notes = assumed(path, ("mean", "std"), "ImageNet's, as in MAE's own code,")
     if any(name.startswith(DECODER) for name in state):
-        notes = (f"{path}: MAE's decoder is left out",)
+        notes += (f"{path}: MAE's decoder is left out",)
     table = timm.entries(model.depth, "cls", head=False)
     shapes = encoder_shapes(model, "cls", 0)
     params = layout.read(table, state, shapes, ignore=DECODER, what=str(path))

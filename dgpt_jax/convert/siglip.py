@@ -7,10 +7,13 @@ token, and the attention-pooling head is left out.
 from collections.abc import Mapping
 from pathlib import Path
 
+from dgpt_jax.convert import hugging_face, normalisation
 from dgpt_jax.convert.layout import Entry, hugging_face_layers, norm, patch_embed
-from dgpt_jax.convert.source import Source, hugging_face, part, refusal
+from dgpt_jax.convert.source import Source, part, refusal
 
 PATCH = "embeddings.patch_embedding"
+# `model_type` of Hugging Face's models of these names, and the eps that their configs leave out.
+TYPES = {"siglip": 1e-6, "siglip_vision_model": 1e-6}
 
 
 def entries(depth: int) -> list[Entry]:
@@ -33,6 +36,7 @@ def source(state: Mapping, path: Path) -> Source | None:
     if f"{PATCH}.weight" in vision and vision[f"{PATCH}.weight"].ndim != 4:
         raise refusal(path, "holds a SigLIP 2 of variable resolution (NaFlex)")
     vision.pop("embeddings.position_ids", None)  # a buffer of old versions
+    told, claims = hugging_face.config(path.parent, TYPES, activation="gelu_pytorch_tanh")
     return Source(
         {name: array for name, array in vision.items() if not name.startswith("head.")},
         entries,
@@ -45,5 +49,6 @@ def source(state: Mapping, path: Path) -> Source | None:
             "pre_norm": False,
             "patch_bias": True,
         },
-        told=hugging_face(path.parent, activation="gelu_pytorch_tanh", eps=1e-6),
+        told=told | normalisation.told(path.parent),
+        claims=claims,
     )

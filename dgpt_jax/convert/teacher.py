@@ -7,10 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dgpt_jax.convert import clip, dinov2, files, layout, siglip
-from dgpt_jax.convert.source import Source, refusal
+from dgpt_jax.convert import clip, dinov2, files, layout, normalisation, open_clip, siglip
+from dgpt_jax.convert.json_files import check_claims, is_timm, read_json
+from dgpt_jax.convert.source import Source, first_names, refusal
 from dgpt_jax.schema import UserError
-from dgpt_jax.towers import TeacherTower, Tower
+from dgpt_jax.sections import Teacher
+from dgpt_jax.towers import CLIP_MEAN, CLIP_STD, TeacherTower, Tower
 from dgpt_jax.transformer import ACTIVATIONS
 
 FILES = (
@@ -19,6 +21,7 @@ FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 # Each tells whether a state dict is of its layout; the names of CLIP and SigLIP overlap.
 LAYOUTS = (clip.openclip, clip.hf, siglip.source, dinov2.source)
@@ -41,19 +44,31 @@ def load(
     image_size: int | None = None,
     heads: int | None = None,
     activation: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> Loaded:
-    """The teacher in a weights file, or in a directory with one of FILES.
+    """The teacher in a weights file (files.read), or in a directory with one of FILES.
 
     `image_size` other than the weights' interpolates the positions. Raises UserError on layouts
     that are not known, missing or unknown arrays, unknown or contradicting settings.
     """
-    path = _find(Path(weights))
-    source = _source(files.read_state(path.parent if path.name == files.INDEX else path), path)
-    given = {"heads": heads, "activation": activation}
-    tower = _tower(source, given, path)
+    state, path, notes = files.read(_find(Path(weights)))
+    given = {"heads": heads, "activation": activation, "mean": mean, "std": std}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        source = _source(state, path)
+        tower = _tower(source, given, path, image_size)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        # Sizes are taken from arrays before their table is compared with them.
+        raise UserError(f"{path} is no teacher's weights: {type(e).__name__} {e}") from e
+    usual = [name for name in ("mean", "std") if name not in {**source.told, **given}]
+    notes += tuple(
+        f"{path}: no JSON beside it tells {name}: that of its layout is taken, "
+        f"{getattr(tower, name)}"
+        for name in usual
+    )
     entries = source.entries(tower.depth)
     flat = layout.read(entries, source.state, parameter_shapes(tower), what=str(path))
-    notes = ()
     if image_size is not None and image_size != tower.image_size:
         old, tower = tower, replace(tower, image_size=image_size)
         if tower.grid != old.grid:
@@ -64,11 +79,24 @@ def load(
             flat["positions"] = interpolate_positions(
                 flat["positions"], tower.grid, cls=tower.cls, antialias=source.antialias
             )
-            notes = (
+            notes += (
                 f"{path}: positions interpolated from {old.image_size} to {image_size} pixels",
             )
-    name = path.parent.name if path.name in FILES else path.stem
+    file, _ = files.split(path)
+    name = file.parent.name if file.name in FILES else file.stem
     return Loaded(tower, layout.unflatten(flat), name, files.hash_state(source.state), notes)
+
+
+def load_configured(settings: Teacher) -> Loaded:
+    """The teacher that a config names. Raises UserError."""
+    return load(
+        settings.weights,
+        image_size=settings.image_size,
+        heads=settings.heads,
+        activation=settings.activation,
+        mean=settings.mean,
+        std=settings.std,
+    )
 
 
 def parameter_shapes(tower: Tower) -> dict[str, tuple[int, ...]]:
@@ -94,23 +122,34 @@ def interpolate_positions(
 
 
 def _find(path: Path) -> Path:
+    """The file of weights: of several, the first beside which the JSON of its kind lies."""
     if not path.is_dir():
         return path
-    for name in FILES:
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"{path} holds none of {', '.join(FILES)}")
+    there = [name for name in FILES if (path / name).is_file()]
+    if not there:
+        raise UserError(f"{path} holds none of {', '.join(FILES)}")
+    if len(there) == 1:
+        return path / there[0]
+    return path / next((name for name in there if _is_described(path, name)), there[0])
+
+
+def _is_described(directory: Path, name: str) -> bool:
+    """Whether the JSON for a file of FILES lies beside it: OpenCLIP's, or Hugging Face's."""
+    if name.startswith("open_clip"):
+        return (directory / open_clip.FILE).is_file()
+    config = directory / "config.json"
+    return config.is_file() and not is_timm(read_json(config))
 
 
 def _source(state: Mapping, path: Path) -> Source:
     for find in LAYOUTS:
         if (source := find(state, path)) is not None:
             return source
-    raise refusal(path, "is in no layout of a teacher")
+    raise UserError(f"{refusal(path, 'is in no layout of a teacher')}; {first_names(state)}")
 
 
-def _tower(source: Source, given: Mapping, path: Path) -> Tower:
-    """The tower of a source, with what only JSON and caller know."""
+def _tower(source: Source, given: Mapping, path: Path, asked: int | None) -> Tower:
+    """The tower of a source, with what only JSON and caller know; asked: the image size."""
     settings = _settings(source, given, path)
     table = {entry.path: entry for entry in reversed(source.entries(1))}
     sized = ("patch_embed/kernel", "positions", "blocks/mlp/fc1/bias", "proj/kernel")
@@ -122,15 +161,12 @@ def _tower(source: Source, given: Mapping, path: Path) -> Tower:
     width, _, patch, _ = kernel.shape
     out_axis = 0 if proj and table["proj/kernel"].kind == "linear" else 1
     side = round((positions.shape[-2] - settings.get("cls", True)) ** 0.5)
-    # Where patches do not fill the image, only the JSON knows its size.
-    image_size = settings.pop("image_size", None)
-    fits = isinstance(image_size, int) and image_size // patch == side
     before, after = needed[2].split(".0.")
     depth = sum(n.startswith(f"{before}.") and n.endswith(f".{after}") for n in source.state)
     if width % settings["heads"]:
         raise UserError(f"{path}: {settings['heads']} heads do not divide the width {width}")
-    return Tower(
-        image_size=image_size if fits else patch * side,
+    tower = Tower(
+        image_size=_image_size(settings.pop("image_size", None), patch, side, asked, path),
         patch=patch,
         width=width,
         depth=depth,
@@ -138,16 +174,35 @@ def _tower(source: Source, given: Mapping, path: Path) -> Tower:
         mlp_width=len(hidden) // (2 if settings["activation"] == "swiglu" else 1),
         **settings,
     )
+    check_claims(source.claims, vars(tower), path)
+    return tower
+
+
+def _image_size(told: int | None, patch: int, side: int, asked: int | None, path: Path) -> int:
+    """Pixels along the image that the positions are of, side · patch or a little more.
+
+    told: by the JSON, which alone knows it where patches do not fill the image. Raises UserError
+    where it is another size and none is asked for.
+    """
+    if told is None or told // patch == side:
+        return told or patch * side
+    if asked is None:
+        raise UserError(
+            f"{path}: the JSON beside it has image_size {told}, the positions are those of "
+            f"{patch * side} pixels: config.teacher.image_size={told} interpolates them, "
+            f"config.teacher.image_size={patch * side} takes them as they are"
+        )
+    return patch * side
 
 
 def _settings(source: Source, given: Mapping, path: Path) -> dict:
     """Fields of Tower from the layout, from what came with the weights and from the caller."""
-    given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
-        if source.told.get(name, value) != value:
+        told = source.told.get(name, value)
+        if not (normalisation.same(told, value) if isinstance(value, tuple) else told == value):
             raise UserError(
                 f"{path}: config.teacher.{name} is {value!r}, the weights and the JSON beside "
-                f"them say {source.told[name]!r}"
+                f"them say {told!r}"
             )
     settings = {**source.fields, **source.told, **given}
     unknown = [name for name in ("heads", "activation") if name not in settings]
@@ -160,5 +215,14 @@ def _settings(source: Source, given: Mapping, path: Path) -> dict:
     if settings["activation"] not in ACTIVATIONS:
         raise UserError(
             f"{path}: activation {settings['activation']!r} is none of {', '.join(ACTIVATIONS)}"
+        )
+    unknown = [name for name in ("mean", "std") if name not in settings]
+    if unknown:
+        raise UserError(
+            f"{path}: neither the weights nor JSON beside them tell {' and '.join(unknown)} of the "
+            f"pictures: put the JSON that came with the weights (preprocessor_config.json, "
+            f"open_clip_config.json) beside them, or set "
+            f"{' and '.join(f'config.teacher.{name}' for name in unknown)} (OpenAI's CLIP has mean "
+            f"{CLIP_MEAN}, std {CLIP_STD})"
         )
     return settings

@@ -5,15 +5,21 @@ with the weights, config.json beside it.
 """
 
 import json
-import re
 from pathlib import Path
 
 from dgpt_jax.convert import files, layout
+from dgpt_jax.convert.json_files import check_claims
 from dgpt_jax.convert.layout import Entry, linear, norm
-from dgpt_jax.convert.source import read_json
+from dgpt_jax.convert.timm_json import (
+    activation_of,
+    args_of,
+    beside,
+    checked_args,
+    claims_of,
+    heads_of,
+)
 from dgpt_jax.convert.weights import (
     Layout,
-    Preprocess,
     Weights,
     depth_of,
     encoder_model,
@@ -32,18 +38,9 @@ NAMES = {
     "L/14": "vit_large_patch14_224",
     "H/14": "vit_huge_patch14_224",
 }
-# Heads by the width that timm's words for sizes stand for, whatever patch and image.
-WORDS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16),
-         "huge": (1280, 16)}  # fmt: skip
 POOLS = {"mean": "avg", "cls": "token"}
 NORMS = {"mean": "fc_norm", "cls": "norm"}
 PREPROCESS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-# What our encoder cannot be, and what timm has where the JSON says nothing.
-FIXED = {
-    "qkv_bias": True, "qk_norm": False, "class_token": True, "no_embed_class": False,
-    "reg_tokens": 0, "pre_norm": False, "init_values": None, "norm_layer": None,
-    "pool_include_prefix": False, "pos_embed": "learn", "in_chans": 3,
-}  # fmt: skip
 
 
 def entries(depth: int, pooling: str, *, head: bool) -> list[Entry]:
@@ -67,8 +64,14 @@ def pooling_of(state, config: dict, what) -> str:
     found = [pooling for pooling, name in NORMS.items() if f"{name}.weight" in state]
     if len(found) != 1:
         raise UserError(f"{what}: timm's ViT has either fc_norm or norm, this has {len(found)}")
-    usual = POOLS[found[0]]
-    told = (config.get("model_args") or {}).get("global_pool", config.get("global_pool", usual))
+    usual, args = POOLS[found[0]], args_of(config, what)
+    if args.get("fc_norm") not in (None, found[0] == "mean"):
+        raise UserError(
+            f"{what}: the arrays have {NORMS[found[0]]}, its config.json fc_norm {args['fc_norm']}"
+        )
+    # Where nothing tells the pooling, fc_norm alone says nothing of it: timm's default is "token".
+    unsaid = "token" if args.get("fc_norm") is not None else usual
+    told = args.get("global_pool", config.get("global_pool", unsaid))
     if told != usual:
         raise UserError(
             f"{what}: an encoder here cannot have {NORMS[found[0]]} with global_pool {told}, as "
@@ -77,60 +80,34 @@ def pooling_of(state, config: dict, what) -> str:
     return found[0]
 
 
-def heads_of(config: dict, width: int, given: int | None, what) -> int:
-    """From the caller, from model_args, or by the architecture's name."""
-    told = (config.get("model_args") or {}).get("num_heads")
-    name = re.match(r"(?:vit|deit)_([a-z]+)_patch", config.get("architecture", ""))
-    if not told and name and WORDS.get(name[1], (0, 0))[0] == width:
-        told = WORDS[name[1]][1]
-    if given and told and given != told:
-        raise UserError(f"{what}: {given} heads are given, its config.json says {told}")
-    if not (given or told):
-        raise UserError(
-            f"{what}: the head count is neither in the weights nor in a config.json beside them: "
-            f"give it with --heads"
-        )
-    return given or told
-
-
 def model_of(state, config: dict, heads: int | None, what) -> Model:
     """The `config.Model` of a state dict and its config JSON."""
     names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
     kernel, positions, hidden = needed(state, names, what)
     width, _, patch, _ = kernel.shape
-    told = config.get("model_args") or {}
-    odd = {n: told[n] for n, usual in FIXED.items() if n in told and told[n] != usual}
-    if odd:
-        raise UserError(f"{what}: an encoder here cannot have {odd}")
-    return encoder_model(
+    args, file = checked_args(config, what)
+    model = encoder_model(
         width=width,
         patch=patch,
         heads=heads_of(config, width, heads, what),
         depth=depth_of(state, "blocks.", what),
         mlp_width=len(hidden),
         image_size=image_side(positions.shape[1], patch, what),
-        activation=told.get("act_layer") or "gelu",
+        activation=activation_of(args, file),
     )
+    claims = claims_of(args, patch, file)
+    check_claims(claims, vars(model) | {"grid": model.grid}, what)
+    return model
 
 
 def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     """Weights from a state dict and the config.json beside its file."""
-    file = path.parent / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config, how, notes = beside(path)
     model, pooling = model_of(state, config, heads, path), pooling_of(state, config, path)
     classes = len(state["head.bias"]) if "head.bias" in state else 0
     table = entries(model.depth, pooling, head=classes > 0)
     params = layout.read(table, state, encoder_shapes(model, pooling, classes), what=str(path))
-    notes = (f"{path}: no JSON tells the preprocessing: ImageNet's is taken",)
-    how = preprocess_of(config)
-    notes = () if config.get("pretrained_cfg") else notes
     return Weights(model, params, pooling, str(path), how, notes=notes)
-
-
-def preprocess_of(config: dict) -> Preprocess:
-    """From a config.json; ImageNet's where it does not tell."""
-    told = config.get("pretrained_cfg") or {}
-    return Preprocess.of({name: told[name] for name in PREPROCESS if name in told})
 
 
 def config_json(weights: Weights) -> dict:

@@ -109,6 +109,13 @@ class Layout:
     full: bool = False
 
 
+def assumed(path, names, whose: str) -> tuple[str, ...]:
+    """Notes that preprocessing which nothing beside the weights tells is taken from elsewhere."""
+    if not names:
+        return ()
+    return (f"{path} does not tell its {' and '.join(names)}: {whose} are taken",)
+
+
 def encoder_model(
     *, width: int, patch: int, heads: int, depth: int, mlp_width: int, image_size: int, **more
 ) -> Model:

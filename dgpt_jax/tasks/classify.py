@@ -141,7 +141,7 @@ def starting_weights(config: Train) -> Start:
     _, found = formats.read(told.weights, encoder_only=True)
     found = weights_lib.encoder(found, told.pooling if found.full else None)
     _refuse_another(model, found)
-    notes = [f"starting from {found.source}"]
+    notes = [f"starting from {found.source}", *found.notes]
     params = dict(found.params)
     if found.model.grid != model.grid:
         params["pos_embed"] = interpolate_positions(

@@ -195,13 +195,7 @@ def load_teacher(config: Train):
     """The loaded tower that runs within the step, or None. Raises UserError."""
     if config.data.targets != "online":
         return None
-    teacher = config.teacher
-    return teacher_weights.load(
-        teacher.weights,
-        image_size=teacher.image_size,
-        heads=teacher.heads,
-        activation=teacher.activation,
-    )
+    return teacher_weights.load_configured(config.teacher)
 
 
 def live_target(config: Train, teacher) -> Target:
