@@ -66,10 +66,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Classifier(Encoder):
-    """An encoder with its classification head: fine-tuned weights."""
+    """An encoder with its classification head: fine-tuned weights. classes: their names, in the
+    order of the logits; empty where they are not known."""
 
     pooling: str = "mean"
     num_classes: int = 0
+    classes: tuple[str, ...] = ()
 
     def logits(self, pictures):
         """uint8 RGB (B, size, size, 3) to logits (B, classes) float32."""
@@ -225,6 +227,7 @@ def load_classifier(path, *, heads: int | None = None) -> Classifier:
         weights.run,
         pooling=weights.pooling,
         num_classes=weights.num_classes,
+        classes=weights.classes,
     )
 
 

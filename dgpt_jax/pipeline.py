@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from dgpt_jax import bad_records, gcs, open_files, records, token_store
+from dgpt_jax import bad_records, class_names, gcs, open_files, records, token_store
 from dgpt_jax.config import Classify, Data, Model
 from dgpt_jax.examples import Labelled, Segmented
 from dgpt_jax.schema import UserError
@@ -119,15 +119,12 @@ def require_same_classes(split: records.Split, trained: records.Split):
     """Raises UserError where the classes of two splits, as many, have other names or another order.
     Datasets that name no classes have their numbers for names, and fit any."""
     names, expected = (x.label.names for x in (split, trained))
-    numbers = [str(i) for i in range(len(names))]
-    if numbers in (names, expected):
-        return
-    for i, (name, other) in enumerate(zip(names, expected, strict=True)):
-        if name != other:
-            raise UserError(
-                f"class {i} is {name!r} in {split} and {other!r} in {trained}, which is trained "
-                f"on: answers would be counted for other classes. Import both with the same classes"
-            )
+    if (i := class_names.first_difference(names, expected)) is not None:
+        raise UserError(
+            f"class {i} is {names[i]!r} in {split} and {expected[i]!r} in {trained}, which is "
+            f"trained on: answers would be counted for other classes. Import both with the same "
+            f"classes"
+        )
 
 
 def check_first_label(split: records.Split):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 
-from dgpt_jax import optim, schema, state
+from dgpt_jax import class_names, optim, schema, state
 from dgpt_jax.schema import UserError
 
 # What may be another when a run is continued: it changes neither parameters nor data nor schedule.
@@ -99,11 +99,6 @@ def data_changes(before: dict, now: dict) -> list[str]:
             f"{before.get('teacher')}"
         )
     if before.get("classes") != now.get("classes"):
-        changes.append(f"has {_classes(now)}, and had {_classes(before)}")
+        names = (class_names.shown(x.get("classes") or []) for x in (now, before))
+        changes.append("has {}, and had {}".format(*names))
     return changes
-
-
-def _classes(identity: dict) -> str:
-    names = identity.get("classes") or []
-    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-    return f"{len(names)} classes ({shown})"

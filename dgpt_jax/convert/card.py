@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from dgpt_jax import run_log, schema
+from dgpt_jax import class_names, run_log, schema
 from dgpt_jax.convert.weights import Weights
 
 
@@ -34,7 +34,7 @@ def text(weights: Weights, name: str, where: Path, file: Path, *, verified: str)
         "heads, MLP ratio": f"{model.heads}, {model.mlp_ratio:g}",
         "LayerNorm eps, GELU": f"{model.eps:g}, {model.activation}",
         "pooling": weights.pooling or "none: decoders read tapped blocks",
-        "classes": weights.num_classes or "none",
+        "classes": class_names.shown(weights.classes) if weights.classes else weights.num_classes,
         "pictures": _pictures(weights),
         **_run(weights.run),
         "check": verified,

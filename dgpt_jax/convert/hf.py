@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from dgpt_jax.convert import files, hugging_face, layout, normalisation
-from dgpt_jax.convert.json_files import check_claims, group, read_json
+from dgpt_jax.convert.json_files import check_claims, class_names, group, read_json
 from dgpt_jax.convert.layout import Entry, linear, norm
 from dgpt_jax.convert.weights import (
     Layout,
@@ -92,7 +92,11 @@ def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     params = layout.read(table, state, encoder_shapes(model, "cls", classes), what=str(path))
     preprocess, unknown = _preprocess(path.parent, model.image_size)
     notes += assumed(path, unknown, "those of ViTImageProcessor (0.5, bilinear)")
-    return Weights(model, params, "cls", str(path), preprocess, notes=notes)
+    names = ()
+    if classes:
+        file = path.parent / "config.json"
+        names = class_names(read_json(file).get("id2label"), classes, f"{file}: id2label")
+    return Weights(model, params, "cls", str(path), preprocess, notes=notes, classes=names)
 
 
 def _processor(directory: Path) -> tuple[dict, Path]:
@@ -145,7 +149,7 @@ def _crop_pct(size: int, edge: int) -> float:
 def config_json(weights: Weights) -> dict:
     """What ViTConfig is made of."""
     model, classes = weights.model, weights.num_classes
-    labels = {i: f"LABEL_{i}" for i in range(classes)}
+    labels = dict(enumerate(weights.classes or (f"LABEL_{i}" for i in range(classes))))
     return {
         "architectures": ["ViTForImageClassification" if classes else "ViTModel"],
         "model_type": "vit",

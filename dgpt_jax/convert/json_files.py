@@ -82,6 +82,20 @@ def mean_std(content: Mapping, mean: str, std: str, file) -> dict:
     }
 
 
+def class_names(value, count: int, what: str) -> tuple[str, ...]:
+    """The names of a head's classes: a list, or an object from numbers to names; () where there are
+    none, or only stand-ins ("LABEL_0"). Raises UserError on other values, and another number."""
+    if isinstance(value, dict):
+        value = [value.get(str(i)) for i in range(len(value))]
+    if value in UNSAID or all(name == f"LABEL_{i}" for i, name in enumerate(value)):
+        return ()
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{what} is {shown(value)}, names of the classes 0, 1, … are expected")
+    if len(value) != count:
+        raise UserError(f"{what} names {len(value)} classes, the head has {count}")
+    return tuple(value)
+
+
 def is_timm(content: Mapping) -> bool:
     """Whether the object of a config.json is timm's."""
     return "architecture" in content or "pretrained_cfg" in content

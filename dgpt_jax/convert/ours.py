@@ -33,6 +33,7 @@ def _about(weights: Weights) -> dict:
         "preprocess": dataclasses.asdict(weights.preprocess),
         "source": weights.source,
         "run": dict(weights.run),
+        "classes": list(weights.classes),
     }
 
 
@@ -42,7 +43,10 @@ def _weights(params, about: dict, source: str, *, part: bool = False) -> Weights
         raise UserError(f"{source} has format {about['format']}, this code reads {FORMAT}")
     how = Preprocess.of(about["preprocess"])
     model = parse(Model, about["model"])
-    weights = Weights(model, params, about["pooling"], source, how, about.get("run", {}))
+    weights = Weights(
+        model, params, about["pooling"], source, how, about.get("run", {}),
+        classes=tuple(about.get("classes", ())),
+    )  # fmt: skip
     if weights.full and part:
         return weights
     if weights.full and not any(f"{name}/pred/kernel" in params for name in DECODERS):
@@ -81,7 +85,7 @@ def read_directory(state, path: Path, heads=None, decoder_heads=None, parts=None
     model = parse(Model, metadata["config"]["model"])
     config = metadata["config"]
     run = {"config": config, "step": metadata["step"], "directory": str(path)}
-    pooling, how = None, Preprocess()
+    pooling, how, classes = None, Preprocess(), ()
     if config.get("task") == "classify":
         told = config["classify"]
         if told["train"] == "head" and told.get("head", "linear") != "linear":
@@ -90,8 +94,9 @@ def read_directory(state, path: Path, heads=None, decoder_heads=None, parts=None
                 f"{told['weights']}"
             )
         pooling = told["pooling"]
+        classes = tuple((metadata.get("data") or {}).get("classes") or ())
         how = Preprocess(crop_pct=1.0) if model.image_size > 224 else how
-    return Weights(model, layout.flatten(params), pooling, source, how, run=run)
+    return Weights(model, layout.flatten(params), pooling, source, how, run=run, classes=classes)
 
 
 def save_directory(weights: Weights, path: Path):

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from dgpt_jax.convert import files, layout
-from dgpt_jax.convert.json_files import check_claims
+from dgpt_jax.convert.json_files import check_claims, class_names
 from dgpt_jax.convert.layout import Entry, linear, norm
 from dgpt_jax.convert.timm_json import (
     activation_of,
@@ -107,7 +107,9 @@ def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
     classes = len(state["head.bias"]) if "head.bias" in state else 0
     table = entries(model.depth, pooling, head=classes > 0)
     params = layout.read(table, state, encoder_shapes(model, pooling, classes), what=str(path))
-    return Weights(model, params, pooling, str(path), how, notes=notes)
+    told = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    names = class_names(told, classes, f"{path}: label_names of its config.json")
+    return Weights(model, params, pooling, str(path), how, notes=notes, classes=names)
 
 
 def config_json(weights: Weights) -> dict:
@@ -119,6 +121,7 @@ def config_json(weights: Weights) -> dict:
     return {
         "architecture": NAMES[size],
         "num_classes": classes,
+        **({"label_names": list(weights.classes)} if weights.classes else {}),
         "num_features": model.width,
         "global_pool": pool,
         "model_args": {

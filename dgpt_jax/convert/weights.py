@@ -47,7 +47,8 @@ class Weights:
 
     params: flat, float32. pooling: "cls" or "mean"; None for a pretraining model, which has
     neither learned positions nor a final norm. source: where they came from. run: {"config",
-    "step"} of the training, where it is known. notes: what the user should hear.
+    "step"} of the training, where it is known. notes: what the user should hear. classes: the names
+    of a head's classes, in the order of its outputs; empty where they are not known.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class Weights:
     preprocess: Preprocess = Preprocess()
     run: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @property
     def full(self) -> bool:

@@ -1,9 +1,9 @@
 """Facts about ImageNet's test sets: which classes they have, and AlexNet's errors on ImageNet-C."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from dgpt_jax import class_labels
+from dgpt_jax import class_labels, class_names
 from dgpt_jax.schema import UserError
 
 CLASSES = 1000
@@ -50,6 +50,20 @@ ALEXNET = {
     "pixelate": 0.717840, "jpeg_compression": 0.606500,
 }  # fmt: skip
 SEVERITIES = (1, 2, 3, 4, 5)
+
+
+def check_order(names: Sequence[str], what, say: Callable):
+    """Raises UserError where a head's classes are not ImageNet's in their order; says so where
+    their names cannot tell: other words than wnids."""
+    wnids = class_labels.imagenet("labels.txt")
+    if not names or all(re.fullmatch(r"n\d{8}|\d+", name) for name in names):
+        if (i := class_names.first_difference(names, wnids)) is not None:
+            raise UserError(
+                f"{what}: class {i} is {names[i]!r}, ImageNet's is {wnids[i]!r}: answers would be "
+                f"counted for other classes"
+            )
+    else:
+        say(f"{what}: class 0 is {names[0]!r}: the order of ImageNet's classes is taken on trust")
 
 
 def class_indices(names: Sequence[str], what) -> list[int]:

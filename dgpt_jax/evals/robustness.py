@@ -43,6 +43,7 @@ def evaluate(
             f"{classifier.source} has {classifier.num_classes} classes, ImageNet's test sets need "
             f"{imagenet.CLASSES}"
         )
+    imagenet.check_order(classifier.classes, classifier.source, say)
     root = Path(settings.data)
     if not root.is_dir():
         raise UserError(f"no such directory: {root}")

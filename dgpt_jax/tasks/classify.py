@@ -5,6 +5,7 @@ norm); positions, which pretraining has fixed, are learned. Source: the official
 models_vit.py, engine_finetune.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dgpt_jax import flops, heads, mixing, optim, pipeline, vit
+from dgpt_jax import class_names, flops, heads, mixing, optim, pipeline, vit
 from dgpt_jax.config import Train
 from dgpt_jax.convert import formats, layout
 from dgpt_jax.convert import weights as weights_lib
@@ -124,12 +125,13 @@ class Classify:
 def open_classify(config: Train, kind: type[Classify]) -> Classify:
     """The task with its data and what it starts from. Raises UserError."""
     examples = pipeline.open_labelled(config.data, config.model, config.classify, config.seed)
-    return kind(config, examples=examples, start=starting_weights(config))
+    names = examples.sources.splits[0].label.names
+    return kind(config, examples=examples, start=starting_weights(config, names))
 
 
-def starting_weights(config: Train) -> Start:
-    """Encoder and positions; of a classifier pooled alike also its norm, and its head where it has
-    as many classes. Raises UserError.
+def starting_weights(config: Train, names: Sequence[str] = ()) -> Start:
+    """Encoder and positions; of a classifier pooled alike also its norm, and its head where it is
+    of as many classes, and of these `names` where both are known. Raises UserError.
 
     Positions of another grid are resized as the official code does: bicubic, not antialiased.
     """
@@ -151,7 +153,11 @@ def starting_weights(config: Train) -> Start:
     if (found.preprocess.mean, found.preprocess.std) != (vit.IMAGENET_MEAN, vit.IMAGENET_STD):
         notes.append(f"{told.weights} expects pictures of another mean and std than ImageNet's")
     alike = found.pooling == told.pooling
-    if not (alike and found.num_classes == told.num_classes):
+    same = found.num_classes == told.num_classes
+    if same and (i := class_names.first_difference(found.classes, names)) is not None:
+        same = False
+        notes.append(f"its head is of other classes: {i} is {found.classes[i]!r}, not {names[i]!r}")
+    if not (alike and same):
         params = {name: x for name, x in params.items() if not name.startswith("head/")}
     if not alike:
         params = {name: x for name, x in params.items() if not name.startswith("norm/")}
