@@ -1,10 +1,12 @@
 """A collection of images → a TFDS image dataset (labels optional); see dgpt_jax/images.py."""
 
+import dgpt_jax.starting  # noqa: F401
+
 import os
 import shlex
 import warnings
 
-from dgpt_jax import cli, image_files, images, user_images
+from dgpt_jax import cli, image_files, images, outputs, user_images
 
 NAMES = 12  # classes that are named
 
@@ -51,6 +53,7 @@ def main():
     )
     args = vars(made.parse_args())
     options = user_images.Options.parse(args.pop("background"), args.pop("range"))
+    outputs.directory(args["out"])
     # Pillow warns of odd EXIF data and large pictures, with lines of its own source.
     warnings.filterwarnings("ignore", module="PIL")
     try:
