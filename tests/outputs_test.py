@@ -147,7 +147,9 @@ def test_a_place_on_gs(monkeypatch):
         assert not server.objects
         server.forbidden = "new/"
         for check, path in ((outputs.file, "new/x.json"), (outputs.directory, "new")):
-            with pytest.raises(UserError, match=f"gs://bucket/{path} cannot be written: .*Forbidden"):
+            with pytest.raises(
+                UserError, match=f"gs://bucket/{path} cannot be written: .*Forbidden"
+            ):
                 check(f"gs://bucket/{path}")
 
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_written_leaves_what_was(tmp_path, monkeypatch, add):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    path = tmp_path / "deep" / "r.json"
+    path = tmp_path / "r.json"
     add(path, "RUN, step 5", {}, [knn_row(20)])
     before = path.read_bytes()
     monkeypatch.setattr(type(epath.Path(path)), "write_text", full)
