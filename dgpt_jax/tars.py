@@ -105,10 +105,10 @@ def _followed(
             yield name, start, 0
         elif target is None:
             note(f"{called}, a link out of it")
-        elif f"{os.fsdecode(name)}/".startswith(f"{os.fsdecode(target)}/") or not target:
-            note(f"{called}, a link to a folder that holds it")
-        elif target not in inside:
+        elif target and target not in inside:
             note(f"{called}, a link to nothing in it")
+        elif not target or name.startswith(target + b"/"):
+            note(f"{called}, a link to a folder that holds it")
         else:
             yield from ((name + b"/" + rest, *place) for rest, *place in inside[target])
 
