@@ -6,7 +6,7 @@ import os
 import shlex
 import warnings
 
-from dgpt_jax import cli, image_files, images, outputs, user_images
+from dgpt_jax import cli, decoder_lines, image_files, images, outputs, user_images
 
 NAMES = 12  # classes that are named
 
@@ -57,11 +57,16 @@ def main():
     # Pillow warns of odd EXIF data and large pictures, with lines of its own source.
     warnings.filterwarnings("ignore", module="PIL")
     try:
-        report = images.import_images(**args, options=options, say=cli.say)
+        with decoder_lines.counted() as decoders:
+            report = images.import_images(**args, options=options, say=cli.say)
     except KeyboardInterrupt:
         print("\nstopped: the same command continues")
         raise
-    for line in (*report.passed, *(f"skipped {line}" for line in report.broken)):
+    for line in (
+        *decoder_lines.told(decoders),
+        *report.passed,
+        *(f"skipped {line}" for line in report.broken),
+    ):
         cli.say(line)
     if report.transparent:
         red, green, blue = options.background
