@@ -138,14 +138,15 @@ def main():
     made.add_argument("--out", type=cli.path, help="JSON file that the results are added to")
     made.add_argument("--untrained", type=int, metavar="SEED", help="measure its initialisation")
     arguments, settings = cli.parse(made, Evaluate)
-    if arguments.out:
-        outputs.file(arguments.out)
     hosts.start(settings.hosts, settings.platform)
+    if arguments.out and not jax.process_index():  # which is the one that writes
+        outputs.file(arguments.out)
     weights = open_weights(settings, arguments.checkpoint, arguments.untrained)
     out, parameters = arguments.out, ""
     if arguments.untrained is None or out:
         out = out or results.default_path(arguments.checkpoint, weights.run.get("step"))
-        outputs.file(out)
+        if not jax.process_index():
+            outputs.file(out)
         parameters = results.digest(weights.params)
         results.refuse_another(out, weights.source, parameters)
     if settings.protocol == "robustness":
@@ -169,9 +170,9 @@ def gather(measured: Iterator[list[dict]], out, weights: load.Encoder, parameter
     rows, model = [], dataclasses.asdict(weights.model)
     try:
         for some in measured:
-            rows += some
             if out and some and not jax.process_index():
                 results.merge(out, weights.source, model, some, parameters)
+            rows += some
     except BaseException:
         if out and rows and not jax.process_index():
             print(f"stopped: {len(rows)} rows that were measured before are in {out}")

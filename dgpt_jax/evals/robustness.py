@@ -1,7 +1,7 @@
 """Fine-tuned weights on ImageNet's test sets, each by its own rule (see test_sets.py)."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -48,19 +48,19 @@ def evaluate(
     root = Path(settings.data)
     if not root.is_dir():
         raise UserError(f"no such directory: {root}")
-    # Found twice: the names of all files of ImageNet-C at once would be half a GB.
-    sets = [known for known in SETS if test_sets.find(root, known) is not None]
-    for known in SETS:
-        if known not in sets:
+    sets = {known: test_sets.find(root, known) for known in SETS}
+    for known, source in sets.items():
+        if source is None:
             say(f"absent: {known.name}; {known.how}")
+    sets = {known: source for known, source in sets.items() if source is not None}
     corruptions = _corruptions(root, say)
     if not sets and not corruptions:
         raise UserError(f"{root} holds none of the test sets; the lines above say how to get them")
     predict = Predictor(settings, classifier)
     how = {"path": str(root), **preprocessing}
-    for known in sets:
-        yield measure(settings, known, test_sets.find(root, known), predict, how)
-    yield from _corrupted(root, corruptions, predict, how)
+    for known in list(sets):
+        yield measure(settings, known, sets.pop(known), predict, how)
+    yield from _corrupted(corruptions, predict, how)
 
 
 class Predictor:
@@ -150,28 +150,29 @@ def central(image: np.ndarray, size: int) -> np.ndarray:
     return views.resize(image[top : top + cut, left : left + cut], size, size)
 
 
-def _corruptions(root: Path, say: Callable) -> list[tuple[str, int]]:
-    """(corruption, severity) of ImageNet-C's 75 that are below a directory."""
-    every = [(name, severity) for name in imagenet.ALEXNET for severity in imagenet.SEVERITIES]
-    there = [one for one in every if test_sets.find_corrupted(root, *one) is not None]
-    absent = [f"{name}/{severity}" for name, severity in every if (name, severity) not in there]
-    if absent:
+def _corruptions(root: Path, say: Callable) -> dict[str, object]:
+    """{CORRUPTION/SEVERITY: source} of ImageNet-C's 75 that are below a directory."""
+    every = {
+        f"{corruption}/{severity}": test_sets.find_corrupted(root, corruption, severity)
+        for corruption in imagenet.ALEXNET
+        for severity in imagenet.SEVERITIES
+    }
+    there = {name: source for name, source in every.items() if source is not None}
+    if absent := [name for name in every if name not in there]:
         some = f" ({len(there)} of 75 are there, so there is no mean)" if there else ""
         say(f"absent: imagenet_c{some}, first {absent[0]}; {IMAGENET_C.how}")
     return there
 
 
-def _corrupted(
-    root: Path, there: Sequence[tuple[str, int]], predict: Predictor, how: dict
-) -> Iterator[list[dict]]:
-    """ImageNet-C: a row for each corruption and severity, and their mean where all are there."""
+def _corrupted(there: dict[str, object], predict: Predictor, how: dict) -> Iterator[list[dict]]:
+    """ImageNet-C: a row for each corruption and severity, and their mean where all are there.
+    Takes each source out of `there` when it is measured."""
     rows = []
-    for corruption, severity in there:
-        source = test_sets.find_corrupted(root, corruption, severity)
+    for name in list(there):
         masks = np.ones((2, imagenet.CLASSES), bool)
-        predicted, labels = predict(source, partial(central, size=predict.size), masks)
+        predicted, labels = predict(there.pop(name), partial(central, size=predict.size), masks)
         right, of = correct(predicted[:, 0], labels)
-        what = {"protocol": "robustness", "data": f"imagenet_c/{corruption}/{severity}"}
+        what = {"protocol": "robustness", "data": f"imagenet_c/{name}"}
         what |= _incomplete(of, IMAGENET_C)
         found = how | {"source": SOURCES["imagenet_c"]}
         rows.append(results.row(what, right, of, selection="none", how=found) | {"detail": True})
