@@ -47,5 +47,6 @@ def _probe(directory: epath.Path, path):
     directory = Path(directory).absolute()
     near = next(p for p in (directory, *directory.parents) if os.path.lexists(p))
     if not near.is_dir():
-        raise UserError(f"{path} cannot be written: {near} is no directory")
+        what = "a file" if near.is_file() else "no directory"
+        raise UserError(f"{path} cannot be written: {near} is {what}")
     tempfile.TemporaryFile(dir=near).close()

@@ -90,7 +90,7 @@ def other_suffix(place: Path, out: str) -> Path:
 
 
 FAULTS = {
-    below_a_file: "cannot be written: .*file is no directory",
+    below_a_file: "cannot be written: .*file is a file",
     dangling: "cannot be written: .*link is no directory",
     unwritable: "cannot be written: ",
     directory: "is a directory",
@@ -114,7 +114,7 @@ def test_a_place_that_cannot_be_written_to(monkeypatch, tmp_path, command, words
     path = fault(tmp_path, name)
     before = sorted(tmp_path.rglob("*"))
     found = refused(monkeypatch, command, words.replace(name, str(path)))
-    expected = FAULTS.get(fault, "must end in .*png|is no directory|names a file")
+    expected = FAULTS.get(fault, "must end in .*png|is a file|names a file")
     assert str(path) in found
     assert re.search(expected, found)
     assert sorted(tmp_path.rglob("*")) == before
