@@ -61,6 +61,7 @@ class Mirror:
     def _copy(self):
         """Copies what has changed; then raises what the first file failed with."""
         copied, failed = 0, []
+        self._due = time.monotonic() + COPY_EVERY
         for file in _files(self.near):
             state = (file.stat().st_mtime_ns, file.stat().st_size)
             if self._copied.get(file) != state:
@@ -109,7 +110,11 @@ def written(directory) -> Iterator[Path]:
         return
     scratch = tempfile.TemporaryDirectory()
     near = Path(scratch.name)
-    yield near
+    try:
+        yield near
+    except BaseException:
+        scratch.cleanup()
+        raise
     with _deleted_when_copied(scratch, far):
         for file in _files(near):
             gcs.put(file, far / file.relative_to(near))
@@ -123,7 +128,7 @@ def _deleted_when_copied(scratch: tempfile.TemporaryDirectory, far: epath.Path) 
     try:
         yield
     except BaseException as e:
-        kept = tempfile.mkdtemp(prefix="dgpt_jax_not_copied_")
+        kept = f"{scratch.name}_not_copied"
         os.replace(scratch.name, kept)
         line = (
             f"{far}: not all files were copied there; they are kept in {kept}: copy them with "
