@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from dgpt_jax import hosts, signals, smoke
+from dgpt_jax import hosts, signals, smoke, starting
 from dgpt_jax import schema as schema_lib
 from dgpt_jax.schema import UserError, printable
 
@@ -31,6 +31,7 @@ def run(main: Callable[[], None]):
 
     One of several processes ends at once on any error, so that the others end too.
     """
+    starting.end()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the locale cannot print
             stream.reconfigure(errors="backslashreplace")
@@ -125,6 +126,8 @@ def path(text: str) -> str:
 
 def local_path(text: str) -> Path:
     """The same of one that is always local."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not on a local disk")
     return Path(path(text))
 
 

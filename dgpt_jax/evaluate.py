@@ -7,13 +7,16 @@ measures the same encoder as training would start it, and only prints. tools/rep
 files beside published numbers.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import dataclasses
 import shlex
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from dgpt_jax import cli, config, hosts, load, records, sharding
+from dgpt_jax import cli, config, hosts, load, outputs, records, sharding
 from dgpt_jax.config import Evaluate
 from dgpt_jax.evals import features, fewshot, knn, probe, results, robustness
 from dgpt_jax.schema import UserError
@@ -25,8 +28,8 @@ SOURCES = {
 }
 
 
-def evaluate(settings: Evaluate, encoder: load.Encoder) -> list[dict]:
-    """Rows of results (evals/results.py) of a protocol on frozen features."""
+def evaluate(settings: Evaluate, encoder: load.Encoder) -> Iterator[list[dict]]:
+    """Rows of results (evals/results.py) of a protocol on frozen features, as they are measured."""
     mesh = sharding.make_mesh(config.Mesh())
     extract = features.Extractor(
         lambda params, pictures: dataclasses.replace(encoder, params=params).pooled(
@@ -54,7 +57,8 @@ def evaluate(settings: Evaluate, encoder: load.Encoder) -> list[dict]:
     for pooling in settings.features:
         for found in measure(settings, train.pop(pooling), test.pop(pooling)):
             rows.append(found | {"data": name, "features": pooling, "how": found["how"] | how})
-    return rows + results.mean_over_seeds(rows)
+            yield rows[-1:]
+    yield results.mean_over_seeds(rows)
 
 
 def preprocessing(settings: Evaluate, encoder: load.Encoder) -> dict:
@@ -67,11 +71,10 @@ def preprocessing(settings: Evaluate, encoder: load.Encoder) -> dict:
     }
 
 
-def measure(settings: Evaluate, train: features.Bank, test: features.Bank) -> list[dict]:
+def measure(settings: Evaluate, train: features.Bank, test: features.Bank) -> Iterator[dict]:
     """Rows of a protocol, for every number of shots and seed. Raises UserError where `train` lacks
     classes that `test` has."""
     _refuse_missing_classes(settings, train.labels, test.labels)
-    rows = []
     for shots in settings.shots:
         for seed in settings.seeds if shots else settings.seeds[:1]:
             chosen = probe.few_labels(train.labels, shots, seed)
@@ -87,10 +90,7 @@ def measure(settings: Evaluate, train: features.Bank, test: features.Bank) -> li
                 "train": len(chosen),
             }
             for found, correct, selection, how in _counts(settings, train, test, chosen):
-                rows.append(
-                    results.row(what | found, correct, len(test), selection=selection, how=how)
-                )
-    return rows
+                yield results.row(what | found, correct, len(test), selection=selection, how=how)
 
 
 def _counts(settings: Evaluate, train: features.Bank, test: features.Bank, chosen: np.ndarray):
@@ -139,27 +139,45 @@ def main():
     made.add_argument("--untrained", type=int, metavar="SEED", help="measure its initialisation")
     arguments, settings = cli.parse(made, Evaluate)
     hosts.start(settings.hosts, settings.platform)
+    if arguments.out and not jax.process_index():  # which is the one that writes
+        outputs.file(arguments.out)
     weights = open_weights(settings, arguments.checkpoint, arguments.untrained)
-    out = None
-    if arguments.untrained is None or arguments.out:
-        step = weights.run.get("step")
-        out = arguments.out or results.default_path(arguments.checkpoint, step)
+    out, parameters = arguments.out, ""
+    if arguments.untrained is None or out:
+        out = out or results.default_path(arguments.checkpoint, weights.run.get("step"))
+        if not jax.process_index():
+            outputs.file(out)
         parameters = results.digest(weights.params)
         results.refuse_another(out, weights.source, parameters)
     if settings.protocol == "robustness":
         say = (lambda line: None) if jax.process_index() else print
-        rows = robustness.evaluate(settings, weights, preprocessing(settings, weights), say)
+        measured = robustness.evaluate(settings, weights, preprocessing(settings, weights), say)
     else:
-        rows = evaluate(settings, weights)
+        measured = evaluate(settings, weights)
+    rows = gather(measured, out, weights, parameters)
     if jax.process_index():
         return
     print(f"{weights.source} on {settings.data}")
     print(results.table(rows))
     print("low, high: 95 % interval of the accuracy over draws of the test examples (Wilson)")
     if out:
-        results.merge(out, weights.source, dataclasses.asdict(weights.model), rows, parameters)
         print(f"added to {out}")
     print(f"next: python tools/report.py {shlex.quote(str(out)) if out else 'RESULTS.json…'}")
+
+
+def gather(measured: Iterator[list[dict]], out, weights: load.Encoder, parameters: str) -> list:
+    """All rows; process 0 adds them to the file `out`, if there is one, as they are measured."""
+    rows, model = [], dataclasses.asdict(weights.model)
+    try:
+        for some in measured:
+            if out and some and not jax.process_index():
+                results.merge(out, weights.source, model, some, parameters)
+            rows += some
+    except BaseException:
+        if out and rows and not jax.process_index():
+            print(f"stopped: {len(rows)} rows that were measured before are in {out}")
+        raise
+    return rows
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 Importing this module settles it, so that etils' paths and TFDS get it too.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 
 import fsspec
 
@@ -36,3 +38,31 @@ def require(path):
 def filesystem(path):
     """fsspec's file system of a path, near or far, and the path's name there."""
     return fsspec.core.url_to_fs(os.fspath(path))
+
+
+@contextlib.contextmanager
+def failures(what: str) -> Iterator[None]:
+    """A context: an error of a file system, near or far, becomes a UserError, "WHAT: reason"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # gcsfs and what lies below it raise various
+        line = (str(e).strip().splitlines() or [""])[0][:200]
+        reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {line}"
+        raise UserError(f"{what}: {reason}") from e
+
+
+def put(file, far):
+    """Copies a local file in blocks to `far`, which is there when all are. Raises UserError."""
+    with failures(f"{far} cannot be written"):
+        system, path = filesystem(far)
+        system.put_file(os.fspath(file), path)
+
+
+def get(far, file):
+    """Copies `far` to a local file; nothing where it does not exist. Raises UserError."""
+    with failures(f"{far} cannot be read"):
+        system, path = filesystem(far)
+        if system.exists(path):
+            system.get_file(path, os.fspath(file))

@@ -214,13 +214,17 @@ class Loop:
             ids = batching.batch_ids(  # before the stream is closed, and with it the shard cache
                 self.task.examples, self.config.batch_size, rows=self._rows, step=first
             )
-        left = replay.write(
-            self.workdir, self.task, self.state.params, first, ids, local, self.mesh
-        )
+        try:
+            left = replay.write(
+                self.workdir, self.task, self.state.params, first, ids, local, self.mesh
+            )
+            then = f"look with python tools/replay.py {shlex.quote(str(left))}"
+        except (UserError, OSError) as e:
+            then = f"the step was not written: {e}"
         raise UserError(
             f"loss or gradients were not finite (config.optim.bad_steps) or spiked "
             f"(config.optim.spike) in all {in_a_row} steps from {first} on, and no update was "
-            f"made: look with python tools/replay.py {shlex.quote(str(left))}"
+            f"made: {then}"
         )
 
 

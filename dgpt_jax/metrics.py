@@ -1,7 +1,9 @@
 """Metrics: CLU collections on the device; JSONL, TensorBoard and W&B; traces."""
 
+import contextlib
 import json
 import math
+import shutil
 import sys
 import tempfile
 import threading
@@ -15,8 +17,7 @@ from clu import metrics as clu_metrics
 from clu import profiler
 from etils import epath
 
-from dgpt_jax import boards, run_log, sharding
-from dgpt_jax.mirror import Mirror
+from dgpt_jax import boards, mirror, run_log, sharding
 from dgpt_jax.schema import UserError
 
 Metrics = clu_metrics.Collection
@@ -66,7 +67,7 @@ class Writer:
         self._active = jax.process_index() == 0
         self._boards: list[boards.Board] = []
         if self._active:
-            self._mirror = Mirror(workdir, (run_log.FILE, boards.WANDB_ID))
+            self._mirror = mirror.Mirror(workdir, (run_log.FILE, boards.WANDB_ID))
             near = self._mirror.near
             # Unbuffered: closing is not to write, and fail, once more on a full disk.
             self._file = (near / run_log.FILE).open("ab", buffering=0)
@@ -130,12 +131,13 @@ class Writer:
             self._mirror.copy()
 
     def close(self):
+        """Raises UserError where the files cannot be copied to gs://; they are kept."""
         if self._active:
-            self._draughtsman.shutdown()
-            self._file.close()
-            for board in self._boards:
-                board.close()
-            self._mirror.close()
+            with contextlib.closing(self._mirror):  # whatever a board raises
+                self._draughtsman.shutdown()
+                self._file.close()
+                for board in self._boards:
+                    board.close()
 
 
 def best_and_last(workdir, best: str) -> list[str]:
@@ -184,10 +186,9 @@ class Profile:
         if self._local is None:
             return
         profiler.stop()
-        self._to.mkdir(parents=True, exist_ok=True)
-        for file in Path(self._local.name).glob("plugins/profile/*/*"):
-            (self._to / f"{jax.process_index():04}.{file.name}").write_bytes(file.read_bytes())
-        self._local.cleanup()
+        with self._local as traced, mirror.written(self._to) as near:
+            for file in Path(traced).glob("plugins/profile/*/*"):
+                shutil.copyfile(file, near / f"{jax.process_index():04}.{file.name}")
         self._local = None
 
     def __enter__(self) -> "Profile":

@@ -57,7 +57,7 @@ def write(path, records: Iterable[bytes], notes: list[str] | None = None) -> Rec
             _flush(local)
             receipt = Receipt(written, local.stat().st_size, _crc32(local), tuple(notes or ()))
             if is_remote(path):
-                epath.Path(local).copy(path, overwrite=True)
+                gcs.put(local, path)
             else:
                 local.replace(path)
         except BaseException as e:

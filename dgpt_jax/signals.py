@@ -1,14 +1,13 @@
 """Signals: SIGTERM and Ctrl-C end a command after it has kept what it has done."""
 
+from dgpt_jax.starting import EXIT_PREEMPTED
+
 import os
 import signal
 
 from jax.experimental import multihost_utils
 
 from dgpt_jax import hosts
-
-# What a scheduler's signal ends with after saving: "try again", as sysexits has it.
-EXIT_PREEMPTED = 75
 
 
 class Terminated(KeyboardInterrupt):

@@ -7,7 +7,8 @@ two members for a whole one.
 import os
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from dgpt_jax.schema import UserError
 
@@ -49,34 +50,88 @@ def members(
     """(name, offset, size) in bytes of the files in a tar, as they lie in the archive.
 
     The tar is what lies between `start` and `end` of an open file (a descriptor); `path` is what
-    errors call it. Hard links come last and lie where their files lie. A symbolic link, or one to
-    nothing, has size 0. `note` is given a line where the archive's end is not the file's. Raises
-    UserError where the tar is cut off or damaged.
+    errors call it. Links come last and lie where their files lie; of a symbolic link to a folder,
+    the files in that. A hard link to nothing has size 0. `note` is given a line where the archive's
+    end is not the file's, and for each symbolic link out of the archive, to nothing in it, or to a
+    folder that holds it. Raises UserError where the tar is cut off or damaged.
     """
     end = os.fstat(file).st_size if end is None else end
-    links: dict[bytes, bytes] = {}
-    for name, offset, size, target in _members(file, path, start, end, note):
-        if target:
-            links[name] = target
+    links: dict[bytes, _Link] = {}
+    for name, offset, size, link in _members(file, path, start, end, note):
+        if link:
+            links[name] = link
         else:
             yield name, offset, size
     if links:  # a second pass, so that not every name is kept in memory
-        targets = {*links.values()}
-        places = {
-            name: (offset, size)
-            for name, offset, size, target in _members(file, path, start, end, lambda _: None)
-            if name in targets and not target
-        }
-        for name, target in links.items():
-            for _ in range(LINKS):
-                target = links.get(target, target)
-            yield name, *places.get(target, (start, 0))
+        again = _members(file, path, start, end, lambda _: None)
+        files = ((name, offset, size) for name, offset, size, link in again if not link)
+        yield from _followed(links, files, path, start, note)
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """target: a path in the archive; None where a symbolic link leads out of it."""
+
+    target: bytes | None
+    symbolic: bool
+
+
+def _followed(
+    links: dict[bytes, _Link], files: Iterable[tuple[bytes, int, int]], path, start: int, note
+) -> Iterator[tuple[bytes, int, int]]:
+    """What `links` lead to, as `members` gives it."""
+    targets = {link.target for link in links.values()}
+    places: dict[bytes, tuple[int, int]] = {}
+    inside: dict[bytes, list[tuple[bytes, int, int]]] = {}  # of folders that are targets
+
+    def add(name: bytes, offset: int, size: int):
+        if name in targets:
+            places[name] = offset, size
+        for folder in _above(name):
+            if folder in targets:
+                inside.setdefault(folder, []).append((name[len(folder) + 1 :], offset, size))
+
+    for one in files:
+        add(*one)
+    ends = {name: _end(links, link.target) for name, link in links.items()}
+    for name, target in ends.items():
+        if target in places:
+            add(name, *places[target])
+    for name, target in ends.items():
+        called = f"{os.fsdecode(name)} in {path}"
+        if target in places:
+            yield name, *places[target]
+        elif not links[name].symbolic:
+            yield name, start, 0
+        elif target is None:
+            note(f"{called}, a link out of it")
+        elif target and target not in inside:
+            note(f"{called}, a link to nothing in it")
+        elif not target or name.startswith(target + b"/"):
+            note(f"{called}, a link to a folder that holds it")
+        else:
+            yield from ((name + b"/" + rest, *place) for rest, *place in inside[target])
+
+
+def _end(links: dict[bytes, _Link], target: bytes | None) -> bytes | None:
+    """Where links that begin at `target` lead; LINKS of them are followed."""
+    for _ in range(LINKS):
+        if target not in links:
+            break
+        target = links[target].target
+    return target
+
+
+def _above(name: bytes) -> Iterator[bytes]:
+    """The folders that hold a path."""
+    while name := posixpath.dirname(name):
+        yield name
 
 
 def _members(
     file: int, path, start: int, end: int, note
-) -> Iterator[tuple[bytes, int, int, bytes]]:
-    """As `members`, with the target of a hard link (else b"")."""
+) -> Iterator[tuple[bytes, int, int, _Link | None]]:
+    """As `members`, with where a link leads."""
     if start == end:
         raise UserError(f"{path} is empty")
     position, last = start, "its beginning"
@@ -121,8 +176,12 @@ def _members(
         else:
             longer = {}
             if has_data or info.islnk() or info.issym():
-                target = told.get("linkpath", os.fsencode(info.linkname)) if info.islnk() else b""
-                yield _clean(name), data, length, _clean(target) if target else b""
+                link, target = None, told.get("linkpath", os.fsencode(info.linkname))
+                if info.islnk():
+                    link = _Link(_clean(target), symbolic=False)
+                elif info.issym():
+                    link = _Link(_relative(_clean(name), target), symbolic=True)
+                yield _clean(name), data, length, link
             last = os.fsdecode(name)
         position = data + -(-length // BLOCK) * BLOCK
 
@@ -159,3 +218,11 @@ def _header(kind: bytes, data: bytes) -> dict[str, bytes]:
 def _clean(name: bytes) -> bytes:
     """As a path within the archive: some begin with "./", "/" or, to write elsewhere, "../"."""
     return posixpath.normpath(b"/" + name.lstrip(b"/"))[1:]
+
+
+def _relative(name: bytes, target: bytes) -> bytes | None:
+    """Where a symbolic link of this name leads; None: out of the archive."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    if path.startswith(b"/") or path == b".." or path.startswith(b"../"):
+        return None
+    return b"" if path == b"." else path

@@ -6,6 +6,8 @@ at a time works in DIR (workdir_lock.py). Exit codes: 0 done, 1 a user's error, 
 SIGTERM after saving, 130 by Ctrl-C after saving.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import contextlib
 import shlex
 import sys
@@ -19,10 +21,10 @@ from dgpt_jax import (
     cli,
     compile_cache,
     durations,
-    gcs,
     hosts,
     metrics,
     optim,
+    outputs,
     resume,
     saving,
     schema,
@@ -162,7 +164,7 @@ def main():
         help="continue though data, schedule or optimizer of the config are others",
     )
     arguments, config = cli.parse(made, Train)
-    gcs.require(arguments.workdir)
+    outputs.directory(arguments.workdir)
     signals.raise_on_sigterm()  # until the loop: nothing is lost yet
     hosts.start(config.hosts, config.platform)
     compile_cache.use(arguments.workdir)

@@ -4,7 +4,8 @@ EXIF orientation is baked in. Transparent images are composited on a background.
 8 bits: unsigned integers are scaled by the range of their container, so that a TIFF, a PGM and a
 PNG of the same values are equal (their upper 8 bits count, as where OpenCV decodes a PNG); signed
 integers and floats have no such range and are refused unless one is given. A TIFF whose zero is
-white is inverted, as those of 8 bits are.
+white is inverted, as those of 8 bits are; one of several deep channels is read where these lie
+together, pixel by pixel.
 """
 
 import io
@@ -22,7 +23,8 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", *AVIF,
 )  # fmt: skip
 ORIENTATION = 0x0112  # EXIF
-PHOTOMETRIC = 262  # TIFF
+# Tags of TIFF.
+BITS, PHOTOMETRIC, PLANAR = 258, 262, 284
 # Pillow's raw modes of one channel of unsigned integers: bits of the container.
 UNSIGNED = re.compile(r"I;(12|16|32)[BLNR]*")
 
@@ -85,7 +87,10 @@ def stored(data: bytes, options: Options = DEFAULT) -> Stored:
         raise
     except UnidentifiedImageError:  # its own message holds an address, another one every time
         is_tiff = data[:4] in (b"II*\0", b"MM\0*")
-        kind = "a TIFF of a kind that Pillow cannot read, as of floats in several channels"
+        kind = (
+            "a TIFF of a kind that Pillow cannot read, as of floats, of signed integers or of 32 "
+            "bits in several channels, or of 16 bits in two or more than four"
+        )
         raise views.Unreadable(kind if is_tiff else "not an image that Pillow knows") from None
     except Image.DecompressionBombError as e:
         raise views.Unreadable(f"too large: {e}") from None
@@ -108,6 +113,11 @@ def _stored(data: bytes, options: Options) -> Stored:
         form, channels = image.format, _raw_mode(image)  # while it is not loaded
         jpeg = form in ("JPEG", "MPO")  # MPO: a telephone's JPEG with a second image
         deep = image.mode == "F" or image.mode.startswith("I")
+        if form == "TIFF" and image.tag_v2.get(PLANAR) == 2 and max(image.tag_v2[BITS]) > 8:
+            raise views.Unreadable(  # of which Pillow would take bytes for channels
+                "deeper than 8 bits in several channels, each stored by itself (planar): save it "
+                "with its channels together, pixel by pixel"
+            )
         if options.range and not deep and _is_deep(image):
             raise views.Unreadable("deeper than 8 bits in several channels: a range is for one")
         transparent = image.has_transparency_data and _alpha(image).getextrema()[0] < 255

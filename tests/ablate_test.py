@@ -1,10 +1,12 @@
 """Studies: their configs, their statistics, and that a killed one goes on."""
 
+import errno
 import itertools
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablate
 import numpy as np
@@ -138,6 +140,25 @@ def test_runs_of_another_process_are_left_to_it(stub, tmp_path, monkeypatch, cap
     assert "1 runs are not finished; next: the same command again" in capsys.readouterr().out
     ablation(monkeypatch, tmp_path, "order", "--seeds=1")
     assert stub[-1] == ("base", 0) and len(stub) == 4
+
+
+def test_a_result_that_is_not_written_keeps_its_checkpoint(tmp_path, monkeypatch):
+    def trained(_, directory):
+        for name in ("checkpoints", "tensorboard"):
+            (directory / name).mkdir(parents=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ablate, "trained", trained)
+    monkeypatch.setattr(ablate.studies, "config_of", lambda *_: None)
+    monkeypatch.setattr(ablate.run_log, "read", lambda _: SimpleNamespace(curves={}))
+    monkeypatch.setattr(ablate, "features_of", lambda _: None)
+    monkeypatch.setattr(ablate, "measured", lambda *_: {"knn 5": 80.0})
+    monkeypatch.setattr(ablate, "add_line", full)
+    with pytest.raises(OSError):
+        ablate.work([studies.Run("base", 0, {})], None, tmp_path, {})
+    assert (tmp_path / "runs/base/seed0/checkpoints").is_dir()
 
 
 def test_other_settings_take_another_directory(stub, tmp_path, monkeypatch):

@@ -158,7 +158,7 @@ def test_a_split_that_lacks_classes_is_refused():
     x, mesh = np.zeros((4, 2), np.float32), mesh_of(1)
     train, test = (features.Bank.of(x, np.array(y), mesh) for y in ([0, 0, 1, 1], [0, 1, 2, 3]))
     with pytest.raises(UserError, match="test has 2 classes that train has not: .*config.train"):
-        evaluate.measure(settings, train, test)
+        list(evaluate.measure(settings, train, test))
 
 
 def test_folds_and_few_labels():

@@ -1,13 +1,18 @@
 """A work directory on gs://, against a stand-in for it: what a run writes there is what it writes
 on a local disk, and it can be killed, continued, measured, exported and drawn from there."""
 
+import contextlib
+import importlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -18,12 +23,15 @@ from etils import epath
 
 from dgpt_jax import (
     checkpoint,
+    cli,
     metrics,
     mirror,
     records,
     replay,
     run_log,
     saving,
+    shards,
+    signals,
     state,
     token_codec,
     train,
@@ -81,16 +89,104 @@ def test_metrics(server, capsys):
 def test_what_cannot_be_copied_is_copied_later(server, monkeypatch, capsys):
     writer = metrics.Writer("gs://bucket/later")
     writer.scalars(1, {"loss": 2.0})
-    with monkeypatch.context() as patched:
-        patched.setattr(mirror, "_files", lambda _: [][1])
-        writer.copy()
-        writer.copy()
-    assert capsys.readouterr().err.count("not copied there, later again") == 1
+    monkeypatch.setattr(server, "forbidden", "later/metrics")
+    writer.copy()
+    writer.copy()
+    told = capsys.readouterr().err
+    assert told.count("not copied, later again: gs://bucket/later/metrics.jsonl cannot") == 1
+    assert any("later/tensorboard" in name for name in server.objects)  # the others were
+    monkeypatch.setattr(server, "forbidden", "")
     monkeypatch.setattr(mirror, "COPY_EVERY", 0)
     writer.copy()
     writer.scalars(2, {"loss": 1.0})  # by itself, from time to time
     assert run_log.read("gs://bucket/later").curves["loss"].as_dict() == {1: 2.0, 2: 1.0}
     writer.close()
+
+
+def close_writer():
+    with contextlib.closing(metrics.Writer("gs://bucket/lost")) as writer:
+        writer.scalars(1, {"loss": 2.0})
+
+
+def close_writer_after(error):
+    with contextlib.closing(metrics.Writer("gs://bucket/lost")) as writer:
+        writer.scalars(1, {"loss": 2.0})
+        raise error
+
+
+def close_writer_whose_board_fails():
+    with contextlib.closing(metrics.Writer("gs://bucket/lost")) as writer:
+        writer._boards.append(SimpleNamespace(close=lambda: 1 / 0, scalars=lambda *_: None))
+        writer.scalars(1, {"loss": 2.0})
+
+
+def leave_written():
+    with mirror.written("gs://bucket/lost") as near:
+        (near / "metrics.jsonl").write_text("{}")
+
+
+def finish_profile():
+    with metrics.Profile("gs://bucket/lost", (0, 1), 0) as profile:
+        profile.reached(0, ())
+
+
+@pytest.mark.parametrize(
+    "command,code,file",
+    [
+        (close_writer, 1, "metrics.jsonl"),
+        (partial(close_writer_after, UserError("the batch is odd")), 1, "metrics.jsonl"),
+        (partial(close_writer_after, KeyboardInterrupt()), 130, "metrics.jsonl"),
+        (partial(close_writer_after, signals.Terminated()), 75, "metrics.jsonl"),
+        (close_writer_whose_board_fails, 1, "metrics.jsonl"),
+        (leave_written, 1, "metrics.jsonl"),
+        (finish_profile, 1, "0000.*.xplane.pb"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_the_last_copy_is_kept(server, monkeypatch, tmp_path, capsys, command, code, file):
+    """A file that cannot be copied to gs:// at the end stays on the local disk, and is named."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(server, "forbidden", "lost/")
+    with pytest.raises(SystemExit) as ended:
+        cli.run(command)
+    ending = ended.value.code
+    assert code == (1 if isinstance(ending, str) else ending)
+    told = f"{ending}\n{capsys.readouterr().err}"
+    (line,) = [line for line in told.splitlines() if line.startswith("error: gs://bucket/lost")]
+    kept = re.search(r"kept in (\S+): copy them with `gcloud storage cp -r \1/\* gs://", line)[1]
+    assert len(list(Path(kept).glob(file))) == 1 and "Forbidden" in line
+    assert [path.name for path in tmp_path.iterdir()] == [Path(kept).name]
+    assert not any(name.startswith("lost/") for name in server.objects)
+    assert ("the batch is odd" in told) == ("odd" in str(command))
+
+
+def test_an_interrupted_last_copy_is_kept(server, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(mirror.gcs, "put", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        cli.run(close_writer)
+    assert ended.value.code == 130
+    assert "they are kept in" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*/metrics.jsonl"))) == 1
+
+
+def test_a_log_that_cannot_be_read_is_not_begun_anew(server, monkeypatch):
+    """Or its lines until then would be written over."""
+    server.objects["unread/metrics.jsonl"] = b'{"step": 1, "loss": 2.0}\n'
+    monkeypatch.setattr(
+        importlib.import_module("gcsfs.retry"), "min", lambda *_: 0.01, raising=False
+    )
+    monkeypatch.setattr(server, "broken", "unread/metrics.jsonl")
+    with pytest.raises(UserError, match="gs://bucket/unread/metrics.jsonl cannot be read"):
+        metrics.Writer("gs://bucket/unread")
+    assert server.objects["unread/metrics.jsonl"] == b'{"step": 1, "loss": 2.0}\n'
+
+
+def test_a_shard_that_cannot_be_uploaded(server, monkeypatch):
+    monkeypatch.setattr(server, "forbidden", "lost/")
+    with pytest.raises(UserError, match="gs://bucket/lost/x.array_record cannot be written: "):
+        shards.write("gs://bucket/lost/x.array_record", [b"record"])
+    assert shards.receipts("gs://bucket/lost") == {}
 
 
 def test_large_files_are_copied_less_often(server, monkeypatch):

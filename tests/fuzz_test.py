@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dgpt_jax import views
-from tests.fuzz import configs, geometry, stored
+from tests.fuzz import configs, geometry, imports, stored
 
 CASES = int(os.environ.get("CASES", "100000"))
 FEW = 25
@@ -35,6 +35,8 @@ PROPERTIES = {
     stored.mutated_tar: 9,
     stored.mutated_metadata: 4,
     stored.mutated_shard: 1,
+    imports.imported_image: 5,
+    imports.imported_archive: 1,
 }
 
 

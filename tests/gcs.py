@@ -3,7 +3,7 @@ memory.
 
 Requests can be slow (`latency`, seconds), fail (`fail_every`: each n-th answers 503, each 2n-th is
 cut off instead), be refused for good (`broken`: a part of a name) or not be answered (`stall`:
-likewise); what was asked is counted.
+likewise), or not be allowed to write (`forbidden`: likewise); what was asked is counted.
 """
 
 import contextlib
@@ -44,6 +44,7 @@ class Server(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = _Objects()
         self.uploads: dict[str, tuple[str, bytearray]] = {}
         self.latency, self.fail_every, self.broken, self.stall = 0.0, 0, "", ""
+        self.forbidden = ""
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.reset()
 
@@ -183,9 +184,13 @@ class _Handler(BaseHTTPRequestHandler):
             boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
             about, data = (part.partition(b"\n\n")[2] for part in body.split(b"--" + boundary)[1:3])
             name = json.loads(about)["name"]
+            if self.refuses(name):
+                return None
             self.server.objects[name] = data.removesuffix(b"\n")
             return self.say(self.resource(name))
         name = asked.get("name") or json.loads(body)["name"]
+        if self.refuses(name):
+            return None
         if asked["uploadType"] == "media":
             with self.server.lock:
                 if asked.get("ifGenerationMatch", self.generation(name)) != self.generation(name):
@@ -196,6 +201,13 @@ class _Handler(BaseHTTPRequestHandler):
             number = str(len(self.server.uploads))
             self.server.uploads[number] = (name, bytearray())
         self.answer(200, Location=f"{self.server.url}/resume/{number}")
+
+    def refuses(self, name: str) -> bool:
+        """Whether this name may not be written; that is answered then."""
+        forbidden = bool(self.server.forbidden and self.server.forbidden in name)
+        if forbidden:
+            self.answer(403, b'{"error": {"code": 403, "message": "no permission"}}')
+        return forbidden
 
     def resume(self, asked, body, number):
         name, data = self.server.uploads[number]

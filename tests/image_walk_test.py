@@ -32,12 +32,13 @@ def png(seed=0) -> bytes:
 
 
 def pack(path: Path, members) -> Path:
-    """A tar of {name: bytes, or "=target" for a hard link}."""
+    """A tar of {name: bytes, or "=target" for a hard link, ">target" for a symbolic one}."""
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             if isinstance(data, str):
-                info.type, info.linkname = tarfile.LNKTYPE, data[1:]
+                info.type = tarfile.LNKTYPE if data[0] == "=" else tarfile.SYMTYPE
+                info.linkname = data[1:]
                 tar.addfile(info)
             else:
                 info.size = len(data)
@@ -264,6 +265,47 @@ def test_hard_links_in_tars(tmp_path):
             assert stored[f"{top}dog/{name}.png"] == png(seed)
         broken = {line.partition(":")[0] for line in report.broken}
         assert {f"{top}dog/lost.png", f"{top}dog/round.png"} <= broken
+
+
+SYMBOLIC = {  # a link beside cat/1.png and cat/2.png: what it adds, or what is said of it
+    "beside": ("cat/x.png", "1.png", {"cat/x.png": 1}),
+    "upwards": ("dog/x.png", "../cat/1.png", {"dog/x.png": 1}),
+    "round about": ("dog/x.png", "./../dog/../cat//2.png", {"dog/x.png": 2}),
+    "to a link": ("dog/x.png", "../cat/hard.png", {"dog/x.png": 2}),
+    "of no image's name": ("dog/x", "../cat/1.png", {}),
+    "to a folder": ("dog/all", "../cat", {f"dog/all/{n}.png": s for n, s in
+                                          (("1", 1), ("2", 2), ("hard", 2))}),
+    "nothing": ("dog/x.png", "../cat/3.png", "a link to nothing in it"),
+    "itself": ("dog/x.png", "x.png", "a link to nothing in it"),
+    "out": ("dog/x.png", "../../cat/1.png", "a link out of it"),
+    "absolute": ("dog/x.png", "/cat/1.png", "a link out of it"),
+    "its folder": ("cat/up", ".", "a link to a folder that holds it"),
+    "the whole": ("cat/up", "..", "a link to a folder that holds it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("case", SYMBOLIC)
+def test_symbolic_links_in_tars(tmp_path, case, nested):
+    """Are followed within the archive; others are named."""
+    name, target, expected = SYMBOLIC[case]
+    members = {
+        name: f">{target}", "cat/1.png": png(1), "cat/2.png": png(2), "cat/hard.png": "=cat/2.png",
+    }  # fmt: skip
+    tar = pack(tmp_path / "x.tar", members)
+    if nested:
+        tar = pack(tmp_path / "y.tar", {"a/x.tar": tar.read_bytes(), "a/z.png": png(9)})
+    report = images.import_images(tar, tmp_path / "out", say=lambda _: None)
+    split = records.Split(tmp_path / "out", "train")
+    stored = {x["id"]: x["image"] for x in split}
+    added = expected if isinstance(expected, dict) else {}
+    wanted = {"cat/1.png": 1, "cat/2.png": 2, "cat/hard.png": 2} | added
+    top = "a/x/" if nested else ""
+    wanted = {f"{top}{name}": png(seed) for name, seed in wanted.items()}
+    assert stored == wanted | ({"a/z.png": png(9)} if nested else {}) and not report.broken
+    called = f"a/x.tar in {tar}" if nested else str(tar)
+    said = [] if isinstance(expected, dict) else [f"passed over: {name} in {called}, {expected}"]
+    assert [line for line in report.passed if "link" in line] == said
 
 
 @pytest.mark.parametrize("rest, noted", [(bytes(4 << 20), False), (bytes(3000) + b"x", True)])

@@ -54,8 +54,8 @@ def measured(root, say=lambda line: None) -> dict[str, dict]:
         Evaluate,
         dict(data=str(root), protocol="robustness", resize=18, batch_size=4),
     )
-    rows = robustness.evaluate(settings, Fake(), {}, say)
-    return {row["data"]: row for row in rows}
+    parts = robustness.evaluate(settings, Fake(), {}, say)
+    return {row["data"]: row for rows in parts for row in rows}
 
 
 def counts(row) -> tuple[int, int]:

@@ -147,7 +147,7 @@ def test_features_are_not_gathered(protocol, monkeypatch):
     monkeypatch.setattr(features.Bank, "gathered", None)
     monkeypatch.setattr(probe, "L2_GRID", GRID)
     settings = dict(data="d", protocol=protocol, shots=(0, 2))
-    rows = evaluate.measure(schema.parse(config.Evaluate, settings), train, test)
+    rows = list(evaluate.measure(schema.parse(config.Evaluate, settings), train, test))
     ks = len(config.Evaluate().k)
     assert len(rows) == 2 * (ks if protocol == "knn" else 1)
     queries = 2 * 25 if protocol == "knn" else 0  # kNN's queries go to all devices

@@ -92,7 +92,7 @@ def test_diff_ends_with_1_where_runs_part(monkeypatch, tmp_path, runs, capsys):
 def test_what_is_refused(monkeypatch, tmp_path, runs):
     assert "give --out" in run(monkeypatch, runs[0])
     assert "compares two runs, 3 were given" in run(monkeypatch, "--diff", *runs)
-    assert "neither in .png nor in .svg" in run(monkeypatch, runs[0], "--out=x.pdf")
+    assert "must end in .png or .svg" in run(monkeypatch, runs[0], "--out=x.pdf")
     message = run(monkeypatch, runs[0], "--metrics=odd", f"--out={tmp_path / 'x.png'}")
     assert message == "error: no run has odd; known: data_wait, loss"
 

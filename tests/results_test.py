@@ -1,11 +1,13 @@
 """Intervals against SciPy, files of results that are merged, and the report."""
 
+import errno
 import json
 import multiprocessing
 import sys
 
 import numpy as np
 import pytest
+from etils import epath
 from scipy.stats import binomtest
 
 from dgpt_jax import cli, published, report
@@ -111,6 +113,20 @@ def test_results_are_merged(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="r.json is no file of results"):
         results.read(path)
+
+
+@pytest.mark.parametrize("add", [results.merge, results.write])
+def test_what_cannot_be_written_leaves_what_was(tmp_path, monkeypatch, add):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "r.json"
+    add(path, "RUN, step 5", {}, [knn_row(20)])
+    before = path.read_bytes()
+    monkeypatch.setattr(type(epath.Path(path)), "write_text", full)
+    with pytest.raises(UserError, match="r.json cannot be written: No space left on device"):
+        add(path, "RUN, step 5", {}, [knn_row(21)])
+    assert path.read_bytes() == before
 
 
 def test_where_results_go(tmp_path):

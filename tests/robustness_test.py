@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -157,6 +158,77 @@ def test_one_command_on_real_weights(weights, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "absent: imagenet_a; imagenet-a.tar (sha256 3bb36322" in shown
     assert shown.strip().splitlines()[-1].startswith("next: ")
+
+
+def interrupted(monkeypatch, sets: Path):
+    right = robustness.measure
+
+    def measure(settings, known, *more):
+        if known.name == "imagenet_sketch":
+            raise KeyboardInterrupt
+        return right(settings, known, *more)
+
+    monkeypatch.setattr(robustness, "measure", measure)
+
+
+def damaged(_, sets: Path):
+    write(sets / "sketch" / WNIDS[5] / "1.png", b"no image")
+
+
+def without_labels(_, sets: Path):
+    write(sets / "imagenet-hard" / "0.png", picture(0, 0))
+
+
+def of_unknown_classes(_, sets: Path):
+    write(sets / "imagenet-c/fog/4/cat/0.png", picture(0, 0))
+
+
+@pytest.mark.parametrize(
+    "fault,ending,measured_before",
+    [
+        (interrupted, 130, ["imagenet_a"]),
+        (damaged, "sketch: .*1.png: .* no readable image", ["imagenet_a"]),
+        (without_labels, "imagenet-hard/labels.json: No such file", []),
+        (of_unknown_classes, "fog/4: 1 class names", []),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_what_is_measured_is_kept(
+    weights, tmp_path, monkeypatch, capsys, fault, ending, measured_before
+):
+    """Set by set; and one that cannot be used is found before any is measured."""
+    sets, out = tmp_path / "sets", tmp_path / "out.json"
+    write(sets / "imagenet-a" / WNIDS[imagenet.IMAGENET_A[0]] / "0.png", picture(0, 0))
+    write(sets / "sketch" / WNIDS[4] / "0.png", picture(0, 0))
+    words = [
+        "--config=configs/robustness_in1k.py", f"--config.data={sets}", f"--checkpoint={weights}",
+        "--config.resize=16", f"--out={out}", "--config.batch_size=4",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+    right, calls = robustness.Predictor.__call__, []
+
+    def predict(self, *args):
+        calls.append(args)
+        return right(self, *args)
+
+    monkeypatch.setattr(robustness.Predictor, "__call__", predict)
+    with monkeypatch.context() as patched:
+        fault(patched, sets)
+        with pytest.raises(SystemExit) as ended:
+            cli.run(evaluate.main)
+    if isinstance(ending, str):
+        assert re.search(ending, ended.value.code)
+    else:
+        assert ended.value.code == ending
+    assert bool(calls) == bool(measured_before)
+    rows = json.loads(out.read_text())["results"] if out.exists() else []
+    assert [row["data"] for row in rows] == measured_before
+    told = f"stopped: 1 rows that were measured before are in {out}"
+    assert (told in capsys.readouterr().out) == bool(measured_before)
+    if fault is interrupted:  # the same command goes on to the end, and nothing is there twice
+        cli.run(evaluate.main)
+        rows = json.loads(out.read_text())["results"]
+        assert [row["data"] for row in rows] == ["imagenet_a", "imagenet_sketch"]
 
 
 def test_weights_without_a_head_are_refused(weights, tmp_path):

@@ -10,6 +10,8 @@ after a kill, and a second one beside it shares the work. Studies in one DIR sha
 stores and equal runs.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import contextlib
 import dataclasses
 import fcntl
@@ -33,6 +35,7 @@ from dgpt_jax import (
     durations,
     hosts,
     load,
+    outputs,
     progress,
     resume,
     run_log,
@@ -140,22 +143,23 @@ def trained(config: Train, directory: Path) -> load.Encoder:
     return load.load_encoder(directory)
 
 
+def directory_of(run: studies.Run, out: Path) -> Path:
+    return out / "runs" / run.name / f"seed{run.seed}"
+
+
 def carry_out(run: studies.Run, base: Train, out: Path, pictures: dict) -> dict:
     """Trains and measures a run, or measures a row of the frame; its line."""
     started, line = time.monotonic(), {"run": run.name, "seed": run.seed}
     if run.changes is None:
         encode = untrained_features(run, base, out)
     else:
-        directory = out / "runs" / run.name / f"seed{run.seed}"
+        directory = directory_of(run, out)
         encode = features_of(trained(studies.config_of(run, base, out), directory))
         curves = run_log.read(directory).curves
         kept = ("loss", "next", "visible", "direct", "images_per_second")
         last = {name: curves[name].point(-1)[0] for name in kept if name in curves}
         line |= {"changes": dict(run.changes), "last": last}
     line["accuracy"] = measured(encode, pictures)
-    if run.changes is not None:
-        for spent in ("checkpoints", "tensorboard"):
-            shutil.rmtree(directory / spent)
     return line | {"seconds": time.monotonic() - started, "date": time.strftime("%Y-%m-%d")}
 
 
@@ -203,6 +207,8 @@ def work(todo, base: Train, out: Path, pictures: dict):
                 continue
             line = carry_out(run, base, out, pictures)
             add_line(out, line)
+            for spent in ("checkpoints", "tensorboard"):
+                shutil.rmtree(directory_of(run, out) / spent, ignore_errors=True)
         shown = " ".join(f"{name} {value:.1f}" for name, value in line["accuracy"].items())
         say(f"{run.row}, seed {run.seed}: {shown} ({line['seconds']:.0f} s)")
 
@@ -250,6 +256,7 @@ def main():
     for run in wanted:
         if run.changes is not None:
             studies.config_of(run, base, out)  # refused before anything is made
+    outputs.directory(args.out)
     hosts.start(base.hosts, base.platform)
     signals.raise_on_sigterm()
     if not args.table:

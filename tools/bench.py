@@ -7,6 +7,8 @@ The data are random and already on the device: what is timed is the step alone. 
 With --peer, steps of both take turns, after it was shown that both compute the same losses.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import dataclasses
 import json
 import os

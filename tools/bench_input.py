@@ -10,6 +10,8 @@ written fits the page cache: these are a processor's figures, not a disk's. --te
 names an interpreter that has TensorFlow, whose tf.data then does the same work beside it.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import contextlib
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from dgpt_jax import (
     cli,
     hosts,
     images,
+    outputs,
     pipeline,
     records,
     shards,
@@ -225,9 +228,12 @@ def main():
         )
         one.add_argument("--platform", default="", help="cpu, gpu or tpu; default: what JAX finds")
         one.add_argument(
-            "--dir", type=cli.path, help="where things are written; default: the system's"
+            "--dir", type=cli.local_path, help="where things are written; default: the system's"
         )
     args = made.parse_args()
+    if args.dir:
+        outputs.directory(args.dir)
+        args.dir.mkdir(parents=True, exist_ok=True)
     hosts.start(Hosts(processes=1), args.platform)
     args.run(args)
 

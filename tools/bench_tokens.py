@@ -6,6 +6,8 @@ builds a store of random pictures with a CLIP tower of random weights: images a 
 and of the teacher alone, beside the rate of the device's own matrix product.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ import numpy as np
 from bench import TEACHERS, matmul_rate, random_teacher, timed
 from bench_input import photographs
 
-from dgpt_jax import build, cli, records, token_codec, token_writer
+from dgpt_jax import build, cli, outputs, records, token_codec, token_writer
 from dgpt_jax.config import Tokens
 from dgpt_jax.convert import clip as clip_weights
 from dgpt_jax.flops import tower_flops
@@ -74,8 +76,14 @@ def main():
     made.add_argument("--examples", type=int, default=1024, help="pictures of the store")
     made.add_argument("--threads", type=int, default=8, help="threads for pictures")
     made.add_argument("--seconds", type=float, default=3.0, help="seconds a measurement")
-    made.add_argument("--dir", type=cli.path, help="where it is written; default: the system's")
-    measure(made.parse_args())
+    made.add_argument(
+        "--dir", type=cli.local_path, help="where it is written; default: the system's"
+    )
+    args = made.parse_args()
+    if args.dir:
+        outputs.directory(args.dir)
+        args.dir.mkdir(parents=True, exist_ok=True)
+    measure(args)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=
 On several hosts or GPUs, start it on all of them; each builds its part.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import shlex
 
-from dgpt_jax import build, cli, hosts, signals
+from dgpt_jax import build, cli, hosts, outputs, signals
 from dgpt_jax.config import Tokens
 
 
@@ -22,6 +24,7 @@ def main():
         help="read complete shards and compare checksums; default: their sizes",
     )
     args, config = cli.parse(made, Tokens)
+    outputs.directory(args.out)
     hosts.start(config.hosts, config.platform)
     signals.raise_on_sigterm()
     info = build.build(config, args.out, check=args.check)

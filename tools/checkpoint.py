@@ -9,15 +9,16 @@ The last is an exponential moving average over the checkpoints that the run has 
 oldest of the 9 on: average = decay · average + (1 - decay) · checkpoint.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import dataclasses
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from dgpt_jax import checkpoint, cli, open_files, signals
+from dgpt_jax import checkpoint, cli, open_files, outputs, signals
 from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import Weights
 from dgpt_jax.schema import UserError
@@ -103,7 +104,7 @@ def main():
     made = cli.parser(__doc__)
     made.add_argument("action", choices=("inspect", "extract", "average"))
     made.add_argument("path", type=cli.path, help="work directory")
-    made.add_argument("dst", type=cli.path, nargs="?", help="what extract and average write")
+    made.add_argument("dst", type=cli.local_path, nargs="?", help="what extract and average write")
     made.add_argument("--last", type=int, default=2, help="average: checkpoints")
     made.add_argument("--decay", type=float, help="average: exponential, with this decay")
     made.add_argument("--step", type=int, help="inspect: which; default: the newest")
@@ -117,11 +118,15 @@ def main():
         print("\n".join(inspect(args.path, args.step)))
         print(f"next: python tools/convert.py {shlex.quote(args.path)} DIR --to=timm")
         return
+    name = "safetensors" if args.action == "extract" else "flax"
+    layout = formats.LAYOUTS[name]
+    place = formats.target(layout, args.dst)
+    (outputs.file if layout.suffixes else outputs.directory)(place)
     if args.action == "extract":
-        name, weights = "safetensors", formats.read(args.path)[1]
+        weights = formats.read(args.path)[1]
     else:
-        name, weights = "flax", average(args.path, args.last, args.decay)
-    path, verified = export.write(weights, formats.LAYOUTS[name], Path(args.dst), release=True)
+        weights = average(args.path, args.last, args.decay)
+    path, verified = export.write(weights, layout, args.dst, release=True)
     print(f"wrote {path}: the parameters of {weights.source}")
     print(verified)
     print(f"next: {card.loading(weights, name, path)[0][1]}")

@@ -9,6 +9,8 @@ Simulated: 257 × 1024 normal numbers with six channels 20 to 50 times the rest.
 tokens against those of the crop that was never encoded.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import time
 
 import numpy as np

@@ -13,11 +13,11 @@ safetensors, digpt and big_vision, and must not hold weights yet. A model card i
 Nothing is changed unasked: not positions (--image_size), nor eps or GELU.
 """
 
-from pathlib import Path
+import dgpt_jax.starting  # noqa: F401
 
 import jax
 
-from dgpt_jax import cli, open_files, signals
+from dgpt_jax import cli, open_files, outputs, signals
 from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import change
 from dgpt_jax.transformer import ACTIVATIONS
@@ -27,7 +27,7 @@ def arguments():
     made = cli.parser(__doc__)
     made.add_argument("src", type=cli.path, help="work directory, or weights")
     made.add_argument(
-        "dst", type=cli.path, nargs="?", help="directory or file; not with --keys alone"
+        "dst", type=cli.local_path, nargs="?", help="directory or file; not with --keys alone"
     )
     made.add_argument("--to", choices=formats.WRITTEN, help="layout to write")
     made.add_argument(
@@ -56,6 +56,9 @@ def main():
     open_files.return_memory()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator
     target = formats.LAYOUTS[args.to] if args.to else None
+    if args.dst:
+        place = formats.target(target, args.dst)
+        (outputs.file if target.suffixes else outputs.directory)(place)
     alone = target is not None and (args.part == "encoder" or not target.full)
     source, weights = formats.read(
         args.src, args.source, heads=args.heads, decoder_heads=args.decoder_heads,
@@ -75,7 +78,7 @@ def main():
         print("\n".join(layout.describe(target.table(weights), weights.params)))
     if not args.dst:
         return
-    path, verified = export.write(weights, target, Path(args.dst), release=True)
+    path, verified = export.write(weights, target, args.dst, release=True)
     what = "encoder and decoders" if weights.full else f"the encoder, pooling {weights.pooling}"
     print(f"wrote {path}: {what} of {weights.source} in layout {target.name}")
     print(verified)

@@ -10,6 +10,8 @@ or in a JobSet the processes join as training does. A line is ok, warn or fail, 
 exit code 1 if one is fail.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import itertools
 import sys
 

@@ -8,6 +8,8 @@ character, 5,952; five other fonts make the test split, four of each, 1,240. So 
 style that was never seen. Size and position vary a little, by seed.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import shlex
 import string
 from pathlib import Path
@@ -16,7 +18,7 @@ import digits
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dgpt_jax import cli
+from dgpt_jax import cli, outputs
 
 with cli.needs("dgpt_jax[quickstart]"):
     import matplotlib
@@ -68,6 +70,7 @@ def main():
     made.add_argument("--size", type=int, default=32, help="height and width in pixels")
     made.add_argument("--seed", type=int, default=0, help="of sizes and positions")
     args = made.parse_args()
+    outputs.directory(args.folder)
     write_glyphs(args.folder, args.size, args.seed)
     print(f"next: python tools/import_images.py {shlex.quote(str(args.folder))} --out=GLYPHS")
 

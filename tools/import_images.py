@@ -1,10 +1,12 @@
 """A collection of images → a TFDS image dataset (labels optional); see dgpt_jax/images.py."""
 
+import dgpt_jax.starting  # noqa: F401
+
 import os
 import shlex
 import warnings
 
-from dgpt_jax import cli, image_files, images, user_images
+from dgpt_jax import cli, decoder_lines, image_files, images, outputs, user_images
 
 NAMES = 12  # classes that are named
 
@@ -51,14 +53,20 @@ def main():
     )
     args = vars(made.parse_args())
     options = user_images.Options.parse(args.pop("background"), args.pop("range"))
+    outputs.directory(args["out"])
     # Pillow warns of odd EXIF data and large pictures, with lines of its own source.
     warnings.filterwarnings("ignore", module="PIL")
     try:
-        report = images.import_images(**args, options=options, say=cli.say)
+        with decoder_lines.counted() as decoders:
+            report = images.import_images(**args, options=options, say=cli.say)
     except KeyboardInterrupt:
         print("\nstopped: the same command continues")
         raise
-    for line in (*report.passed, *(f"skipped {line}" for line in report.broken)):
+    for line in (
+        *decoder_lines.told(decoders),
+        *report.passed,
+        *(f"skipped {line}" for line in report.broken),
+    ):
         cli.say(line)
     if report.transparent:
         red, green, blue = options.background

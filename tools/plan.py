@@ -14,12 +14,14 @@ plans an evaluation on frozen features of this width: their memory, and that of 
 the linear fit, for ImageNet-1K or for --examples, --test_examples and --classes.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import dataclasses
 import json
 
 import jax
 
-from dgpt_jax import chips, cli, flops, plan, plan_evals, tasks
+from dgpt_jax import chips, cli, flops, outputs, plan, plan_evals, tasks
 from dgpt_jax.chips import GIB, Topology
 from dgpt_jax.config import Evaluate, Train
 from dgpt_jax.schema import UserError
@@ -123,11 +125,7 @@ def does_not_fit(run: Train, topology: Topology, error: plan.DoesNotFit, say) ->
 def plot(reports: list[dict], title: str, out: str):
     """Throughput of a chip against their number: if communication hides behind the rest of the
     step, and if none of it does."""
-    with cli.needs("dgpt_jax[plot]"):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+    from plot import plt, save
 
     figure, axis = plt.subplots(figsize=(6, 3.6))
     chip_counts = [found["chips"] for found in reports]
@@ -140,7 +138,7 @@ def plot(reports: list[dict], title: str, out: str):
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    save(figure, out)
 
 
 def plan_rate(found: dict, communication: str) -> float:
@@ -221,13 +219,20 @@ def main():
     made.add_argument("--device", choices=["tpu", "gpu"], default="tpu")
     made.add_argument("--images_a_chip", type=int, help="instead of config.batch_size")
     made.add_argument(
-        "--plot", type=cli.path, metavar="FILE.png", help="draw weak scaling over the topologies"
+        "--plot",
+        type=cli.local_path,
+        metavar="FILE.png",
+        help="draw weak scaling over the topologies",
     )
     made.add_argument("--json", action="store_true", help="print JSON, one line a topology")
     for name, what in SIZES.items():
         made.add_argument(f"--{name}", type=int, help=f"of an evaluation: {what}")
     evaluates = "protocol" in cli.load_config(made.parse_known_args()[0].config)
     arguments, run = cli.parse(made, Evaluate if evaluates else Train)
+    if arguments.plot:
+        from plot import FORMATS
+
+        outputs.file(arguments.plot, FORMATS)
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
     if arguments.device == "gpu" and not evaluates:
         print(on_gpus(run))

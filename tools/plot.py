@@ -13,13 +13,16 @@ with 1 where they differ, also in which steps they have logged. What hangs on th
 (throughput, waiting) is compared only if --metrics names it.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax import cli, run_diff, run_log
+from dgpt_jax import cli, outputs, run_diff, run_log
+from dgpt_jax.convert import files
 from dgpt_jax.schema import UserError
 
 with cli.needs("dgpt_jax[plot]"):
@@ -27,9 +30,11 @@ with cli.needs("dgpt_jax[plot]"):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.ticker import MaxNLocator
 
 COLUMNS = 4
+FORMATS = tuple(f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes())
 
 
 def curves(runs, names, out, smooth: int = 0):
@@ -37,7 +42,7 @@ def curves(runs, names, out, smooth: int = 0):
     draw([run_log.read(run) for run in runs], names, out, smooth=smooth)
 
 
-def draw(logs, names, out, smooth: int = 0, **save):
+def draw(logs, names, out, smooth: int = 0, **options):
     """`curves` of logs that were read."""
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
@@ -58,7 +63,16 @@ def draw(logs, names, out, smooth: int = 0, **save):
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     figure.tight_layout()
-    figure.savefig(out, dpi=130, **save)
+    save(figure, out, **options)
+
+
+def save(figure, out, dpi: int = 130, **options):
+    """Writes a figure to a path, at once, in the format of its suffix; or to a file."""
+    if hasattr(out, "write"):
+        figure.savefig(out, dpi=dpi, **options)
+    else:
+        with files.replacing(out) as half:
+            figure.savefig(half, dpi=dpi, format=Path(out).suffix[1:].lower(), **options)
     plt.close(figure)
 
 
@@ -118,8 +132,7 @@ def accuracies(cells: dict[str, dict[tuple, tuple[float, float]]], out):
     axes[0, 0].set_ylabel("accuracy, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(shots))
     figure.tight_layout(rect=(0, 0, 1, 0.93))
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    save(figure, out)
 
 
 def differences(cells: dict[str, dict[str, tuple[float, float]]], out, title: str):
@@ -138,8 +151,7 @@ def differences(cells: dict[str, dict[str, tuple[float, float]]], out, title: st
     axes[0, 0].invert_yaxis()
     figure.suptitle(f"{title} (mean and 95 % interval, paired by seed)", fontsize=10)
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    save(figure, out)
 
 
 def diff(logs, names, tolerance: float) -> bool:
@@ -166,7 +178,7 @@ def main():
     made = cli.parser(__doc__)
     made.add_argument("runs", type=cli.path, nargs="+", help="work directories")
     made.add_argument("--metrics", help="names, comma-separated; default: all that tell something")
-    made.add_argument("--out", type=cli.path, help="PNG or SVG file")
+    made.add_argument("--out", type=cli.local_path, help="PNG or SVG file")
     made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")
     made.add_argument("--diff", action="store_true", help="say where two runs part; 1 if they do")
     made.add_argument(
@@ -177,8 +189,8 @@ def main():
         raise UserError("nothing to do: give --out=FILE.png, FILE.svg, or --diff")
     if args.diff and len(args.runs) != 2:
         raise UserError(f"--diff compares two runs, {len(args.runs)} were given")
-    if args.out and Path(args.out).suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"--out={args.out}: the name of the file ends neither in .png nor in .svg")
+    if args.out:
+        outputs.file(args.out, (".png", ".svg"))
     logs = [run_log.read(run) for run in args.runs]
     for log in logs:
         if log.damaged:

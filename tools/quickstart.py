@@ -8,6 +8,8 @@ seen the training labels. Neither it nor any encoder sees the test split. With -
 same is done with characters in many fonts (tools/glyphs.py), tested on fonts that were not seen.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import dataclasses
 import os
 import shutil
@@ -27,7 +29,7 @@ import plot
 import visualize
 from small_images import IMAGES, accuracies, banks, once, raw_pixels
 
-from dgpt_jax import cli, load, progress, towers
+from dgpt_jax import cli, load, outputs, progress, towers
 from dgpt_jax.convert import teacher as teacher_weights
 from dgpt_jax.schema import UserError
 
@@ -180,12 +182,13 @@ def check_export(out: Path, images: dict):
 def main():
     made = cli.parser(__doc__)
     made.add_argument(
-        "--out", type=cli.path, default="quickstart_run", help="directory for everything"
+        "--out", type=cli.local_path, default="quickstart_run", help="directory for everything"
     )
     made.add_argument("--images", default="digits", choices=IMAGES, help="which images")
     made.add_argument("--steps", type=int, help="steps of each training; default: the configs'")
     args = made.parse_args()
-    out, started = Path(args.out).resolve(), time.monotonic()
+    out, started = args.out.resolve(), time.monotonic()
+    outputs.directory(args.out)
     logs, pictures = out / "logs", out / "pictures"
     say(f"everything goes to {out}")
     once(pictures, IMAGES[args.images])

@@ -4,6 +4,8 @@ Prints which examples have a loss that is not finite by themselves, and the laye
 gradients, those that are not finite first. --dtype=float32 tells whether bfloat16 is at fault.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import re
 
 from dgpt_jax import cli, replay

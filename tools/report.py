@@ -5,6 +5,8 @@ that a fine-tuning or a probe leaves in its work directory; what is about the sa
 together. Without any the published numbers are printed alone.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 from dgpt_jax import cli, report
 
 

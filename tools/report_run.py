@@ -5,6 +5,8 @@ the config. Everything is inside the file. `--log=FILE` adds what the training p
 processes and devices is there, a work directory does not hold it.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import base64
 import datetime
 import html
@@ -17,7 +19,8 @@ import numpy as np
 import plot
 from etils import epath
 
-from dgpt_jax import cli, run_log, schema
+from dgpt_jax import cli, outputs, run_log, schema
+from dgpt_jax.convert import files
 from dgpt_jax.evals import results as evaluated
 from dgpt_jax.schema import UserError
 
@@ -194,8 +197,10 @@ def main():
     made.add_argument("--log", type=cli.local_path, help="file of what the training printed")
     made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")
     args = made.parse_args()
+    outputs.file(args.out)
     text = page(args.run, smooth=args.smooth, log_file=args.log)
-    args.out.write_text(text)
+    with files.replacing(args.out) as half:
+        half.write_text(text)
     print(f"wrote {args.out}, {len(text) / 1000:.0f} kB")
     print(f"next: open {args.out} in a browser")
 

@@ -4,6 +4,8 @@ A sample of every shard is looked at. With --source, ids, crop boxes, flips and 
 compared with the views of the source, drawn and rendered again. Exits 1 if anything is wrong.
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import itertools
 import shlex
 

@@ -18,6 +18,8 @@ evenly spread over all of them. `--show` is one of
     python tools/visualize.py RUN --show=predictions --store=TOKENS --out=FILE.png
 """
 
+import dgpt_jax.starting  # noqa: F401
+
 import argparse
 import os
 import sys
@@ -26,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from plot import FORMATS, plt, save
 
 from dgpt_jax import (
     bad_records,
@@ -33,6 +36,7 @@ from dgpt_jax import (
     examples,
     image_walk,
     load,
+    outputs,
     records,
     segments,
     token_store,
@@ -43,12 +47,6 @@ from dgpt_jax.maps import cls_attention, foreground, neighbours, pca_colours, pr
 from dgpt_jax.members import OWN_FILE, Member, text
 from dgpt_jax.pictures import heat, mean_token_cosine, prediction_captions, prediction_rows
 from dgpt_jax.schema import UserError
-
-with cli.needs("dgpt_jax[plot]"):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
 MOST = 64  # images in a figure
 COLUMNS = 12  # images in a line of a figure
@@ -88,8 +86,7 @@ def grid(rows: dict[str, np.ndarray], out, captions: dict[str, list[str]] | None
         top=1 - 0.2 / (height * len(lines)) if captions else 0.98,
         hspace=0.22 if captions else 0.05,
     )
-    figure.savefig(out, dpi=160 if captions else 130)
-    plt.close(figure)
+    save(figure, out, dpi=160 if captions else 130)
 
 
 def list_images(paths: Sequence[str]) -> list[Member]:
@@ -241,7 +238,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=cli.path, help="work directory or weights")
     parser.add_argument("images", type=cli.path, nargs="*", help="image files or folders")
     parser.add_argument("--show", choices=(*SHOWN, "predictions"), default="tokens")
-    parser.add_argument("--out", type=cli.path, required=True, help="PNG file")
+    parser.add_argument("--out", type=cli.local_path, required=True, help="PNG file")
     parser.add_argument("--count", type=int, default=12, help=f"images shown, at most {MOST}")
     parser.add_argument("--neighbours", type=int, default=6, help="of each image")
     parser.add_argument("--gallery", type=int, default=1000, help="images to find neighbours in")
@@ -265,6 +262,7 @@ def parse() -> argparse.Namespace:
 
 def main():
     args = parse()
+    outputs.file(args.out, FORMATS)
     if args.show == "predictions":
         rows, captions = show_predictions(args)
     else:

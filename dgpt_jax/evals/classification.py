@@ -211,11 +211,12 @@ def recorded(task, workdir) -> list[str]:
     if task.config.classify.train == "all":
         step = max(one["step"] for one in found)
         path, weights = results.default_path(workdir, step), f"{workdir}, step {step}"
+        record = results.merge
     else:
         path, weights = results.default_path(workdir, None), task.source
-        path.unlink(missing_ok=True)  # it holds nothing but the rows of this run
+        record = results.write  # it holds nothing but the rows of this run
     try:
-        results.merge(path, weights, dataclasses.asdict(task.config.model), found)
+        record(path, weights, dataclasses.asdict(task.config.model), found)
     except UserError as e:  # the training itself has gone well
         return [f"results were not written: {e}"]
     return [f"results are in {path}"]

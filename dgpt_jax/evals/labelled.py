@@ -1,6 +1,7 @@
 """Pictures with any number of right classes each: image files, and examples of a TFDS split."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def class_folders(path: Path) -> tuple[Files, list[str], np.ndarray] | None:
         inside = list(pool.map(lambda name: _entries(path / name), names))
     filled = [(name, files) for name, (_, files) in zip(names, inside, strict=True) if files]
     deeper = any(folders for folders, _ in inside)
-    ids = [f"{name}/{file}" for name, files in filled for file in files]
+    # ImageNet-C's 75 sets have the same ids, and are held at the same time.
+    ids = [sys.intern(f"{name}/{file}") for name, files in filled for file in files]
     if deeper or not ids or any(name.endswith(".tar") for name in ids):
         return None
     counts = [len(files) for _, files in filled]

@@ -18,6 +18,7 @@ from statistics import NormalDist
 import numpy as np
 from etils import epath
 
+from dgpt_jax import gcs
 from dgpt_jax.convert import layout
 from dgpt_jax.schema import UserError
 
@@ -137,19 +138,26 @@ def merge(
     file is of other weights.
     """
     path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.parent):
         refuse_another(path, weights, parameters)
         before = read(path) if path.exists() else {"results": []}
         new = {_key(one): dict(one) for one in rows}
-        kept = [one for one in before["results"] if _key(one) not in new]
-        found = {"format": FORMAT, "weights": weights, "model": dict(model)}
-        if parameters := parameters or before.get("parameters", ""):
-            found["parameters"] = parameters
-        found["results"] = [*kept, *rows]
-        half = path.with_name(f".{path.name}.{os.getpid()}")
-        half.write_text(json.dumps(found, indent=1) + "\n")
+        rows = [one for one in before["results"] if _key(one) not in new] + list(rows)
+        write(path, weights, model, rows, parameters or before.get("parameters", ""))
+    return rows
+
+
+def write(path, weights: str, model: Mapping, rows: Sequence[Mapping], parameters: str = ""):
+    """Writes a file of these rows alone, in place of what `path` was; where that fails it stays
+    what it was. Raises UserError."""
+    path = epath.Path(path)
+    found = {"format": FORMAT, "weights": weights, "model": dict(model)}
+    found |= {"parameters": parameters} if parameters else {}
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    with gcs.failures(f"{path} cannot be written"):
+        half.write_text(json.dumps(found | {"results": list(rows)}, indent=1) + "\n")
         half.replace(path)
-    return found["results"]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Fine-tuned weights on ImageNet's test sets, each by its own rule (see test_sets.py)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,10 +33,12 @@ SOURCES = {
 
 def evaluate(
     settings: Evaluate, classifier: load.Classifier, preprocessing: dict, say: Callable = print
-) -> list[dict]:
-    """Rows of all test sets that are below `settings.data`; `say` hears of those that are not.
+) -> Iterator[list[dict]]:
+    """The rows of each test set that is below `settings.data`, when it is measured; `say` hears of
+    those that are not there.
 
-    Raises UserError where there is none, or where the weights have not ImageNet's 1000 classes.
+    Raises UserError where there is none, or where the weights have not ImageNet's 1000 classes; and
+    before any is measured where one cannot be used.
     """
     if classifier.num_classes != imagenet.CLASSES:
         raise UserError(
@@ -47,19 +49,19 @@ def evaluate(
     root = Path(settings.data)
     if not root.is_dir():
         raise UserError(f"no such directory: {root}")
-    predict = Predictor(settings, classifier)
-    how = {"path": str(root), **preprocessing}
-    rows = []
-    for known in SETS:
-        source = test_sets.find(root, known)
+    sets = {known: test_sets.find(root, known) for known in SETS}
+    for known, source in sets.items():
         if source is None:
             say(f"absent: {known.name}; {known.how}")
-        else:
-            rows += measure(settings, known, source, predict, how)
-    rows += _corrupted(settings, root, predict, how, say)
-    if not rows:
+    sets = {known: source for known, source in sets.items() if source is not None}
+    corruptions = _corruptions(root, say)
+    if not sets and not corruptions:
         raise UserError(f"{root} holds none of the test sets; the lines above say how to get them")
-    return rows
+    predict = Predictor(settings, classifier)
+    how = {"path": str(root), **preprocessing}
+    for known in list(sets):
+        yield measure(settings, known, sets.pop(known), predict, how)
+    yield from _corrupted(corruptions, predict, how)
 
 
 class Predictor:
@@ -149,28 +151,35 @@ def central(image: np.ndarray, size: int) -> np.ndarray:
     return views.resize(image[top : top + cut, left : left + cut], size, size)
 
 
-def _corrupted(settings: Evaluate, root: Path, predict: Predictor, how: dict, say) -> list[dict]:
-    """ImageNet-C: a row for each corruption and severity, and their mean where all are there."""
-    rows, absent = [], []
-    for corruption in imagenet.ALEXNET:
-        for severity in imagenet.SEVERITIES:
-            source = test_sets.find_corrupted(root, corruption, severity)
-            if source is None:
-                absent.append(f"{corruption}/{severity}")
-                continue
-            masks = np.ones((2, imagenet.CLASSES), bool)
-            predicted, labels = predict(source, partial(central, size=predict.size), masks)
-            right, of = correct(predicted[:, 0], labels)
-            what = {"protocol": "robustness", "data": f"imagenet_c/{corruption}/{severity}"}
-            what |= _incomplete(of, IMAGENET_C)
-            found = how | {"source": SOURCES["imagenet_c"]}
-            rows.append(
-                results.row(what, right, of, selection="none", how=found) | {"detail": True}
-            )
-    if absent:
-        there = f" ({len(rows)} of 75 are there, so there is no mean)" if rows else ""
-        say(f"absent: imagenet_c{there}, first {absent[0]}; {IMAGENET_C.how}")
-        return rows
+def _corruptions(root: Path, say: Callable) -> dict[str, object]:
+    """{CORRUPTION/SEVERITY: source} of ImageNet-C's 75 that are below a directory."""
+    every = {
+        f"{corruption}/{severity}": test_sets.find_corrupted(root, corruption, severity)
+        for corruption in imagenet.ALEXNET
+        for severity in imagenet.SEVERITIES
+    }
+    there = {name: source for name, source in every.items() if source is not None}
+    if absent := [name for name in every if name not in there]:
+        some = f" ({len(there)} of 75 are there, so there is no mean)" if there else ""
+        say(f"absent: imagenet_c{some}, first {absent[0]}; {IMAGENET_C.how}")
+    return there
+
+
+def _corrupted(there: dict[str, object], predict: Predictor, how: dict) -> Iterator[list[dict]]:
+    """ImageNet-C: a row for each corruption and severity, and their mean where all are there.
+    Takes each source out of `there` when it is measured."""
+    rows = []
+    for name in list(there):
+        masks = np.ones((2, imagenet.CLASSES), bool)
+        predicted, labels = predict(there.pop(name), partial(central, size=predict.size), masks)
+        right, of = correct(predicted[:, 0], labels)
+        what = {"protocol": "robustness", "data": f"imagenet_c/{name}"}
+        what |= _incomplete(of, IMAGENET_C)
+        found = how | {"source": SOURCES["imagenet_c"]}
+        rows.append(results.row(what, right, of, selection="none", how=found) | {"detail": True})
+        yield rows[-1:]
+    if len(rows) < len(imagenet.ALEXNET) * len(imagenet.SEVERITIES):
+        return
     accuracy = {row["data"].removeprefix("imagenet_c/"): row["accuracy"] / 100 for row in rows}
     plain, normalised = corruption_errors(accuracy)
     summary = {
@@ -179,7 +188,7 @@ def _corrupted(settings: Evaluate, root: Path, predict: Predictor, how: dict, sa
         "how": rows[0]["how"], "date": rows[0]["date"],
     }  # fmt: skip
     # No interval: the same images are counted 75 times.
-    return [*rows, summary]
+    yield [summary]
 
 
 def corruption_errors(accuracy: dict[str, float]) -> tuple[float, float]:
