@@ -10,6 +10,7 @@ An import that was stopped, by whatever, continues when the same command is give
 are complete are kept, and the result is the same to the byte.
 """
 
+import contextlib
 import functools
 import re
 import shutil
@@ -95,6 +96,8 @@ def _finish(src, out: epath.Path, found: image_files.Found, parts, receipts) -> 
     """TFDS's metadata and the manifest, now that all shards are there. Raises UserError."""
     report = _report(found, parts, receipts)
     if 0 in report.examples.values():
+        if not any(report.examples.values()):
+            _discard(out, parts)
         name = next(name for name, examples in report.examples.items() if not examples)
         raise UserError(
             f"none of the {len(found.splits[name])} images of {src} ({name}) could be read; the "
@@ -104,6 +107,15 @@ def _finish(src, out: epath.Path, found: image_files.Found, parts, receipts) -> 
     records.write_metadata(out, records.image_features(found.classes), written)
     shards.seal(out, {path.name: receipts[path.name] for part in parts.values() for path in part})
     return report
+
+
+def _discard(out: epath.Path, parts):
+    """Removes what an import without a single image has written: no other could go on with it."""
+    for path in (path for part in parts.values() for path in part):
+        shards.remove(path)
+    (out / import_settings.FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else lies there
+        out.rmdir()
 
 
 def _shards(out, split: str, members: Members, size: int) -> dict[epath.Path, Members]:

@@ -183,6 +183,12 @@ def forget(path):
     _sidecar(path).write_text("")
 
 
+def remove(path):
+    """Removes a shard and its receipt."""
+    path.unlink(missing_ok=True)
+    _sidecar(path).unlink(missing_ok=True)
+
+
 def sweep(directory):
     """Removes what writers that were killed have left."""
     for path in _inside(directory):

@@ -128,7 +128,7 @@ def test_none_can_be_read(tmp_path):
             UserError, match=r"none of the 1 images .* the first: x.jpg: not an image"
         ):
             import_all(tmp_path / "src", tmp_path / "out")
-    assert not (tmp_path / "out/dataset_info.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rerun(tmp_path):
