@@ -8,7 +8,8 @@
 
 SRC is a work directory (its newest checkpoint; RUN/checkpoints/STEP is another), or weights: our
 safetensors, the official D-iGPT's .pth, timm's ViT, Hugging Face's ViT, MAE's .pth, DINOv2 (Hugging
-Face's, or its own .pth), big_vision's .npz. Which, is found out; DST is a directory, or a file for
+Face's, or its own .pth), big_vision's .npz; FILE#KEY is one of several state dicts in a file, such
+as model.pth#model_ema. Which, is found out; DST is a directory, or a file for
 safetensors, digpt and big_vision, and must not hold weights yet. A model card is written beside.
 Nothing is changed unasked: not positions (--image_size), nor eps or GELU.
 """
