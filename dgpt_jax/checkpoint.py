@@ -76,6 +76,7 @@ def damage_is_told(item):
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as e:
+        sys.unraisablehook = _without_late_reads
         reason = (str(e).strip().splitlines() or [""])[0][:300]
         raise UserError(f"{item} is damaged: {reason or type(e).__name__}. {CURE}") from e
 
@@ -119,6 +120,12 @@ def save_params(workdir, step: int, params, metadata: dict[str, Any]):
             ),
         )
         writer.save(item, args=arguments)
+
+
+def _without_late_reads(unraisable, before=sys.unraisablehook):
+    """A sys.unraisablehook: reads that end after the one that failed print nothing."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        before(unraisable)
 
 
 @contextlib.contextmanager

@@ -142,6 +142,9 @@ def main():
     if arguments.out and not jax.process_index():  # which is the one that writes
         outputs.file(arguments.out)
     weights = open_weights(settings, arguments.checkpoint, arguments.untrained)
+    say = (lambda line: None) if jax.process_index() else cli.say
+    for note in weights.notes:
+        say(note)
     out, parameters = arguments.out, ""
     if arguments.untrained is None or out:
         out = out or results.default_path(arguments.checkpoint, weights.run.get("step"))
@@ -150,7 +153,6 @@ def main():
         parameters = results.digest(weights.params)
         results.refuse_another(out, weights.source, parameters)
     if settings.protocol == "robustness":
-        say = (lambda line: None) if jax.process_index() else print
         measured = robustness.evaluate(settings, weights, preprocessing(settings, weights), say)
     else:
         measured = evaluate(settings, weights)

@@ -25,12 +25,13 @@ CHUNK = 64
 class Encoder:
     """An encoder for use: full attention, CLS first, final norm (heads.Classifier without head).
 
-    Attributes: model (config.Model), params, where they came from, how pictures are prepared, and
-    {"config", "step"} of the training, where it is known. Its functions are compiled once for all
-    encoders of a shape, compute CHUNK images at a time, and can be traced: by jit, by grad, with
-    dataclasses.replace(encoder, params=traced). The params go to the device at the first call;
-    changing their arrays in place after it has no effect, `replace` has. Pictures are uint8 RGB (B,
-    size, size, 3), or float from 0 to 255; others raise UserError, traced ones by shape and dtype.
+    Attributes: model (config.Model), params, where they came from, how pictures are prepared,
+    {"config", "step"} of the training, where it is known, and what to tell the user of them.
+    Its functions are compiled once for all encoders of a shape, compute CHUNK images at a time, and
+    can be traced: by jit, by grad, with dataclasses.replace(encoder, params=traced). The params go
+    to the device at the first call; changing their arrays in place after it has no effect,
+    `replace` has. Pictures are uint8 RGB (B, size, size, 3), or float from 0 to 255; others raise
+    UserError, traced ones by shape and dtype.
     """
 
     model: Model
@@ -38,6 +39,7 @@ class Encoder:
     source: str
     preprocess: Preprocess = field(default_factory=Preprocess)
     run: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def features(self, pictures, pooling: str = "cls"):
         """uint8 RGB (B, size, size, 3) to features (B, D) float32."""
@@ -203,9 +205,13 @@ def load_encoder(path, *, heads: int | None = None) -> Encoder:
     _, weights = formats.read(path, heads=heads, encoder_only=True)
     weights = encoder_of(weights, None)
     params = {p: x for p, x in weights.params.items() if not p.startswith("head/")}
-    return Encoder(
-        weights.model, layout.unflatten(params), weights.source, weights.preprocess, weights.run
-    )
+    return Encoder(params=layout.unflatten(params), **_about(weights))
+
+
+def _about(weights) -> dict[str, Any]:
+    """What an Encoder tells of convert.weights.Weights, beside the parameters."""
+    names = ("model", "source", "preprocess", "run", "notes")
+    return {name: getattr(weights, name) for name in names}
 
 
 def load_classifier(path, *, heads: int | None = None) -> Classifier:
@@ -220,11 +226,8 @@ def load_classifier(path, *, heads: int | None = None) -> Classifier:
             f"features (configs/knn_in1k.py, fewshot_in1k.py, linear_in1k.py)"
         )
     return Classifier(
-        weights.model,
-        layout.unflatten(weights.params),
-        weights.source,
-        weights.preprocess,
-        weights.run,
+        params=layout.unflatten(weights.params),
+        **_about(weights),
         pooling=weights.pooling,
         num_classes=weights.num_classes,
         classes=weights.classes,

@@ -165,7 +165,7 @@ WRONG = {  # kind: (command, what its line says)
     "a mean out of range": ([*BUILD, "--config.teacher.weights={root}/teacher-mean"], "mean"),
     "a pointer of git-lfs": ([*BUILD, "--config.teacher.weights={root}/teacher-lfs"], "LFS"),
     "a page instead of weights": ([*BUILD, "--config.teacher.weights={root}/teacher-page"],
-                                  "HTML"),
+                                  "is a web page"),
     "no teacher": ([*BUILD, "--config.teacher.weights={root}/nowhere"], "nowhere"),
     "a log that is not there": (["tools/plot.py", "{root}/log", "--out={root}/new.png"],
                                 "metrics.jsonl"),

@@ -267,7 +267,10 @@ def main():
         rows, captions = show_predictions(args)
     else:
         files = list_images(args.images)
-        rows, captions = SHOWN[args.show](load.load_encoder(args.checkpoint), files, args)
+        encoder = load.load_encoder(args.checkpoint)
+        for note in encoder.notes:
+            cli.say(note)
+        rows, captions = SHOWN[args.show](encoder, files, args)
     grid(rows, args.out, captions)
     print(f"wrote {args.out}")
     print(f"next: look at {args.out}; other pictures with --show={'|'.join(SHOWN)}|predictions")
