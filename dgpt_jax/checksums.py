@@ -72,7 +72,7 @@ def _on_host(x) -> np.ndarray:
     array = np.ascontiguousarray(x)
     bits = array.reshape(-1).view(UNSIGNED[array.dtype.itemsize])
     positions = np.arange(CHUNK, dtype=np.uint32) * np.uint32(SPREAD)
-    buffers, sums = np.empty((2, CHUNK), np.uint32), np.zeros(2, np.uint32)
+    buffers, sums = np.empty((2, CHUNK), np.uint32), [0, 0]
     for start in range(0, len(bits), CHUNK):
         chunk = bits[start : start + CHUNK]
         mixed, shifted = buffers[:, : len(chunk)]
@@ -81,7 +81,7 @@ def _on_host(x) -> np.ndarray:
         mixed *= FIRST
         mixed ^= np.right_shift(mixed, 15, out=shifted)
         mixed *= SECOND
-        sums[0] += np.add.reduce(mixed, dtype=np.uint32)
+        sums[0] += int(np.add.reduce(mixed, dtype=np.uint32))
         mixed ^= np.right_shift(mixed, 13, out=shifted)
-        sums[1] += np.add.reduce(mixed, dtype=np.uint32)
-    return sums
+        sums[1] += int(np.add.reduce(mixed, dtype=np.uint32))
+    return np.uint32([total % 2**32 for total in sums])

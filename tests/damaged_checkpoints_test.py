@@ -167,7 +167,7 @@ ARRAYS = {
     "bfloat16": np.linspace(-1, 1, 24).reshape(8, 3).astype(jnp.bfloat16),
     "float16": np.linspace(-1, 1, 9).astype(np.float16),
     "int8": np.arange(-40, 40, dtype=np.int8).reshape(2, 40),
-    "int32": np.arange(checksums.CHUNK + 5, dtype=np.int32),
+    "int32": np.arange(3 * checksums.CHUNK + 5, dtype=np.int32),
     "uint32": np.full((3, 3, 3), 2**32 - 1, np.uint32),
     "bool": np.array([True, False, True]),
     "scalar": np.float32(3.5).reshape(()),
@@ -176,6 +176,7 @@ ARRAYS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ARRAYS)
 def test_devices_and_the_host_find_the_same(name):
     host = checksums.of_tree({"x": ARRAYS[name]})
