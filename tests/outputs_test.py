@@ -120,6 +120,24 @@ def test_a_place_that_cannot_be_written_to(monkeypatch, tmp_path, command, words
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "command,words,taken",
+    [
+        ("convert", "x OUT --to=timm", "OUT/model.safetensors"),
+        ("convert", "x OUT.pth --to=digpt", "OUT.pth"),
+        ("checkpoint", "extract x OUT.safetensors", "OUT.safetensors"),
+        ("checkpoint", "average x OUT", "OUT/checkpoints/1/params"),
+    ],
+)
+def test_weights_are_not_written_over(monkeypatch, tmp_path, command, words, taken):
+    """Which is told before the source, which is not there, is looked for."""
+    path = Path(taken.replace("OUT", str(tmp_path / "out")))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("weights")
+    message = refused(monkeypatch, command, words.replace("OUT", str(tmp_path / "out")))
+    assert "is there already" in message and path.read_text() == "weights"
+
+
 @pytest.mark.parametrize("command,words", [*FILES.items(), *DIRECTORIES.items()])
 def test_a_missing_parent_is_no_fault(monkeypatch, tmp_path, command, words):
     if command in ("quickstart", "glyphs", "bench_input", "bench_tokens", "ablate", "plan"):

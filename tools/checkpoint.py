@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from dgpt_jax import checkpoint, cli, open_files, outputs, signals
+from dgpt_jax import checkpoint, cli, open_files, signals
 from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import Weights
 from dgpt_jax.schema import UserError
@@ -120,8 +120,7 @@ def main():
         return
     name = "safetensors" if args.action == "extract" else "flax"
     layout = formats.LAYOUTS[name]
-    place = formats.target(layout, args.dst)
-    (outputs.file if layout.suffixes else outputs.directory)(place)
+    export.check_place(layout, args.dst)
     if args.action == "extract":
         weights = formats.read(args.path)[1]
     else:

@@ -18,7 +18,7 @@ import dgpt_jax.starting  # noqa: F401
 
 import jax
 
-from dgpt_jax import cli, open_files, outputs, signals
+from dgpt_jax import cli, open_files, signals
 from dgpt_jax.convert import card, export, formats, layout
 from dgpt_jax.convert.weights import change
 from dgpt_jax.transformer import ACTIVATIONS
@@ -58,8 +58,7 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator
     target = formats.LAYOUTS[args.to] if args.to else None
     if args.dst:
-        place = formats.target(target, args.dst)
-        (outputs.file if target.suffixes else outputs.directory)(place)
+        export.check_place(target, args.dst)
     alone = target is not None and (args.part == "encoder" or not target.full)
     source, weights = formats.read(
         args.src, args.source, heads=args.heads, decoder_heads=args.decoder_heads,

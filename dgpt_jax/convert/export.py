@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from dgpt_jax import outputs
 from dgpt_jax.convert import card, formats, parity
 from dgpt_jax.convert.weights import Layout, Weights, encoder
 from dgpt_jax.schema import UserError
@@ -39,9 +40,10 @@ def write(
     Raises UserError, with nothing left, where the layout cannot hold them or computes otherwise,
     where weights lie there already, and where the disk does not take them.
     """
-    target = formats.target(layout, dst)
-    folder = target.parent if layout.suffixes else target
-    near = _free(target, folder)
+    target, folder = refuse_taken(layout, dst)
+    near = next(path for path in (folder, *folder.parents) if path.exists())
+    if not near.is_dir():
+        raise UserError(f"{near} is a file, {target} needs a directory there")
     size, space = sum(x.nbytes for x in weights.params.values()), shutil.disk_usage(near).free
     if space < size:
         raise UserError(f"{dst} needs {size / 1e6:.1f} MB, its disk has {space / 1e6:.1f} MB left")
@@ -67,6 +69,26 @@ def write(
     return target, verified
 
 
+def check_place(layout: Layout, dst: Path):
+    """Raises UserError, before anything is read, where `write` would not be able to write."""
+    (outputs.file if layout.suffixes else outputs.directory)(formats.target(layout, dst))
+    refuse_taken(layout, dst)
+
+
+def refuse_taken(layout: Layout, dst: Path) -> tuple[Path, Path]:
+    """(the file or directory that an export is, its directory). Raises UserError where weights
+    would be written over."""
+    target = formats.target(layout, dst)
+    if layout.suffixes:
+        folder, taken = target.parent, [target]
+    else:
+        folder, taken = target, [target / name for name in (*formats.FILES, "checkpoints")]
+    for path in taken:
+        if path.exists():
+            raise UserError(f"{path} is there already: name another place, or remove it")
+    return target, folder
+
+
 def _release(weights: Weights):
     for path, array in weights.params.items():
         weights.params[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
@@ -79,18 +101,6 @@ def _writing(dst: Path):
         yield
     except OSError as e:
         raise UserError(f"{dst} cannot be written: {e.strerror or e}") from e
-
-
-def _free(target: Path, folder: Path) -> Path:
-    """The nearest directory that exists. Raises UserError where weights would be written over."""
-    taken = [target] if target != folder else [folder / n for n in (*formats.FILES, "checkpoints")]
-    for path in taken:
-        if path.exists():
-            raise UserError(f"{path} is there already: name another place, or remove it")
-    near = next(path for path in (folder, *folder.parents) if path.exists())
-    if not near.is_dir():
-        raise UserError(f"{near} is a file, {target} needs a directory there")
-    return near
 
 
 def _move(staging: Path, folder: Path, *, last: str):
