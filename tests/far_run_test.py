@@ -236,6 +236,7 @@ def test_checkpoints(server):
     assert metadata["step"] == 4 and checkpoint.describe("gs://bucket/saved")[0][1] == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_step_of_bad_numbers(server, tmp_path, monkeypatch):
     """The store and the work directory are remote: the step is written there, with its own ids."""
     monkeypatch.setattr(token_codec, "is_finite", lambda _: True)

@@ -103,6 +103,7 @@ def gradients(dtype):
     return step(params)
 
 
+@pytest.mark.slow
 def test_a_model_is_the_same_on_a_gpu(request):
     """In bfloat16, which the attention kernels are for: as near to float32 as XLA's way is."""
     exact, exact_grads = gradients(jnp.float32)

@@ -110,7 +110,7 @@ def check_layouts(directory, task: str):
         assert_same(replayed.now, expected)
 
 
-@pytest.mark.parametrize("task", SPLITS)
+@pytest.mark.parametrize("task", [pytest.param("pretrain", marks=pytest.mark.slow), "classify"])
 def test_splits_are_the_unsplit_computation(tmp_path, task):
     processes.on_devices(8, check_layouts, str(tmp_path), task)
 

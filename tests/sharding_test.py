@@ -40,14 +40,19 @@ def one(store, tmp_path_factory):
     return found
 
 
-def test_every_layout_gives_the_same_numbers(one, store, tmp_path):
-    layouts = ("8x1x1", "1x8x1", "2x4x1", "2x2x2", "2x1x1:2")
+@pytest.mark.parametrize(
+    "layouts",
+    [("2x2x2",), pytest.param(("8x1x1", "1x8x1", "2x4x1", "2x1x1:2"), marks=pytest.mark.slow)],
+    ids=["of_all_axes", "others"],
+)
+def test_every_layout_gives_the_same_numbers(one, store, tmp_path, layouts):
     found = results(tmp_path, record(tmp_path, store, *layouts, devices=8))
     assert len(found) == len(layouts)
     for layout in found:
         numbers.assert_same(one, found[layout])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_numbers(one, store, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,7 +78,7 @@ def test_classification_gives_the_same_numbers(tmp_path):
         numbers.assert_same(expected, found[layout])
 
 
-@pytest.mark.parametrize("fault", ["gradient", "half"])
+@pytest.mark.parametrize("fault", ["gradient", pytest.param("half", marks=pytest.mark.slow)])
 def test_planted_mistakes_are_found(one, store, tmp_path, fault):
     out = record(tmp_path, store, "2x1x1", f"--fault={fault}", devices=2)
     (found,) = results(tmp_path, out).values()

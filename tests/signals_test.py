@@ -89,10 +89,8 @@ def test_before_the_loop_there_is_nothing_to_save(monkeypatch, tmp_path, number,
     assert ended.value.code == code and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_to_worker_processes_too(tmp_path, number, code):
     """As Ctrl-C in a terminal and a scheduler send it: the training saves before it ends."""
     dataset = data.image_dataset(tmp_path, per_class=8)

@@ -1,6 +1,7 @@
 """Signals to a command that still imports its modules."""
 
 import ast
+import os
 import signal
 import subprocess
 import sys
@@ -70,7 +71,11 @@ def test_whoever_imports_a_command_keeps_its_signals():
         "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL;"
         "assert sys.excepthook is sys.__excepthook__"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tools'}"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
 
 
 def test_a_command_in_the_background_still_ignores_ctrl_c():

@@ -213,6 +213,7 @@ def test_the_best_of_what_is_not_measured(made, tmp_path, measured):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_overfit_8_images(tmp_path):
     dataset = image_dataset(tmp_path, per_class=4)
     store = token_store(tmp_path, dataset, random_teacher(tmp_path / "teacher"))
