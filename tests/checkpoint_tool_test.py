@@ -142,9 +142,9 @@ def test_a_card_tells_how_to_load(run, monkeypatch, tmp_path):
 
 
 def test_a_readme_that_is_not_ours_stays(run, monkeypatch, tmp_path):
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").write_bytes(b"caf\xe9")  # in no UTF-8
     convert(monkeypatch, run[0], tmp_path / "a.safetensors", "--to=safetensors")
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_bytes() == b"caf\xe9"
     assert "tools/convert.py for a.safetensors" in (tmp_path / "a.safetensors.md").read_text()
 
 

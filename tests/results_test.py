@@ -144,7 +144,11 @@ def test_what_cannot_be_written_leaves_what_was(tmp_path, monkeypatch, add):
     monkeypatch.setattr(type(epath.Path(path)), "write_text", full)
     with pytest.raises(UserError, match="r.json cannot be written: No space left on device"):
         add(path, "RUN, step 5", {}, [knn_row(21)])
-    assert path.read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.setattr(type(epath.Path(path)), "replace", full)
+    with pytest.raises(UserError, match="r.json cannot be written: No space left on device"):
+        add(path, "RUN, step 5", {}, [knn_row(21)])
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_where_results_go(tmp_path):

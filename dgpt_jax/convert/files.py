@@ -165,6 +165,16 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def written(path):
+    """As `replacing`. Raises UserError where the system does not take the file."""
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
+
+
 def write_safetensors(path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]):
     """Writes atomically, an array after the other: at no time a second copy of all of them."""
     header: dict = {"__metadata__": dict(metadata)}

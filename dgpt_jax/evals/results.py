@@ -172,8 +172,11 @@ def write(path, weights: str, model: Mapping, rows: Sequence[Mapping], parameter
     found |= {"parameters": parameters} if parameters else {}
     half = path.with_name(f".{path.name}.{os.getpid()}")
     with gcs.failures(f"{path} cannot be written"):
-        half.write_text(json.dumps(found | {"results": list(rows)}, indent=1) + "\n")
-        half.replace(path)
+        try:
+            half.write_text(json.dumps(found | {"results": list(rows)}, indent=1) + "\n")
+            half.replace(path)
+        finally:
+            half.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
