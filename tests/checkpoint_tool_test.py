@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dgpt_jax
-from dgpt_jax import cli, config, optim, saving, schema, state
+from dgpt_jax import checkpoint, cli, config, optim, saving, schema, state
 from dgpt_jax.convert import formats, layout, weights
 from dgpt_jax.schema import UserError
 from tests.conversions import convert
@@ -61,6 +61,14 @@ def test_inspect(run, monkeypatch, capsys):
     assert "(8, 8)  float32" in kernel and kernel.endswith(" 256")
     size = sum(x.nbytes for x in run[1][7].values())
     assert f"params {size / 1e6:.1f} MB, opt_state {2 * size / 1e6:.1f} MB" in out
+
+
+def test_a_step_that_is_not_there(run, monkeypatch):
+    has = "no finished checkpoint of step 5: it has 3, 7"
+    with pytest.raises(SystemExit, match=f"^error: .* holds {has}$"):
+        command(monkeypatch, "inspect", run[0], "--step=5")
+    with pytest.raises(UserError, match=has):
+        checkpoint.load_params(run[0], 5)
 
 
 def test_a_damaged_checkpoint(run, monkeypatch, tmp_path):

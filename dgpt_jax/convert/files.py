@@ -62,6 +62,8 @@ def read(path) -> Read:
     if not path.is_file():
         raise UserError(f"no such weights file: {path}")
     state, taken, notes = _read_file(path, key)
+    if empty := next((name for name, array in state.items() if not array.size), None):
+        raise UserError(f"{path}: {empty} has shape {state[empty].shape}, which holds no number")
     state, prefix = _without_prefix(state)
     if prefix:
         notes.append(f"{path}: all names begin with {prefix}, which is left out")
