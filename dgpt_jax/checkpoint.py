@@ -92,9 +92,13 @@ def steps(path) -> list[int]:
     return sorted(found)
 
 
-def find(path) -> tuple[str, int]:
-    """(directory of checkpoints, newest step) of a work directory. Raises UserError."""
-    return directory(path), steps(path)[-1]
+def find(path, step: int | None = None) -> tuple[str, int]:
+    """(directory of checkpoints, step, default the newest) of a work directory. UserError."""
+    found = steps(path)
+    if step not in (None, *found):
+        has = ", ".join(map(str, found))
+        raise UserError(f"{path} holds no finished checkpoint of step {step}: it has {has}")
+    return directory(path), found[-1] if step is None else step
 
 
 def save_params(workdir, step: int, params, metadata: dict[str, Any]):
@@ -148,8 +152,8 @@ def load_params(path, step: int | None = None, parts=None) -> tuple[dict, dict]:
     kept, it is what is read. Needs no devices like those that wrote it, and does not read the rest
     of the optimizer state. Raises UserError for a checkpoint that is damaged, or lacks the average.
     """
-    root, newest = find(path)
-    item = epath.Path(root) / str(newest if step is None else step)
+    root, step = find(path, step)
+    item = epath.Path(root) / str(step)
     with _reader(item) as reader:
         asked = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         metadata = checked(reader.restore(item, args=asked)["metadata"], item)
@@ -220,8 +224,8 @@ def describe(path, step: int | None = None) -> list[tuple[str, tuple, str, str, 
 
     Names begin with params or opt_state.
     """
-    root, newest = find(path)
-    item = epath.Path(root) / str(newest if step is None else step)
+    root, step = find(path, step)
+    item = epath.Path(root) / str(step)
     with _reader(item) as reader:
         found = reader.metadata(item).item_metadata
     rows = []

@@ -2,12 +2,13 @@
 
 import posixpath
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dgpt_jax.members import Members, text
+from dgpt_jax.members import BOM, Members, text
 from dgpt_jax.schema import UserError
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -15,12 +16,16 @@ VALIDATION = re.compile(rb"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 def apply(
-    splits: dict[str, Members], listed: dict[str, int], table: dict[bytes, bytes]
+    splits: dict[str, Members],
+    listed: dict[str, int],
+    table: dict[bytes, bytes],
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Members], list[str]]:
     """The splits with their labels, and the class names that the labels count.
 
     `table` is that of a file of labels, `listed` the classes of a list's lines, whose numbers are
-    the labels so far. Raises UserError.
+    the labels so far. `note` is given a line where folders are no classes, because images lie
+    beside them. Raises UserError.
     """
     splits = dict(splits)
     named, found = {}, set()
@@ -39,6 +44,13 @@ def apply(
             numbers = (int(VALIDATION.fullmatch(path)[1]) for path in members.paths)
             index = np.fromiter((place[labels[n - 1]] for n in numbers), np.int32, len(members))
         else:
+            if len(tops) > 1:
+                beside = np.flatnonzero(index == tops.index(b""))
+                note(
+                    f"the folders in {split} as classes, because beside them are {len(beside)} of "
+                    f"its {len(members)} images, the first is "
+                    f"{text(members.paths[int(beside[0])])}"
+                )
             continue
         named[split] = index, names
         found |= set(names)
@@ -76,7 +88,7 @@ def table(labels) -> dict[bytes, bytes]:
     try:
         with open(labels, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                line = line.strip()
+                line = (line.removeprefix(BOM) if number == 1 else line).strip()
                 name, _, label = line.rpartition(b"\t" if b"\t" in line else b" ")
                 if line and not (name and label):
                     raise UserError(

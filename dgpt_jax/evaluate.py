@@ -50,7 +50,7 @@ def evaluate(settings: Evaluate, encoder: load.Encoder) -> Iterator[list[dict]]:
     del params
     how = {
         "source": SOURCES[settings.protocol],
-        "path": settings.data,
+        "path": results.location(settings.data),
         **preprocessing(settings, encoder),
     }
     rows, name = [], records.open_builder(settings.data).info.name
@@ -68,6 +68,7 @@ def preprocessing(settings: Evaluate, encoder: load.Encoder) -> dict:
         "filter": "bicubic, antialiased",
         "mean": list(encoder.preprocess.mean),
         "std": list(encoder.preprocess.std),
+        **({"most": settings.most} if settings.most else {}),
     }
 
 

@@ -101,7 +101,7 @@ def find(src, *, split: str | None = None, labels=None, say=lambda _: None) -> F
     else:
         splits = _splits(members, src, split, default)
     splits = {name: _in_order(part) for name, part in splits.items()}
-    splits, classes = class_labels.apply(splits, walk.classes, table)
+    splits, classes = class_labels.apply(splits, walk.classes, table, walk.passed.notes.append)
     if not (split or walk.classes or table):
         _refuse_no_classes(src, classes)
     return Found(splits, classes, walk.passed)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dgpt_jax import tars
-from dgpt_jax.members import OWN_FILE, Columns, text
+from dgpt_jax.members import BOM, OWN_FILE, Columns, text
 from dgpt_jax.schema import UserError
 from dgpt_jax.user_images import EXTENSIONS
 
@@ -169,6 +169,7 @@ class Walk:
                 raise UserError(f"{src} is neither a folder nor a tar nor a list of image files")
             lines.seek(0)
             for number, line in enumerate(lines, 1):
+                line = line.removeprefix(BOM) if number == 1 else line
                 path, tab, name = line.strip(b"\r\n").partition(b"\t")
                 if not path:
                     continue

@@ -11,6 +11,7 @@ import numpy as np
 from dgpt_jax.schema import UserError
 
 OWN_FILE = -1  # the offset of an image that is a file by itself
+BOM = b"\xef\xbb\xbf"  # with which Windows begins UTF-8
 PIECE = 1 << 16
 SAY_EVERY = 1 << 20  # images
 

@@ -97,6 +97,24 @@ def _followed(
     for name, target in ends.items():
         if target in places:
             add(name, *places[target])
+    inner: dict[bytes, list[bytes]] = {}  # of folders that are targets: links to folders in them
+    for _ in range(LINKS):  # a folder may hold nothing but such links
+        for name, target in ends.items():
+            for folder in _above(name) if target in inside and links[name].symbolic else ():
+                if folder in targets and name not in inner.setdefault(folder, []):
+                    inner[folder].append(name)
+                    inside.setdefault(folder, [])
+
+    def linked(name: bytes, *passed: bytes):
+        """What lies under `name`; `passed`: links on the way to it, the last one stands for it."""
+        target = ends[passed[-1]]
+        if len(passed) > LINKS or any(_holds(target, link) for link in passed):
+            note(f"{os.fsdecode(name)} in {path}, a link to a folder that holds it")
+            return
+        yield from ((name + b"/" + rest, *place) for rest, *place in inside[target])
+        for deeper in inner.get(target, ()):
+            yield from linked(name + deeper[len(target) :], *passed, deeper)
+
     for name, target in ends.items():
         called = f"{os.fsdecode(name)} in {path}"
         if target in places:
@@ -107,10 +125,8 @@ def _followed(
             note(f"{called}, a link out of it")
         elif target and target not in inside:
             note(f"{called}, a link to nothing in it")
-        elif not target or name.startswith(target + b"/"):
-            note(f"{called}, a link to a folder that holds it")
         else:
-            yield from ((name + b"/" + rest, *place) for rest, *place in inside[target])
+            yield from linked(name, name)
 
 
 def _end(links: dict[bytes, _Link], target: bytes | None) -> bytes | None:
@@ -120,6 +136,11 @@ def _end(links: dict[bytes, _Link], target: bytes | None) -> bytes | None:
             break
         target = links[target].target
     return target
+
+
+def _holds(folder: bytes, path: bytes) -> bool:
+    """Whether a path lies in a folder; all lie in b""."""
+    return not folder or path.startswith(folder + b"/")
 
 
 def _above(name: bytes) -> Iterator[bytes]:

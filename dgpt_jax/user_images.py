@@ -147,7 +147,8 @@ def _stored(data: bytes, options: Options) -> Stored:
 def _raw_mode(image) -> str:
     """Pillow's name of the channels as they lie in the file."""
     arguments = image.tile[0][3] if image.tile else ""
-    return arguments if isinstance(arguments, str) else arguments[0]
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""  # a GIF has numbers there
 
 
 def _is_deep(image) -> bool:
@@ -174,8 +175,8 @@ def _scaled(image, form: str, channels: str, options: Options, inverted: bool) -
         values = values.view(np.uint32)  # Pillow has no such mode
     if options.range:
         low, high = options.range
-        scaled = 255 * (np.nan_to_num(values.astype(np.float64), nan=low) - low) / (high - low)
-        scaled = scaled.clip(0, 255).round()
+        values = np.nan_to_num(values.astype(np.float64), nan=low).clip(low, high)
+        scaled = (255 * (values - low) / (high - low)).round()
     elif bits:
         scaled = values >> (bits - 8)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dgpt_jax
-from dgpt_jax import cli, config, optim, saving, schema, state
+from dgpt_jax import checkpoint, cli, config, optim, saving, schema, state
 from dgpt_jax.convert import formats, layout, weights
 from dgpt_jax.schema import UserError
 from tests.conversions import convert
@@ -61,6 +61,14 @@ def test_inspect(run, monkeypatch, capsys):
     assert "(8, 8)  float32" in kernel and kernel.endswith(" 256")
     size = sum(x.nbytes for x in run[1][7].values())
     assert f"params {size / 1e6:.1f} MB, opt_state {2 * size / 1e6:.1f} MB" in out
+
+
+def test_a_step_that_is_not_there(run, monkeypatch):
+    has = "no finished checkpoint of step 5: it has 3, 7"
+    with pytest.raises(SystemExit, match=f"^error: .* holds {has}$"):
+        command(monkeypatch, "inspect", run[0], "--step=5")
+    with pytest.raises(UserError, match=has):
+        checkpoint.load_params(run[0], 5)
 
 
 def test_a_damaged_checkpoint(run, monkeypatch, tmp_path):
@@ -142,9 +150,9 @@ def test_a_card_tells_how_to_load(run, monkeypatch, tmp_path):
 
 
 def test_a_readme_that_is_not_ours_stays(run, monkeypatch, tmp_path):
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").write_bytes(b"caf\xe9")  # in no UTF-8
     convert(monkeypatch, run[0], tmp_path / "a.safetensors", "--to=safetensors")
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_bytes() == b"caf\xe9"
     assert "tools/convert.py for a.safetensors" in (tmp_path / "a.safetensors.md").read_text()
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ from dgpt_jax.convert import export, formats, layout
 from dgpt_jax.evals import classification
 from dgpt_jax.schema import UserError
 from tests.classifying import by_hand, settings
-from tests.data import image_dataset, tiny_model
+from tests.data import edit_metadata, image_dataset, tiny_model
 from tests.train_test import metrics_of, stop_after
 
 
@@ -146,9 +148,17 @@ def test_broken_numbers_are_refused(dataset):
         evaluate(bad)
 
 
+def resized_to(pixels: int, metadata: dict):
+    metadata["config"]["classify"]["resize"] = pixels
+
+
 def test_a_classifier_is_exported_with_its_head(dataset, whole, tmp_path):
     _, weights = formats.read(whole)
     assert (weights.pooling, weights.num_classes, weights.preprocess.crop_pct) == ("mean", 2, 0.875)
+    other = shutil.copytree(whole, tmp_path / "other")
+    for resize, share in ((16, 1.0), (24, 16 / 24)):  # what a run was measured with
+        edit_metadata(other / "checkpoints/6", partial(resized_to, resize))
+        assert formats.read(other)[1].preprocess.crop_pct == share
     export.write(weights, formats.LAYOUTS["timm"], tmp_path / "timm")
     _, again = formats.read(tmp_path / "timm")
     assert again.num_classes == 2 and again.pooling == "mean"

@@ -25,6 +25,13 @@ def test_safetensors(tmp_path):
         files.read_state(path)
 
 
+def test_arrays_without_numbers(tmp_path):
+    """Sizes that models divide by are read off them."""
+    save_file({"x": np.ones(2, np.float32), "y": np.ones((0, 3), np.float32)}, tmp_path / "a")
+    with pytest.raises(UserError, match=r"a: y has shape \(0, 3\), which holds no number"):
+        files.read(tmp_path / "a")
+
+
 def test_sharded_safetensors(tmp_path):
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "1.safetensors")
     save_file({"b": np.zeros(3, np.float32)}, tmp_path / "2.safetensors")

@@ -153,6 +153,8 @@ def test_lists(tmp_path):
     assert import_all(listed, tmp_path / "out").examples == {"train": 3}
     listed.write_text("pictures/b/001.png\npictures/a/000.png\n")
     assert labels(image_files.find(listed)) == ["a", "b"]
+    listed.write_bytes(b"\xef\xbb\xbfpictures/b/001.png\tb\n")  # as Windows has it
+    assert ids(image_files.find(listed)) == ["pictures/b/001.png"]
     listed.write_text(f"{tmp_path}/pictures/b/001.png\n")
     assert image_files.find(listed).classes == []
     for text, message in (
@@ -170,11 +172,25 @@ def test_lists(tmp_path):
             image_files.find(listed)
 
 
+def test_images_beside_class_folders(tmp_path):
+    """The folders are no classes then, which is said."""
+    write_folder(tmp_path / "src", 2)
+    (tmp_path / "src/stray.jpg").write_bytes(jpeg())
+    found = image_files.find(tmp_path / "src")
+    assert not found.classes and found.passed.lines() == [
+        "passed over: the folders in train as classes, because beside them are 1 of its 5 images, "
+        "the first is stray.jpg"
+    ]
+
+
 def test_a_file_of_labels(tmp_path):
     src = tar_of(tmp_path / "x.tar", {f"pictures/{i} b.jpg": jpeg() for i in (1, 2, 3)})
     table = tmp_path / "labels.txt"
-    for text in ("1 b.jpg\t10\n2 b.jpg\t9\n3 b.jpg\t10\n", "1 b.jpg 10\n2 b.jpg 9\n3 b.jpg 10\n"):
-        table.write_text(text + "another.jpg 10\n")
+    for text in (
+        "\ufeff1 b.jpg\t10\n2 b.jpg\t9\n3 b.jpg\t10\n",
+        "1 b.jpg 10\n2 b.jpg 9\n3 b.jpg 10\n",
+    ):
+        table.write_text(text + "another.jpg 10\n", encoding="utf-8")
         found = image_files.find(src, labels=table)
         assert found.classes == ["9", "10"] and labels(found) == ["10", "9", "10"]
     for text, message in (

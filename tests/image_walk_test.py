@@ -284,6 +284,27 @@ SYMBOLIC = {  # a link beside cat/1.png and cat/2.png: what it adds, or what is 
 }  # fmt: skip
 
 
+def test_links_in_linked_folders_of_a_tar(tmp_path):
+    """Lead to the same images as in the folder that it unpacks to."""
+    members = {
+        "src/train/cat/1.png": png(1), "src/train/cat/2.png": ">1.png", "src/train/dog": ">cat",
+        "src/train/owl/3.png": png(3), "src/val": ">train", "src/train/owl/more": ">../emu",
+        "src/train/emu/more": ">../owl", "src/train/emu/round": ">..",
+        "src/train/elk/all": ">../emu",
+    }  # fmt: skip
+    tar = pack(tmp_path / "x.tar", members)
+    with tarfile.open(tar) as archive:
+        archive.extractall(tmp_path / "x", filter="data")
+    images.import_images(tmp_path / "x", tmp_path / "unpacked", say=lambda _: None)
+    images.import_images(tar, tmp_path / "packed", say=lambda _: None)
+    for split in ("train", "val"):
+        unpacked, packed = (
+            {x["id"]: x["image"] for x in records.Split(tmp_path / form, split)}
+            for form in ("unpacked", "packed")
+        )
+        assert unpacked == packed and {"dog/2.png", "elk/all/more/3.png"} <= packed.keys()
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("case", SYMBOLIC)
 def test_symbolic_links_in_tars(tmp_path, case, nested):

@@ -157,6 +157,18 @@ def test_a_read_only_file_system(monkeypatch, tmp_path):
             check(tmp_path / "x")
 
 
+@pytest.mark.parametrize("command,out", [("plot", "x.png"), ("report_run", "x.html")])
+def test_a_disk_that_becomes_full(monkeypatch, tmp_path, command, out):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    monkeypatch.setattr(os, "replace", full)
+    found = refused(monkeypatch, command, f"{tmp_path} --out={tmp_path}/{out}")
+    assert found == f"error: {tmp_path}/{out} cannot be written: No space left on device"
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
 def test_a_place_on_gs(monkeypatch):
     with gcs.Server() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)

@@ -23,9 +23,9 @@ def test_intervals_are_scipys(of):
             np.testing.assert_allclose(results.wilson(correct, of, level), theirs, atol=1e-12)
 
 
-def knn_row(correct=30, **what):
+def knn_row(correct=30, how=None, **what):
     what = {"protocol": "knn", "data": "d", "features": "cls", "k": 20, "shots": "all"} | what
-    return results.row(what, correct, 40, selection="none", how={"source": "x"})
+    return results.row(what, correct, 40, selection="none", how=how or {"source": "x"})
 
 
 def test_a_row_has_all():
@@ -34,6 +34,20 @@ def test_a_row_has_all():
     low, high = binomtest(30, 40).proportion_ci(method="wilson")
     assert (row["low"], row["high"]) == pytest.approx((100 * low, 100 * high))
     assert row["selection"] == "none" and row["how"] == {"source": "x"} and row["date"]
+
+
+def test_datasets_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """Neither another dataset nor a part of one takes the place of a result."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "r.json"
+    rows = [knn_row(correct, how={"path": place}) for correct, place in ((20, "/a/d"), (21, "d"))]
+    results.merge(path, "RUN", {}, rows)
+    results.merge(path, "RUN", {}, [knn_row(22, how={"path": str(tmp_path / "d")})])
+    found = results.merge(path, "RUN", {}, [knn_row(23, how={"path": "/a/d", "most": 40})])
+    assert [one["correct"] for one in found] == [20, 22, 23]
+    drawn = results.table(found)
+    assert "| d (/a/d) |" in drawn and f"| d ({tmp_path}/d) |" in drawn
+    assert "| d |" in results.table(found[:1])
 
 
 def test_mean_over_seeds():
@@ -110,6 +124,10 @@ def test_results_are_merged(tmp_path):
     with pytest.raises(UserError, match="results of RUN, step 5, not of RUN, step 6.*--out"):
         results.merge(path, "RUN, step 6", model, [])
     assert results.read(path) == found
+    for row in (5, {}, {"protocol": None, "data": "d"}, {"protocol": "knn"}):
+        path.write_text(json.dumps(found | {"results": [row]}))
+        with pytest.raises(UserError, match="r.json is no file of results"):
+            results.read(path)
     path.write_text("[]")
     with pytest.raises(UserError, match="r.json is no file of results"):
         results.read(path)
@@ -126,7 +144,11 @@ def test_what_cannot_be_written_leaves_what_was(tmp_path, monkeypatch, add):
     monkeypatch.setattr(type(epath.Path(path)), "write_text", full)
     with pytest.raises(UserError, match="r.json cannot be written: No space left on device"):
         add(path, "RUN, step 5", {}, [knn_row(21)])
-    assert path.read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.setattr(type(epath.Path(path)), "replace", full)
+    with pytest.raises(UserError, match="r.json cannot be written: No space left on device"):
+        add(path, "RUN, step 5", {}, [knn_row(21)])
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_where_results_go(tmp_path):

@@ -119,10 +119,15 @@ def test_a_range_is_given(tmp_path):
     options = Options.parse(range="0.25,0.75")
     files = {"float.tif": NO_RANGE["float.tif"][0], "colour.png": COLOURS["16 bits.png"]}
     files["white is 0.tif"] = tiff(32, 3, (1 - RAMP / 65535).astype("<f4").tobytes(), 0)
+    files["8 bits.gif"] = pillow(GREY, "GIF")
+    odd = np.tile(np.float32([np.nan, -np.inf, np.inf, 1e38]), 1024)
+    files["odd.tif"] = tiff(32, 3, odd.tobytes())
     report, found = import_all(tmp_path, files, options=options)
     expected = ((RAMP / 65535 - 0.25) / 0.5 * 255).clip(0, 255)
     for name in ("float.tif", "white is 0.tif"):
         assert np.abs(found[name] - expected[..., None]).max() < 1, name
+    assert (found["8 bits.gif"] == GREY).all()  # which has no depth for a range
+    assert (found["odd.tif"][0, :4, 0] == (0, 0, 255, 255)).all()
     assert report.broken == [
         "colour.png: deeper than 8 bits in several channels: a range is for one"
     ]

@@ -71,7 +71,7 @@ def save(figure, out, dpi: int = 130, **options):
     if hasattr(out, "write"):
         figure.savefig(out, dpi=dpi, **options)
     else:
-        with files.replacing(out) as half:
+        with files.written(out) as half:
             figure.savefig(half, dpi=dpi, format=Path(out).suffix[1:].lower(), **options)
     plt.close(figure)
 

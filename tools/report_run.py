@@ -199,8 +199,8 @@ def main():
     args = made.parse_args()
     outputs.file(args.out)
     text = page(args.run, smooth=args.smooth, log_file=args.log)
-    with files.replacing(args.out) as half:
-        half.write_text(text)
+    with files.written(args.out) as half:
+        half.write_text(text, encoding="utf-8")
     print(f"wrote {args.out}, {len(text) / 1000:.0f} kB")
     print(f"next: open {args.out} in a browser")
 

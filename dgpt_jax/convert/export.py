@@ -64,7 +64,7 @@ def write(
         arrays = written if layout.suffixes else staging / "model.safetensors"
         text = card.text(weights, layout.name, target, arrays, verified=verified)
         with _writing(dst):
-            (staging / card_name(target, layout)).write_text(text)
+            (staging / card_name(target, layout)).write_text(text, encoding="utf-8")
             _move(staging, folder, last=arrays.name)
     return target, verified
 
@@ -116,6 +116,6 @@ def _move(staging: Path, folder: Path, *, last: str):
 def card_name(target: Path, layout: Layout) -> str:
     """README.md; where one lies there that is not this export's card, a name after the export."""
     readme = (target.parent if layout.suffixes else target) / "README.md"
-    if readme.is_file() and not readme.read_text().startswith(card.mark(target)):
+    if readme.is_file() and not readme.read_bytes().startswith(card.mark(target).encode()):
         return f"{target.name}.md"
     return readme.name

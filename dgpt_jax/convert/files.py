@@ -62,6 +62,8 @@ def read(path) -> Read:
     if not path.is_file():
         raise UserError(f"no such weights file: {path}")
     state, taken, notes = _read_file(path, key)
+    if empty := next((name for name, array in state.items() if not array.size), None):
+        raise UserError(f"{path}: {empty} has shape {state[empty].shape}, which holds no number")
     state, prefix = _without_prefix(state)
     if prefix:
         notes.append(f"{path}: all names begin with {prefix}, which is left out")
@@ -163,6 +165,16 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written(path):
+    """As `replacing`. Raises UserError where the system does not take the file."""
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
 
 
 def write_safetensors(path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]):

@@ -4,22 +4,23 @@ They norm every token and classify CLS: pooling "cls", and no other.
 """
 
 import json
-import math
 from pathlib import Path
 
 from dgpt_jax.convert import files, hugging_face, layout, normalisation
-from dgpt_jax.convert.json_files import check_claims, class_names, group, read_json
+from dgpt_jax.convert.json_files import check_claims, class_names, count, group, read_json
 from dgpt_jax.convert.layout import Entry, linear, norm
 from dgpt_jax.convert.weights import (
     Layout,
     Preprocess,
     Weights,
     assumed,
+    crop_pct,
     depth_of,
     encoder_model,
     encoder_shapes,
     image_side,
     needed,
+    resized,
 )
 from dgpt_jax.schema import UserError
 
@@ -125,25 +126,15 @@ def _preprocess(directory: Path, image_size: int) -> tuple[Preprocess, list[str]
     edge = size.get("shortest_edge", size.get("height"))
     if not edge or size.get("width", edge) != edge:
         raise UserError(f"{file}: size {size} is neither a square nor a shortest_edge")
+    edge = count(edge, f"{file}: size")
     how = Preprocess(
         mean=channels.get("mean", (0.5, 0.5, 0.5)),
         std=channels.get("std", (0.5, 0.5, 0.5)),
         interpolation=filters[resample],
-        crop_pct=_crop_pct(image_size, edge) if told.get("do_center_crop") else 1.0,
+        crop_pct=crop_pct(image_size, edge) if told.get("do_center_crop") else 1.0,
         crop_mode="center" if "shortest_edge" in size else "squash",
     )
     return how, unknown
-
-
-def _edge(size: int, crop_pct: float) -> int:
-    """To how many pixels pictures are resized before they are cropped; rounded as timm does it."""
-    return math.floor(size / crop_pct)
-
-
-def _crop_pct(size: int, edge: int) -> float:
-    """The largest number of which `_edge` makes the edge."""
-    exact = size / edge
-    return exact if _edge(size, exact) == edge else math.nextafter(exact, 0)
 
 
 def config_json(weights: Weights) -> dict:
@@ -175,7 +166,7 @@ def preprocessor_json(weights: Weights) -> dict:
     size, how = weights.model.image_size, weights.preprocess
     if how.crop_mode not in ("center", "squash") or how.interpolation not in FILTERS:
         raise UserError(f"Hugging Face's ViTImageProcessor cannot prepare pictures by {how}")
-    edge = _edge(size, how.crop_pct)
+    edge = resized(size, how.crop_pct)
     squash = {"height": edge, "width": edge}
     return {
         "image_processor_type": "ViTImageProcessor",

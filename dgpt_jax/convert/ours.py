@@ -12,7 +12,7 @@ from dgpt_jax import checkpoint
 from dgpt_jax.config import Model
 from dgpt_jax.convert import files, layout
 from dgpt_jax.convert.layout import Entry
-from dgpt_jax.convert.weights import DECODERS, Layout, Preprocess, Weights
+from dgpt_jax.convert.weights import DECODERS, Layout, Preprocess, Weights, crop_pct
 from dgpt_jax.schema import UserError, parse
 
 KEY = "dgpt_jax"
@@ -95,7 +95,10 @@ def read_directory(state, path: Path, heads=None, decoder_heads=None, parts=None
             )
         pooling = told["pooling"]
         classes = tuple((metadata.get("data") or {}).get("classes") or ())
-        how = Preprocess(crop_pct=1.0) if model.image_size > 224 else how
+        if told.get("resize"):  # what the run was measured with
+            how = Preprocess(crop_pct=crop_pct(model.image_size, told["resize"]))
+        elif model.image_size > 224:
+            how = Preprocess(crop_pct=1.0)
     return Weights(model, layout.flatten(params), pooling, source, how, run=run, classes=classes)
 
 

@@ -1,6 +1,7 @@
 """What every layout is read into and written from: a model, its flat parameters, how it is used."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -39,6 +40,17 @@ class Preprocess:
     def of(told: Mapping) -> "Preprocess":
         """From JSON."""
         return Preprocess(**{n: tuple(v) if isinstance(v, list) else v for n, v in told.items()})
+
+
+def resized(size: int, crop_pct: float) -> int:
+    """To how many pixels pictures are resized before they are cropped; rounded as timm does it."""
+    return math.floor(size / crop_pct)
+
+
+def crop_pct(size: int, edge: int) -> float:
+    """The largest number of which `resized` makes the edge."""
+    exact = size / edge
+    return exact if resized(size, exact) == edge else math.nextafter(exact, 0)
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _protocol(config) -> tuple[dict, dict]:
     }
     how = {
         "source": source,
-        "path": config.evals.heldout,
+        "path": results.location(config.evals.heldout),
         "weights": told.weights,
         "crop": config.model.image_size,
         "filter": "bicubic, antialiased",

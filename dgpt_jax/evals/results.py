@@ -23,11 +23,13 @@ from dgpt_jax.convert import layout
 from dgpt_jax.schema import UserError
 
 FORMAT = 1
-# Rows that differ in one of these are different results.
+# Rows that differ in one of these are different results; so are those of datasets at two places,
+# and of a part of one (config.most).
 IDENTITY = (
     "protocol", "data", "splits", "features", "k", "shots", "seed", "squash", "resize", "epoch",
     "head", "detail",
 )  # fmt: skip
+NAMES = ("protocol", "data")  # what every row has, as text
 HIDDEN = ("how", "date", "detail", "train")  # of a row, in a table
 
 
@@ -78,7 +80,20 @@ def mean_over_seeds(rows: Sequence[Mapping]) -> list[dict]:
 
 
 def _key(row: Mapping, without: str = "") -> str:
-    return json.dumps({name: row.get(name) for name in IDENTITY if name != without})
+    found = {name: row.get(name) for name in IDENTITY if name != without}
+    return json.dumps(found | {"path": _place(row), "most": row.get("how", {}).get("most")})
+
+
+def _place(row: Mapping) -> str:
+    """Where the dataset lies whose name may be that of others too ("images"). The sets of
+    robustness have names of their own."""
+    path = row.get("how", {}).get("path")
+    return location(path) if path and row["protocol"] != "robustness" else ""
+
+
+def location(path: str) -> str:
+    """A path that means the same in every directory."""
+    return path if "://" in path else os.path.abspath(path)
 
 
 def default_path(checkpoint, step: int | None) -> epath.Path:
@@ -93,7 +108,8 @@ def read(path) -> dict:
     try:
         found = json.loads(epath.Path(path).read_text())
         good = {"format", "weights", "model", "results"} <= found.keys()
-    except (OSError, ValueError, AttributeError):
+        good &= all(isinstance(one[name], str) for one in found["results"] for name in NAMES)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         good = False
     if not good:
         raise UserError(f"{path} is no file of results that `python -m dgpt_jax.evaluate` wrote")
@@ -156,8 +172,11 @@ def write(path, weights: str, model: Mapping, rows: Sequence[Mapping], parameter
     found |= {"parameters": parameters} if parameters else {}
     half = path.with_name(f".{path.name}.{os.getpid()}")
     with gcs.failures(f"{path} cannot be written"):
-        half.write_text(json.dumps(found | {"results": list(rows)}, indent=1) + "\n")
-        half.replace(path)
+        try:
+            half.write_text(json.dumps(found | {"results": list(rows)}, indent=1) + "\n")
+            half.replace(path)
+        finally:
+            half.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -177,6 +196,12 @@ def _alone(directory: epath.Path):
 def table(rows: Sequence[Mapping]) -> str:
     """Rows as Markdown, but for those that are a `detail`."""
     rows = [one for one in rows if not one.get("detail")]
+    places = {(one["data"], _place(one)) for one in rows}
+    several = {name for name, _ in places if sum(name == other for other, _ in places) > 1}
+    rows = [
+        {**one, "data": f"{one['data']} ({_place(one)})"} if one["data"] in several else one
+        for one in rows
+    ]
     columns = [c for c in dict.fromkeys(c for one in rows for c in one) if c not in HIDDEN]
     columns = [c for c in columns if any(one.get(c) not in (None, "") for one in rows)]
     lines = [columns, ["---"] * len(columns)]
