@@ -77,6 +77,8 @@ def find(src, *, split: str | None = None, labels=None, say=lambda _: None) -> F
     `split` names the one split of a source without split folders. `say` hears of every million
     images; for 14 million in a tar it takes minutes and 2 GB. Raises UserError.
     """
+    if split and (split == "all" or not re.fullmatch(r"\w[\w-]*", split)):  # as TFDS reads them
+        raise UserError(f"--split={split}: letters, digits, _ and - make a split's name, not 'all'")
     if shards.is_remote(src):
         raise UserError(f"{src} is not on this machine's disks: copy or mount it")
     src = Path(src)

@@ -97,6 +97,11 @@ def open_examples(data: Data, model: Model, seed: int) -> Examples:
 
 def open_labelled(data: Data, model: Model, classify: Classify, seed: int) -> Examples:
     """The examples that a supervised config asks for. Raises UserError where they do not fit."""
+    if token_store.exists(data.path):  # of whose crops it would take crops
+        raise UserError(
+            f"config.task=classify needs an image dataset, and {data.path} is a token store: give "
+            f"the dataset that it was built from"
+        )
     make = Labelled(model.image_size, classify)
     examples = _examples(_opened(data), data, seed, make)
     require_labels(examples.sources.splits[0], classify)

@@ -52,7 +52,7 @@ def serializer(features: tfds.features.FeaturesDict) -> Callable[[Mapping], byte
 
 def dataset_name(directory) -> str:
     """A valid TFDS name from the last part of a path."""
-    name = re.sub(r"\W+", "_", epath.Path(directory).name.lower()).strip("_")
+    name = re.sub(r"\W+", "_", epath.Path(directory).name.lower(), flags=re.ASCII).strip("_")
     return name if name[:1].isalpha() else f"d_{name}"
 
 

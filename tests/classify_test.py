@@ -32,7 +32,7 @@ from dgpt_jax.convert import export, formats, layout
 from dgpt_jax.evals import classification
 from dgpt_jax.schema import UserError
 from tests.classifying import by_hand, settings
-from tests.data import edit_metadata, image_dataset, tiny_model
+from tests.data import edit_metadata, image_dataset, random_teacher, tiny_model, token_store
 from tests.train_test import metrics_of, stop_after
 
 
@@ -146,6 +146,12 @@ def test_broken_numbers_are_refused(dataset):
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.init(jax.random.key(0)))
     with pytest.raises(UserError, match="train'.*: logits of 24 of 24 examples are not finite"):
         evaluate(bad)
+
+
+def test_a_token_store_is_no_dataset_of_images(dataset, tmp_path):
+    store = token_store(tmp_path, dataset, random_teacher(tmp_path / "clip"))
+    with pytest.raises(UserError, match="classify needs an image dataset, and .* is a token store"):
+        tasks.open_task(settings(dataset, data={"path": str(store)}))
 
 
 def resized_to(pixels: int, metadata: dict):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -170,6 +171,20 @@ def test_lists(tmp_path):
         listed.write_text(text)
         with pytest.raises(UserError, match=message):
             image_files.find(listed)
+
+
+@pytest.mark.parametrize("name", ["für Züge", "画像", "1.b-c", "a+b"])
+def test_names_of_datasets(tmp_path, name):
+    """TFDS takes ASCII alone."""
+    write_folder(tmp_path / "src", 1)
+    assert import_all(tmp_path / "src", tmp_path / name).examples == {"train": 2}
+    assert len(records.Split(tmp_path / name, "train")) == 2
+
+
+@pytest.mark.parametrize("name", ["all", "a+b", "a[:5]", "a/b", "a b", "train.x", "-x", ".."])
+def test_names_of_splits_that_tfds_would_not_read(tmp_path, name):
+    with pytest.raises(UserError, match=rf"--split={re.escape(name)}: letters, digits"):
+        import_all(tmp_path, tmp_path / "out", split=name)
 
 
 def test_images_beside_class_folders(tmp_path):

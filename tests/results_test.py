@@ -131,6 +131,9 @@ def test_results_are_merged(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="r.json is no file of results"):
         results.read(path)
+    path.unlink()
+    with pytest.raises(UserError, match="^no such file: .*r.json$"):
+        results.read(path)
 
 
 @pytest.mark.parametrize("add", [results.merge, results.write])

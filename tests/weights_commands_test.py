@@ -105,6 +105,9 @@ def test_a_store_of_a_teacher_that_the_config_tells_of(made, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["verify_tokens", *words])
     cli.run(verify_tokens.main)
     assert "sound: least" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["verify_tokens", *words, "--samples=0"])
+    with pytest.raises(SystemExit, match="error: --samples=0: must be at least 1"):
+        cli.run(verify_tokens.main)
 
 
 def test_convert_says_which_weights_it_takes(tmp_path, monkeypatch, capsys):

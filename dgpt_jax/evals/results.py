@@ -109,6 +109,8 @@ def read(path) -> dict:
         found = json.loads(epath.Path(path).read_text())
         good = {"format", "weights", "model", "results"} <= found.keys()
         good &= all(isinstance(one[name], str) for one in found["results"] for name in NAMES)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         good = False
     if not good:
