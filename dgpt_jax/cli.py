@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import inspect
 import itertools
+import math
 import re
 import shlex
 import sys
@@ -83,7 +84,11 @@ class Parser(argparse.ArgumentParser):
         self._schema, self._parts = schema, False
         super().__init__(**kwargs)
 
-    def add_argument(self, *names, **kwargs):
+    def add_argument(self, *names, least: float | None = None, **kwargs):
+        """As argparse's. least: of an int (default 1) or float (default 0)."""
+        if kwargs.get("type") in (int, float):
+            usual = 1 if kwargs["type"] is int else 0
+            kwargs["type"] = _number(kwargs["type"], usual if least is None else least)
         self._flags += [name for name in names if name.startswith("--")]
         return super().add_argument(*names, **kwargs)
 
@@ -114,6 +119,19 @@ class Parser(argparse.ArgumentParser):
         same = [name for name in known if name.endswith(f".{flag[2:]}")]
         near = same or difflib.get_close_matches(flag, known, n=1)
         return f"unknown flag {flag}" + (f": did you mean {' or '.join(near)}?" if near else "")
+
+
+def _number(kind: type, least: float) -> Callable[[str], float]:
+    """The type of a flag that is a finite number of at least `least`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (least <= value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return value
+
+    parse.__name__ = kind.__name__  # by which argparse calls what is no number
+    return parse
 
 
 def path(text: str) -> str:

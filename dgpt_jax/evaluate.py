@@ -137,7 +137,9 @@ def main():
         "--checkpoint", type=cli.path, required=True, help="work directory or weights"
     )
     made.add_argument("--out", type=cli.path, help="JSON file that the results are added to")
-    made.add_argument("--untrained", type=int, metavar="SEED", help="measure its initialisation")
+    made.add_argument(
+        "--untrained", type=int, least=0, metavar="SEED", help="measure its initialisation"
+    )
     arguments, settings = cli.parse(made, Evaluate)
     hosts.start(settings.hosts, settings.platform)
     if arguments.out and not jax.process_index():  # which is the one that writes

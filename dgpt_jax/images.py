@@ -12,6 +12,7 @@ are complete are kept, and the result is the same to the byte.
 
 import contextlib
 import functools
+import os
 import re
 import shutil
 import time
@@ -63,6 +64,8 @@ def import_images(
     known by their size; with `check` they are read, and their checksums must be right, too.
     """
     out = epath.Path(out)
+    if "://" not in str(src) and os.path.realpath(src) == os.path.realpath(out):
+        raise UserError(f"{out} is the source itself: choose another --out")
     if shard_size < 1 or threads < 1:
         raise UserError(f"shard_size {shard_size} and threads {threads} must be at least 1")
     try:

@@ -182,8 +182,8 @@ def _scaled(image, form: str, channels: str, options: Options, inverted: bool) -
     else:
         kind = "floats" if image.mode == "F" else "signed integers"
         raise views.Unreadable(
-            f"{kind} (mode {image.mode}), of which no range is black to white: import with "
-            f"--range=LOW,HIGH"
+            f"{kind} (mode {image.mode}), of which no range is black to white: import "
+            f"them by tools/import_images.py with --range=LOW,HIGH"
         )
     scaled = scaled.astype(np.uint8)
     return Image.fromarray(255 - scaled if inverted else scaled)

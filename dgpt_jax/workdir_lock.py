@@ -58,7 +58,7 @@ class _Lock:
         self._workdir, self._path = workdir, workdir / FILE
         self._mine = {
             "owner": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid(),
-            "started": _started(os.getpid()), "beats": 0,
+            "started": _started(os.getpid()), "beats": 0, "directory": _place(workdir),
         }  # fmt: skip
 
     def acquire(self, say: Callable[[str], None]):
@@ -101,6 +101,8 @@ class _Lock:
     def _is_left(self, found: dict, say: Callable[[str], None]) -> bool:
         """Whether nobody is behind a lock that was found; waits for its heartbeat if need be."""
         if found["host"] == self._mine["host"]:
+            if found.get("directory", self._mine["directory"]) != self._mine["directory"]:
+                return True  # it was copied with the directory of another training
             return _started(found["pid"]) != found["started"]
         silence = MISSED * BEAT_SECONDS
         say(
@@ -122,7 +124,8 @@ class _Lock:
         """The lock that is there. One that cannot be read, of whatever wrote it, is none."""
         try:
             found = json.loads(self._path.read_text())
-            return found if self._mine.keys() <= found.keys() else None
+            needed = self._mine.keys() - {"directory"}  # which earlier versions did not write
+            return found if needed <= found.keys() else None
         except (FileNotFoundError, ValueError, AttributeError):
             return None
 
@@ -134,6 +137,12 @@ class _Lock:
         half = self._path.with_name(f"{FILE}.{self._mine['owner']}")
         half.write_text(text)
         half.replace(self._path)
+
+
+def _place(workdir: epath.Path) -> str:
+    """The path of a directory by which one host knows it."""
+    path = os.fspath(workdir)
+    return path if "://" in path else os.path.realpath(path)
 
 
 def _started(pid: int) -> str:

@@ -1,6 +1,7 @@
 """Commands as users run them: bad input is one clear line and a non-zero exit; what is imported."""
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -99,6 +100,41 @@ def test_checkpoints_that_are_none(monkeypatch, tmp_path, made):
     assert str(tmp_path / "x") in message
     message = refused(monkeypatch, plot.main, tmp_path, f"--out={tmp_path / 'a.png'}")
     assert "no metrics.jsonl" in message
+
+
+@pytest.mark.parametrize(
+    "tool,words",
+    [
+        ("plot", "RUN --smooth=-1"),
+        ("plot", "RUN --tolerance=nan"),
+        ("report_run", "RUN --smooth=-2 --out=x.html"),
+        ("visualize", "RUN x --count=0 --out=x.png"),
+        ("visualize", "RUN x --neighbours=-1 --out=x.png"),
+        ("visualize", "RUN x --view=-1 --out=x.png"),
+        ("checkpoint", "inspect RUN --step=-1"),
+        ("checkpoint", "average RUN x --last=0"),
+        ("checkpoint", "average RUN x --decay=inf"),
+        ("convert", "RUN x --to=timm --heads=0"),
+        ("convert", "RUN x --to=timm --eps=-1e-6"),
+        ("convert", "RUN x --to=timm --image_size=-224"),
+        ("import_images", "RUN --out=x --shard_size=0"),
+        ("import_images", "RUN --out=x --threads=0"),
+        ("verify_tokens", "RUN --samples=0"),
+        ("ablate", "views --out=x --seeds=0"),
+        ("compare_codecs", "--examples=0"),
+        ("compare_codecs", "--pca=-3"),
+        ("replay", "RUN --layers=-1"),
+        ("glyphs", "x --size=0"),
+        ("quickstart", "--out=x --steps=0"),
+    ],
+)
+def test_numbers_of_flags_have_a_range(monkeypatch, tmp_path, tool, words):
+    monkeypatch.chdir(tmp_path)
+    flags = (word.partition("=") for word in words.split() if "=" in word)
+    flag, value = next((flag, value) for flag, _, value in flags if flag not in ("--out", "--to"))
+    message = refused(monkeypatch, importlib.import_module(tool).main, *words.split())
+    assert f"argument {flag}: {value} is not a number from" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_real_process_ends_with_1_and_no_traceback(tmp_path):

@@ -47,6 +47,16 @@ def test_weights_are_not_written_over(unchecked, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(unchecked, tmp_path, value):
+    weights = random_weights()
+    name = next(iter(weights.params))
+    weights.params[name].reshape(-1)[:2] = value
+    with pytest.raises(UserError, match=f"{name} has 2 values that are not finite"):
+        export.write(weights, formats.LAYOUTS["hf"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_files_stay(unchecked, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/notes.txt").write_text("mine")

@@ -120,6 +120,15 @@ def test_bytes_of_an_example_are_those_of_any_process():
     assert data.index(b"\x02id") < data.index(b"\x05image") < data.index(b"\x05label")
 
 
+def test_the_source_is_not_written_into(tmp_path, monkeypatch):
+    write_folder(tmp_path / "src", 2)
+    monkeypatch.chdir(tmp_path)
+    before = sorted((tmp_path / "src").rglob("*"))
+    with pytest.raises(UserError, match="is the source itself"):
+        import_all(tmp_path / "src", "src/../src")
+    assert sorted((tmp_path / "src").rglob("*")) == before
+
+
 def test_none_can_be_read(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "x.jpg").write_text("no image")

@@ -53,7 +53,10 @@ def run(tmp_path):
         json.dumps({"total": "4 steps", "platform": "cpu", "data": {"path": HOSTILE}})
     )
     (run / "shown.png").write_bytes(PNG)
-    rows = [{"protocol": "knn", "accuracy": 61.25, "how": {"k": 1}}, {"protocol": HOSTILE, "k": 20}]
+    rows = [
+        {"protocol": "knn", "data": "x", "accuracy": 61.25, "how": {"k": 1}},
+        {"protocol": HOSTILE, "data": "x", "k": 20},
+    ]
     (run / "results_step4.json").write_text(
         json.dumps({"format": 1, "weights": "run, step 4", "model": {}, "results": rows})
     )

@@ -154,7 +154,7 @@ def test_names_in_a_tar_are_no_paths(tmp_path):
     for example in split:
         assert not example["id"].startswith(("/", "..")) and "/../" not in example["id"]
     assert [line.partition(":")[0] for line in report.broken] == ["link1.jpg"]
-    assert report.passed == [f"passed over: link2.jpg in {work}/images.tar, a link out of it"]
+    assert f"passed over: link2.jpg in {work}/images.tar, a link out of it" in report.passed
 
 
 def test_two_names_that_mean_the_same_are_refused(tmp_path):

@@ -109,8 +109,8 @@ def test_no_range_is_guessed(tmp_path):
     report, found = import_all(tmp_path, files | {"good.png": DEEP["opencv.png"]})
     assert list(found) == ["good.png"]
     assert report.broken == [
-        f"{name}: {NO_RANGE[name][1]}, of which no range is black to white: import with "
-        f"--range=LOW,HIGH"
+        f"{name}: {NO_RANGE[name][1]}, of which no range is black to white: import "
+        f"them by tools/import_images.py with --range=LOW,HIGH"
         for name in sorted(NO_RANGE)
     ]
 

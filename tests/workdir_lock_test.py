@@ -62,7 +62,14 @@ def test_the_lock_goes_with_its_program(tmp_path):
 
 @pytest.mark.parametrize(
     "left",
-    ["killed", "another process of that number", "another host", "half a lock", "another file"],
+    [
+        "killed",
+        "another process of that number",
+        "another host",
+        "half a lock",
+        "another file",
+        "a copy of one that is in use",
+    ],
 )
 def test_what_is_nobodys_is_taken_over(tmp_path, sleeper, left):
     sleeper.kill()
@@ -73,6 +80,8 @@ def test_what_is_nobodys_is_taken_over(tmp_path, sleeper, left):
         lock_of(tmp_path, started="an earlier one")
     elif left == "another host":
         lock_of(tmp_path, host="elsewhere")
+    elif left == "a copy of one that is in use":
+        lock_of(tmp_path, directory=str(tmp_path / "original"))
     else:
         text = '{"owner": "x", "ho' if left == "half a lock" else "[]"
         (tmp_path / workdir_lock.FILE).write_text(text)

@@ -107,7 +107,7 @@ def main():
     made.add_argument("dst", type=cli.local_path, nargs="?", help="what extract and average write")
     made.add_argument("--last", type=int, default=2, help="average: checkpoints")
     made.add_argument("--decay", type=float, help="average: exponential, with this decay")
-    made.add_argument("--step", type=int, help="inspect: which; default: the newest")
+    made.add_argument("--step", type=int, least=0, help="inspect: which; default: the newest")
     args = made.parse_args()
     if (args.dst is None) != (args.action == "inspect"):
         made.error("extract and average write DST, inspect writes nothing")

@@ -68,7 +68,7 @@ def main():
     made = cli.parser(__doc__)
     made.add_argument("folder", type=cli.local_path, help="where the pictures go")
     made.add_argument("--size", type=int, default=32, help="height and width in pixels")
-    made.add_argument("--seed", type=int, default=0, help="of sizes and positions")
+    made.add_argument("--seed", type=int, least=0, default=0, help="of sizes and positions")
     args = made.parse_args()
     outputs.directory(args.folder)
     write_glyphs(args.folder, args.size, args.seed)

@@ -179,7 +179,9 @@ def main():
     made.add_argument("runs", type=cli.path, nargs="+", help="work directories")
     made.add_argument("--metrics", help="names, comma-separated; default: all that tell something")
     made.add_argument("--out", type=cli.local_path, help="PNG or SVG file")
-    made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")
+    made.add_argument(
+        "--smooth", type=int, least=0, default=0, help="logged points that a mean is of"
+    )
     made.add_argument("--diff", action="store_true", help="say where two runs part; 1 if they do")
     made.add_argument(
         "--tolerance", type=float, default=0.0, help="relative difference that --diff passes over"

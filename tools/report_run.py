@@ -195,7 +195,9 @@ def main():
     made.add_argument("run", type=cli.path, help="work directory")
     made.add_argument("--out", required=True, type=cli.local_path, help="HTML file")
     made.add_argument("--log", type=cli.local_path, help="file of what the training printed")
-    made.add_argument("--smooth", type=int, default=0, help="logged points that a mean is of")
+    made.add_argument(
+        "--smooth", type=int, least=0, default=0, help="logged points that a mean is of"
+    )
     args = made.parse_args()
     outputs.file(args.out)
     text = page(args.run, smooth=args.smooth, log_file=args.log)

@@ -25,8 +25,6 @@ def main():
     )
     made.add_argument("--samples", type=int, default=4, help="examples a shard")
     args = made.parse_args()
-    if args.samples < 1:
-        raise UserError(f"--samples={args.samples}: must be at least 1")
     info = token_store.StoreInfo.load(args.store)
     tower = info.teacher.get("tower", {})
     teacher = config.Teacher(

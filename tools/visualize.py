@@ -244,8 +244,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gallery", type=int, default=1000, help="images to find neighbours in")
     parser.add_argument("--features", choices=("cls", "mean"), default="mean", help="of neighbours")
     parser.add_argument("--store", type=cli.path, help="token store, for predictions")
-    parser.add_argument("--view", type=int, default=0, help="view of the store")
-    parser.add_argument("--seed", type=int, default=0, help="of the orders of segments")
+    parser.add_argument("--view", type=int, least=0, default=0, help="view of the store")
+    parser.add_argument("--seed", type=int, least=0, default=0, help="of the orders of segments")
     args = parser.parse_intermixed_args()
     for name, allowed in (
         ("count", range(1, MOST + 1)), ("neighbours", range(1, COLUMNS)),

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from dgpt_jax import outputs
 from dgpt_jax.convert import card, formats, parity
@@ -40,6 +41,12 @@ def write(
     Raises UserError, with nothing left, where the layout cannot hold them or computes otherwise,
     where weights lie there already, and where the disk does not take them.
     """
+    for name, array in weights.params.items():
+        if bad := int((~np.isfinite(array)).sum()):
+            raise UserError(
+                f"{weights.source}: {name} has {bad} values that are not finite: take an earlier "
+                f"checkpoint"
+            )
     target, folder = refuse_taken(layout, dst)
     near = next(path for path in (folder, *folder.parents) if path.exists())
     if not near.is_dir():
