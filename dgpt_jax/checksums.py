@@ -26,9 +26,22 @@ def of_tree(tree) -> dict[str, str]:
     split over several of them.
     """
     named = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    sums = {name: _on_host(x) if _is_on_host(x) else _on_devices(x) for name, x in named.items()}
+    sums = {name: _sums(leaf) for name, leaf in named.items()}
     sums = jax.device_get(sums)  # after the last one is under way
     return {name: "".join(f"{int(part):08x}" for part in parts) for name, parts in sums.items()}
+
+
+def _sums(x):
+    """The two sums of an array, where it is."""
+    if not isinstance(x, jax.Array):
+        return _on_host(x)
+    devices = x.sharding.device_set
+    on_cpus = next(iter(devices)).platform == "cpu"
+    if on_cpus and len(devices) == 1:
+        return _on_host(x)  # read in place, and nothing is compiled
+    sums = _on_devices(x)
+    # On CPUs programs run side by side, and their reductions wait for each other's threads.
+    return jax.block_until_ready(sums) if on_cpus else sums
 
 
 def name_of(path) -> str:
@@ -41,14 +54,6 @@ def of_json(content: Any) -> str:
     """16 hex digits of SHA-256 of what can be written as JSON."""
     text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _is_on_host(x) -> bool:
-    """Whether NumPy reads an array where it is."""
-    if not isinstance(x, jax.Array):
-        return True
-    devices = x.sharding.device_set
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 @jax.jit

@@ -317,7 +317,7 @@ def test_what_is_refused(monkeypatch, tmp_path, encoder):
         (["run"], "--show=tokens takes images"),
         (["run", "--show=predictions", tmp_path], "takes --store=TOKENS and no images"),
         (["run", "--show=neighbours", tmp_path / "a.png"], "needs at least 2 images"),
-        (["run", "--count=0", tmp_path], "--count=0: must be from 1 to 64"),
+        (["run", "--count=0", tmp_path], "argument --count: 0 is not a number from 1 on"),
         (["run", "--count=65", tmp_path], "--count=65: must be from 1 to 64"),
         (["run", "--neighbours=12", tmp_path], "--neighbours=12: must be from 1 to 11"),
         (["run", "--gallery=1", tmp_path], "--gallery=1: must be "),
