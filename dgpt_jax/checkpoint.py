@@ -7,6 +7,7 @@ are read. A training state is saved and continued by saving.py; no other file im
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,11 @@ from dgpt_jax.schema import UserError
 # 1: before optim.Guarded, whose state is another one. 3: with a moving average of the parameters in
 # the optimizer state, which is what load_params gives; without one 2 is still written.
 FORMAT, OLDEST = 3, 2
-CURE = "Copy it again, or remove that step's directory: the step before it is then read"
+CURE = "Copy it again, or move that step's directory away: the step before it is then read"
+# How TensorStore begins what is a fault of the way to the files, and none of theirs.
+UNREACHABLE = re.compile(
+    "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+)
 
 
 def directory(workdir) -> str:
@@ -70,15 +75,19 @@ def verify(found: dict[str, str], metadata: dict, path, wanted: Callable = lambd
 
 @contextlib.contextmanager
 def damage_is_told(item):
-    """A context: what Orbax raises on files that are cut, changed or missing is a UserError."""
+    """A context: what Orbax raises on files that are cut, changed or missing is a UserError, and so
+    is what it raises where they cannot be reached, in other words."""
     try:
         yield
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as e:
         sys.unraisablehook = _without_late_reads
-        reason = (str(e).strip().splitlines() or [""])[0][:300]
-        raise UserError(f"{item} is damaged: {reason or type(e).__name__}. {CURE}") from e
+        reason = (str(e).strip().splitlines() or [""])[0][:300] or type(e).__name__
+        missing = isinstance(e, (FileNotFoundError, NotADirectoryError))
+        if (isinstance(e, OSError) and not missing) or UNREACHABLE.search(reason):
+            raise UserError(f"{item} cannot be read: {reason}") from e
+        raise UserError(f"{item} is damaged: {reason}. {CURE}") from e
 
 
 def steps(path) -> list[int]:

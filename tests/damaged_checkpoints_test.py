@@ -109,6 +109,24 @@ def test_what_is_read_is_what_was_saved_or_refused(saved, tmp_path, name, kind, 
         assert "damaged" in str(e)
 
 
+@pytest.mark.parametrize(
+    "error,said",
+    [
+        (FileNotFoundError(2, "No such file"), "x is damaged: .*move that step's directory away"),
+        (ValueError("DATA_LOSS: CRC mismatch\nmore"), "x is damaged: DATA_LOSS: CRC mismatch. "),
+        (KeyError("tree"), "x is damaged: 'tree'"),
+        (PermissionError(13, "Permission denied"), "x cannot be read: .*Permission denied$"),
+        (ConnectionResetError(104, "Connection reset"), "x cannot be read: .*Connection reset$"),
+        (TimeoutError("timed out"), "x cannot be read: timed out$"),
+        (ValueError("UNAVAILABLE: connection lost"), "x cannot be read: UNAVAILABLE"),
+        (ValueError("PERMISSION_DENIED: no"), "x cannot be read: PERMISSION_DENIED"),
+    ],
+)
+def test_files_that_cannot_be_reached_are_not_called_damaged(error, said):
+    with pytest.raises(UserError, match=said), checkpoint.damage_is_told("x"):
+        raise error
+
+
 WRONG = "0" * 16
 
 

@@ -45,27 +45,31 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
+def same_as_clip(model, directory):
+    """Compares a saved CLIP of transformers with the teacher that is read from its directory."""
+    torch = pytest.importorskip("torch")
+    images = parity.images(5, 32)
+    hidden = torch.tensor(parity.hidden_state(model.vision_model, images))
+    with torch.no_grad():
+        normed = model.vision_model.post_layernorm(hidden)
+        expected = model.visual_projection(normed).numpy()
+    same(teacher.load(str(directory), **CLIP), images, expected)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_clip(transformers, tmp_path, activation):
-    torch = pytest.importorskip("torch")
     config = transformers.CLIPVisionConfig(
         hidden_size=48, intermediate_size=64, projection_dim=20, num_hidden_layers=3,
         num_attention_heads=6, image_size=32, patch_size=8, hidden_act=activation,
     )  # fmt: skip
     model = parity.randomise(transformers.CLIPVisionModelWithProjection(config))
     model.save_pretrained(tmp_path)
-    images = parity.images(5, 32)
-    hidden = torch.tensor(parity.hidden_state(model.vision_model, images))
-    with torch.no_grad():
-        normed = model.vision_model.post_layernorm(hidden)
-        expected = model.visual_projection(normed).numpy()
-    same(teacher.load(str(tmp_path), **CLIP), images, expected)
+    same_as_clip(model, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["MetaClip2", "ChineseCLIP"])
 def test_models_of_clips_kind(transformers, tmp_path, kind):
     """Whole models whose vision tower, and what its config leaves out, is CLIP's."""
-    torch = pytest.importorskip("torch")
     vision = dict(
         hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=12,
         image_size=32, patch_size=8,
@@ -76,12 +80,7 @@ def test_models_of_clips_kind(transformers, tmp_path, kind):
     )
     model = parity.randomise(getattr(transformers, f"{kind}Model")(config))
     model.save_pretrained(tmp_path)
-    images = parity.images(5, 32)
-    hidden = torch.tensor(parity.hidden_state(model.vision_model, images))
-    with torch.no_grad():
-        normed = model.vision_model.post_layernorm(hidden)
-        expected = model.visual_projection(normed).numpy()
-    same(teacher.load(str(tmp_path), **CLIP), images, expected)
+    same_as_clip(model, tmp_path)
 
 
 @pytest.mark.parametrize("whole", [False, True])

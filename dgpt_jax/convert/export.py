@@ -39,10 +39,10 @@ def write(
     release: lets go of the arrays before what was written is read for the check, which so needs no
     memory of its own; `weights.params` has shapes (jax.ShapeDtypeStruct) in their places then.
     Raises UserError, with nothing left, where the layout cannot hold them or computes otherwise,
-    where weights lie there already, and where the disk does not take them.
+    where weights lie there already, are not finite, and where the disk does not take them.
     """
     for name, array in weights.params.items():
-        if bad := int((~np.isfinite(array)).sum()):
+        if bad := array.size - np.count_nonzero(np.isfinite(array)):
             raise UserError(
                 f"{weights.source}: {name} has {bad} values that are not finite: take an earlier "
                 f"checkpoint"
