@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dgpt_jax/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dgpt_jax/_version.py").read_text())[1]
 
 setup(
     name="dgpt_jax",
@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dgpt_jax", "dgpt_jax.*"]),
+    package_data={"dgpt_jax": ["py.typed"], "dgpt_jax.evals": ["published.csv"]},
     install_requires=[
         "jax>=0.10.2,<0.12",
         "flax>=0.12.8,<0.13",
@@ -35,6 +36,7 @@ setup(
         "psutil>=6,<8",
         "safetensors>=0.5,<1",
         "tensorboardX>=2.6.2,<3",
+        "tqdm>=4.66,<5",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
@@ -53,14 +55,15 @@ setup(
             "scikit-learn>=1.5,<2",
         ],
         "quickstart": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],
+        "lint": ["basedpyright==1.40.2", "import-linter==2.17", "ruff==0.17.6"],
         "test": [
             "gcsfs>=2026.8",
             "hypothesis>=6.150,<7",
             "matplotlib>=3.9,<4",
             "pytest>=8,<10",
-            "pyyaml>=6,<7",
+            "pytest-cov>=6,<8",
             "pytest-xdist>=3.6,<4",
-            "ruff==0.17.6",
+            "pyyaml>=6,<7",
             "scikit-learn>=1.5,<2",
         ],
     },

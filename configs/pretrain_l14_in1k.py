@@ -3,25 +3,24 @@
     python -m dgpt_jax.train --config=configs/pretrain_l14_in1k.py:v5e-64 --workdir=DIR \\
         --config.data.path=TOKENS
 
-The recipe is B/16's. The patch size of the paper's ViT-L is not stated; 14 is ours: its grid is the
-teacher's. Fine-tuned accuracy in the paper: 87.8. Ours: not run.
+Recipe of B/16. The paper does not state the patch size of its ViT-L; 14 is ours and gives the grid
+of the teacher. Fine-tuned accuracy in the paper: 87.8. Ours: not run.
 
-By `tools/plan.py` with POD and its topology (libtpu 0.0.42.1; times are lower bounds from data
-sheets, beside which nothing has been measured yet):
+Estimates of `tools/plan.py` for each pod (libtpu 0.0.42.1; times are lower bounds from data sheets,
+not measured on TPUs):
 
-    pod      topology   images a chip   GiB a chip    ms a step, at least   days, at least
-    v5e-64   v5e:8x8      2 x 32         12.0 of 15.8         151 (compute)      0.16
+    pod      topology   images per chip   GiB per chip    ms per step, at least   days, at least
+    v5e-64   v5e:8x8      2 x 32          12.0 of 15.8           151 (compute)         0.16
 """
 
-from dgpt_jax.config import Train
-from dgpt_jax.schema import default, one_of
+from dgpt_jax.config import TrainConfig, check_choice, default_config
 
 PODS = ("v5e-64",)
 
 
-def get_config(pod=PODS[0]):
-    one_of("the pod of this config", pod, PODS)
-    config = default(Train)
+def get_config(pod: str = PODS[0]):
+    check_choice("the pod of this config", pod, PODS)
+    config = default_config(TrainConfig)
     config.model.size = "L/14"
     config.total = "300 epochs"
     config.batch_size = 4096
@@ -30,6 +29,6 @@ def get_config(pod=PODS[0]):
     config.optim.warmup = "40 epochs"
     config.data.path = "tokens_in1k"
     config.data.examples = 1281167
-    config.teacher.width = 1024  # OpenCLIP ViT-H/14: what the store must hold
+    config.teacher.width = 1024  # OpenCLIP ViT-H/14, checked against the store
     config.teacher.grid = 16
     return config

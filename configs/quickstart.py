@@ -1,21 +1,20 @@
-"""A tiny D-iGPT on 32×32 digits, on a laptop's CPU: what tools/quickstart.sh trains.
+"""Pretrains a tiny D-iGPT on 32×32 digits on a laptop's CPU; part of tools/quickstart.sh.
 
     python -m dgpt_jax.train --config=configs/quickstart.py:both --workdir=DIR \\
         --config.data.path=TOKENS --config.evals.heldout=TOKENS_OF_TEST
 
-The argument names the losses: both, next, visible, or pixels (iGPT's target). 600 steps take
-less than 2 minutes on one core. Results: README.md, "Ten minutes on a laptop".
+The argument selects the losses: both, next, visible, or pixels (iGPT's target). 600 steps take less
+than 2 minutes on one core. Results: README.md, "Ten minutes on a laptop".
 """
 
-from dgpt_jax.config import Train
-from dgpt_jax.schema import default, one_of
+from dgpt_jax.config import TrainConfig, check_choice, default_config
 
 LOSSES = ("both", "next", "visible", "pixels")
 
 
 def get_config(losses: str = "both"):
-    one_of("the losses of this config", losses, LOSSES)
-    config = default(Train)
+    check_choice("the losses of this config", losses, LOSSES)
+    config = default_config(TrainConfig)
     config.total = "600 steps"
     config.batch_size = 64
     config.dtype = "float32"
@@ -28,13 +27,13 @@ def get_config(losses: str = "both"):
     config.model.heads = 3
     config.model.decoder_width = 64
     config.model.decoder_heads = 2
-    config.model.remat = "full"  # as fast as none on CPU cores (580 and 545 images/s)
+    config.model.remat = "full"  # on CPU as fast as none (580 and 545 images/s)
     config.optim.blr = 6e-3  # × 64 / 256 = 1.5e-3
     config.optim.warmup = "10%"
     config.checkpoint.every = "50%"
     config.evals.every = "20%"
     config.data.threads = 2
-    # Live views, of the pixel run: like the store's.
+    # Live views of the pixel run, drawn as the store's.
     config.data.crop_scale = (0.5, 1.0)
     config.data.flip = False
     if losses == "pixels":

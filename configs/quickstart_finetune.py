@@ -1,29 +1,30 @@
-"""Fine-tuning the quickstart's encoder on 32×32 digits, or a probe of it, on a laptop's CPU.
+"""Fine-tunes or probes the quickstart's encoder on 32×32 digits on a laptop's CPU.
 
     python -m dgpt_jax.train --config=configs/quickstart_finetune.py --workdir=DIR \\
-        --config.classify.weights=PRETRAINED --config.data.path=DIGITS \\
+        --config.init.weights=PRETRAINED --config.data.path=DIGITS \\
         --config.evals.heldout=DIGITS
 
-With tools/quickstart.sh done, PRETRAINED is quickstart_run/runs/both and DIGITS
-quickstart_run/images. 200 steps take 70 s of one core. Accuracy on the 360 held-out digits, one
-seed: 94.7 % at the end; from random weights (--config.classify.weights=) 46.9 %.
+After tools/quickstart.sh, PRETRAINED is quickstart_run/runs/both and DIGITS is
+quickstart_run/images. 200 steps take 70 s on one core. Accuracy on the 360 held-out digits, one
+seed: 94.7 % at the end; from random weights (--config.init.weights=) 46.9 %.
 
-`:linear`, `:dinov2` and `:attentive` train heads on the frozen encoder instead: the protocols of
+`:linear`, `:dinov2` and `:attentive` train heads on the frozen encoder by the protocols of
 configs/linear_probe_b16_in1k.py, linear_dinov2_b16_in1k.py and attentive_b16_in1k.py, in 400 steps
-of 64 pictures. Their figures are in README.md, "Measuring".
+of 64 images. Results: README.md, "Measuring".
 """
 
-from dgpt_jax.config import Train
-from dgpt_jax.schema import default, one_of
+from ml_collections import ConfigDict
+
+from dgpt_jax.config import TrainConfig, check_choice, default_config
 
 HEADS = ("none", "linear", "dinov2", "attentive")
 LINEAR = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 ATTENTIVE = (1e-4, 3e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3)
 
 
-def get_config(head=HEADS[0]):
-    one_of("the head of this config", head, HEADS)
-    config = default(Train)
+def get_config(head: str = HEADS[0]):
+    check_choice("the head of this config", head, HEADS)
+    config = default_config(TrainConfig)
     config.task = "classify"
     config.total = "200 steps"
     config.batch_size = 64
@@ -41,10 +42,10 @@ def get_config(head=HEADS[0]):
     config.optim.min_lr = 1e-5
     config.optim.layer_decay = 0.75
     config.optim.b2 = 0.999
-    config.classify.weights = "quickstart_run/runs/both"
+    config.init.weights = "quickstart_run/runs/both"
     config.classify.num_classes = 10
     config.classify.randaugment = "rand-m5-mstd0.5-inc1"
-    config.classify.mix_group = 64
+    config.classify.mixup_group_size = 64
     config.classify.resize = 32
     config.data.path = "quickstart_run/images"
     config.data.threads = 2
@@ -59,19 +60,19 @@ def get_config(head=HEADS[0]):
     return config
 
 
-def probe(config, head: str):
-    """Heads alone: only crops remain of what is done to pictures, and rates are the protocols' at
-    their batch of 1024 (MAE's 16384)."""
+def probe(config: ConfigDict, head: str):
+    """Trains heads only, with crops as the only augmentation and the protocols' learning rates for
+    batch 1024 (MAE: 16384)."""
     config.total = "400 steps"
     config.optim.layer_decay = 1.0
-    config.classify.train = "head"
+    config.classify.trainable = "head"
     config.classify.head = head
     config.classify.pooling = "mean" if head == "attentive" else "cls"
     config.classify.randaugment = ""
-    for name in ("drop_path", "smoothing", "erase", "mixup", "cutmix"):
+    for name in ("drop_path", "label_smoothing", "random_erase_prob", "mixup", "cutmix"):
         config.classify[name] = 0.0
     if head == "attentive":
-        config.optim.grid = tuple(4 * rate for rate in ATTENTIVE)  # × 64 / 256: the peaks
+        config.optim.base_lr_grid = tuple(4 * rate for rate in ATTENTIVE)  # × 64 / 256: the peaks
         config.optim.weight_decay = 0.1
         config.optim.clip_norm = 3.0
         return
@@ -82,4 +83,4 @@ def probe(config, head: str):
         config.optim.blr = 25.6  # × 64 / 256 = 6.4
     else:
         config.optim.warmup = "0 steps"
-        config.optim.grid = tuple(16 * rate for rate in LINEAR)
+        config.optim.base_lr_grid = tuple(16 * rate for rate in LINEAR)

@@ -1,18 +1,17 @@
-"""Tokens of the quickstart's small teacher for 32×32 digits; see tools/quickstart.py.
+"""Tokens of the quickstart's small teacher for 32×32 digits; part of tools/quickstart.sh.
 
     python tools/build_tokens.py --config=configs/quickstart_tokens.py --out=DIR \\
         --config.source=DIGITS --config.teacher.weights=TEACHER
 """
 
-from dgpt_jax.config import Tokens
-from dgpt_jax.schema import default
+from dgpt_jax.config import TokensConfig, default_config
 
 
 def get_config():
-    config = default(Tokens)
+    config = default_config(TokensConfig)
     config.views = 4
-    config.picture_size = 32
-    config.picture = "png"
+    config.image_size = 32
+    config.image_encoding = "png"
     config.crop_scale = (0.5, 1.0)
     config.flip = False  # a mirrored 2 is not a 2
     config.codec = "int8"

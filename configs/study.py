@@ -1,25 +1,24 @@
-"""What every run of tools/ablate.py begins from; a study changes a few of its fields.
+"""Base config of all runs of tools/studies/ablate.py; a study changes a few fields.
 
-    python tools/ablate.py views --out=DIR [--config=configs/study.py:tiny]
+    python -m tools.studies.ablate views --out=DIR [--config=configs/study.py:tiny]
 
-tiny: an encoder of 64 × 6 on 32×32 pictures, 300 steps, for a CPU. large: 384 × 12 on 64×64
-pictures of glyphs, 6,000 steps, for a GPU; not run by us.
+tiny: an encoder of width 64 and depth 6 on 32×32 images, 300 steps, for a CPU. large: width 384 and
+depth 12 on 64×64 images of glyphs, 6,000 steps, for a GPU; not run by us.
 
-Paths are below the study's DIR, which tools/ablate.py fills. Results: RESULTS.md.
+Paths are relative to DIR, which tools/studies/ablate.py fills. Results: RESULTS.md.
 """
 
-from dgpt_jax.config import Train
-from dgpt_jax.schema import default, one_of
+from dgpt_jax.config import TrainConfig, check_choice, default_config
 
 SIZES = ("tiny", "large")
 
 
-def get_config(size=SIZES[0]):
-    one_of("the size of this config", size, SIZES)
-    config = default(Train)
+def get_config(size: str = SIZES[0]):
+    check_choice("the size of this config", size, SIZES)
+    config = default_config(TrainConfig)
     config.data.path = "tokens"
     config.data.views = 4
-    # Live views, of the online teacher and of pixels; the stores' are drawn alike.
+    # Live views of the online teacher and of pixels, drawn as the stores'.
     config.data.crop_scale = (0.5, 1.0)
     config.data.flip = False
     config.optim.warmup = "10%"

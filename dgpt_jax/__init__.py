@@ -1,16 +1,14 @@
 """D-iGPT (arXiv 2312.02147) in JAX: pretrain vision transformers from stored CLIP tokens."""
 
-import time
+from dgpt_jax._version import __version__
 
-STARTED = time.monotonic()  # a command's start-up is counted from here
-__version__ = "0.1.0"
-__all__ = ["load_classifier", "load_digpt", "load_encoder"]
+__all__ = ["__version__", "load_classifier", "load_digpt", "load_encoder"]
 
 
 def __getattr__(name: str):
-    # Loaded when asked for, so that `import dgpt_jax` stays light.
+    # Loaded on first use, so that `import dgpt_jax` stays light.
     if name in __all__:
-        from dgpt_jax import load
+        from dgpt_jax.weights import api
 
-        return getattr(load, name)
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

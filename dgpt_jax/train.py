@@ -1,12 +1,12 @@
 """Training: `python -m dgpt_jax.train --config=configs/… --workdir=DIR`.
 
-Running the same command again continues from the newest checkpoint in DIR. DIR holds config.json
-(resolved), metrics.jsonl, tensorboard/, checkpoints/ and, where asked for, profile/. One training
-at a time works in DIR (workdir_lock.py). Exit codes: 0 done, 1 a user's error, 75 stopped by
-SIGTERM after saving, 130 by Ctrl-C after saving.
+The same command resumes from the newest checkpoint in DIR. DIR holds config.json (resolved),
+metrics.jsonl, tensorboard/, checkpoints/ and, with config.profile, profile/. It is locked while a
+run is using it. Exit codes: 0 finished, 1 user error, 75 stopped by SIGTERM after saving, 130
+stopped by Ctrl-C after saving.
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import contextlib
 import shlex
@@ -17,34 +17,25 @@ import jax
 from clu import parameter_overview
 from etils import epath
 
-from dgpt_jax import (
-    cli,
-    compile_cache,
-    durations,
-    hosts,
-    metrics,
-    optim,
-    outputs,
-    resume,
-    saving,
-    schema,
-    sharding,
-    signals,
-    tasks,
-    workdir_lock,
-)
-from dgpt_jax.config import Train
-from dgpt_jax.loop import Loop, Schedule, evaluations_of, periodic_evaluators
-from dgpt_jax.progress import Progress
-from dgpt_jax.schema import UserError
-from dgpt_jax.step import make_train_step
+from dgpt_jax import cli
+from dgpt_jax.config import TrainConfig, durations, schema
+from dgpt_jax.distributed import compilation_cache, multihost, preemption, run_lock, sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.models.kernels import kernel_check
+from dgpt_jax.monitoring import metrics
+from dgpt_jax.monitoring.progress import TrainingProgress
+from dgpt_jax.storage import output_paths
+from dgpt_jax.training import checkpointing, optimizer, resume, tasks
+from dgpt_jax.training.loop import Loop, Schedule, evaluations_of, periodic_evaluators
+from dgpt_jax.training.tasks.base import Task
+from dgpt_jax.training.train_step import make_train_step
 
 
-def resolve_schedule(config: Train, examples: int) -> Schedule:
-    """Durations become steps here and nowhere else; `examples` is the length of the dataset.
+def resolve_schedule(config: TrainConfig, examples: int) -> Schedule:
+    """All durations of a config in steps; `examples` is the length of the dataset.
 
-    Raises UserError where nothing would be trained, the warm-up does not end, or an interval is
-    shorter than a step.
+    Raises UserError if the run has no steps, the warm-up is not shorter than the run, or an
+    interval is shorter than a step.
     """
     to_steps = partial(durations.steps, batch_size=config.batch_size, examples=examples)
     total = to_steps(config.total, "config.total", least=1)
@@ -52,11 +43,11 @@ def resolve_schedule(config: Train, examples: int) -> Schedule:
     if warmup >= total:
         raise UserError(
             f"config.optim.warmup={config.optim.warmup!r} is {warmup} steps, config.total is "
-            f"{total}: the peak learning rate would not be reached; shorten the warm-up"
+            f"{total}: shorten the warm-up, or the learning rate never reaches its peak"
         )
     if config.profile and config.profile[0] >= total:
         raise UserError(
-            f"config.profile starts at step {config.profile[0]} of {total}: start it sooner"
+            f"config.profile starts at step {config.profile[0]} of {total}: choose an earlier step"
         )
     every, keep = config.checkpoint.every, config.checkpoint.keep_every
     interval = partial(to_steps, total=total, least=1)
@@ -69,25 +60,26 @@ def resolve_schedule(config: Train, examples: int) -> Schedule:
     )
 
 
-def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = False) -> int:
-    """Trains to the end or to a signal; returns the exit code. Raises UserError."""
+def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool = False) -> int:
+    """Trains to the end or until a signal and returns the exit code. Raises UserError."""
     mesh = sharding.make_mesh(config.mesh)
-    progress = Progress()
-    progress.say("\n".join(hosts.preflight(workdir, mesh)))
+    progress = TrainingProgress()
+    kernel_check.select(config.kernels, progress.say)
+    progress.say("\n".join(multihost.preflight(workdir, mesh)))
     task = tasks.open_task(config)
     schedule = resolve_schedule(config, len(task.examples))
-    peaks = optim.peaks(config.optim, config.batch_size)
-    rate = optim.schedule(peaks, schedule.warmup, schedule.total, config.optim.min_lr)
+    peaks = optimizer.peak_learning_rates(config.optim, config.batch_size)
+    rate = optimizer.schedule(peaks, schedule.warmup, schedule.total, config.optim.min_lr)
     tx = task.optimizer(rate)
     describe(config, task, schedule, mesh, peaks.max(), progress)
-    # Evaluators find it where it is, instead of making copies.
+    # Shared with the evaluators, which would copy host arrays to the devices.
     task.frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     evaluators = periodic_evaluators(task, mesh)
 
-    stop = signals.StopOnSignal()
+    stop = preemption.StopOnSignal()
     with (
-        workdir_lock.held(workdir, progress.say),
-        saving.Checkpoints(
+        run_lock.hold(workdir, progress.say),
+        checkpointing.Checkpoints(
             workdir,
             keep=config.checkpoint.keep,
             keep_every=schedule.keep_every,
@@ -95,9 +87,10 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
         ) as checkpoints,
         contextlib.closing(progress),
     ):
-        train_state, first = resume.begin(
-            config, task, tx, mesh, checkpoints, progress, allow_config_change
-        )
+        train_state, start_step = resume.restore_or_init(
+            config, task, tx, mesh, checkpoints, progress.say,
+            allow_config_change=allow_config_change,
+        )  # fmt: skip
         progress.say(
             parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
         )
@@ -108,9 +101,9 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             accum_steps=config.accum_steps,
             prepare=task.prepare,
             seed=config.seed,
-            places=jax.tree.map(lambda leaf: leaf.sharding, train_state),
+            state_sharding=jax.tree.map(lambda leaf: leaf.sharding, train_state),
         )
-        # What is refused before leaves the logs of a run as they are.
+        # Opened last: a command that was refused leaves the logs of a run unchanged.
         with contextlib.closing(metrics.Writer(workdir, config.wandb)) as writer:
             writer.config(schema.to_dict(config))
             loop = Loop(
@@ -118,7 +111,7 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
                 schedule,
                 rate,
                 train_state,
-                first,
+                start_step,
                 mesh=mesh,
                 workdir=workdir,
                 evaluators=evaluators,
@@ -128,25 +121,32 @@ def train(config: Train, workdir: epath.Path, *, allow_config_change: bool = Fal
             )
             loop.run(step_fn, stop)
     if stop.exit_code is not None:
-        progress.say(f"stopped by a signal, saved at step {loop.step}: the same command continues")
+        progress.say(f"stopped by a signal, saved at step {loop.step}: the same command resumes")
         return stop.exit_code
     best_and_last = metrics.best_and_last(workdir, config.checkpoint.best)
-    for line in (*best_and_last, *evaluations_of(task).recorded(task, workdir)):
+    for line in (*best_and_last, *evaluations_of(task).save_results(task, workdir)):
         progress.say(line)
-    then = task.then.format(workdir=shlex.quote(str(workdir)))
-    progress.say(f"done: {workdir} holds step {loop.step}; next: {then}")
+    command = task.next_command.format(workdir=shlex.quote(str(workdir)))
+    progress.say(f"done: {workdir} holds step {loop.step}; next: {command}")
     return 0
 
 
-def describe(config, task, schedule, mesh, peak, progress):
-    """Prints the resolved config and what follows from it."""
+def describe(
+    config: TrainConfig,
+    task: Task,
+    schedule: Schedule,
+    mesh: jax.sharding.Mesh,
+    peak: float,
+    progress: TrainingProgress,
+):
+    """Logs the resolved config, notes of the task, and the sizes of the run."""
     for line in schema.lines(schema.to_dict(config)):
         progress.say(line)
     for note in task.notes:
         progress.say(note)
     epoch = len(task.examples) / config.batch_size
     progress.say(
-        f"{len(task.examples)} examples, batch {config.batch_size}, {epoch:.1f} steps an epoch, "
+        f"{len(task.examples)} examples, batch {config.batch_size}, {epoch:.1f} steps per epoch, "
         f"{schedule.total} steps ({schedule.warmup} warm-up), peak learning rate {peak:.3g}, "
         f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}, "
         f"{jax.process_count()} process(es)"
@@ -154,20 +154,20 @@ def describe(config, task, schedule, mesh, peak, progress):
 
 
 def main():
-    made = cli.parser(__doc__, Train)
-    made.add_argument(
-        "--workdir", type=cli.path, required=True, help="directory of the run; made if absent"
+    parser = cli.parser(__doc__, TrainConfig)
+    parser.add_argument(
+        "--workdir", type=cli.path, required=True, help="directory of the run, created if missing"
     )
-    made.add_argument(
+    parser.add_argument(
         "--allow_config_change",
         action="store_true",
-        help="continue though data, schedule or optimizer of the config are others",
+        help="resume although data, schedule or optimizer of the config differ",
     )
-    arguments, config = cli.parse(made, Train)
-    outputs.directory(arguments.workdir)
-    signals.raise_on_sigterm()  # until the loop: nothing is lost yet
-    hosts.start(config.hosts, config.platform)
-    compile_cache.use(arguments.workdir)
+    arguments, config = cli.parse(parser, TrainConfig)
+    output_paths.directory(arguments.workdir)
+    preemption.raise_on_sigterm()  # until the loop handles signals
+    multihost.start(config.hosts, config.platform)
+    compilation_cache.use(arguments.workdir)
     allow = arguments.allow_config_change
     sys.exit(train(config, epath.Path(arguments.workdir), allow_config_change=allow))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up what is missing and runs the whole job on real images: tools/quickstart.py.
+# Installs dependencies and runs the full pipeline on small images: tools/studies/quickstart.py.
 #     tools/quickstart.sh [--out=DIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup_venv.sh quickstart
-exec "${VENV:-.venv}/bin/python" tools/quickstart.py "$@"
+exec "${VENV:-.venv}/bin/python" -m tools.studies.quickstart "$@"

@@ -1,42 +1,47 @@
-"""Builds a token store from a TFDS image dataset and the weights of a teacher; a rerun continues.
+"""Builds a token store from a TFDS image dataset and the weights of a teacher.
 
 python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=DIR
 
-On several hosts or GPUs, start it on all of them; each builds its part.
+On several hosts or GPUs, start it on all of them; each builds its share.
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import shlex
 
-from dgpt_jax import build, cli, hosts, outputs, signals
-from dgpt_jax.config import Tokens
+from dgpt_jax import cli
+from dgpt_jax.config import TokensConfig
+from dgpt_jax.distributed import multihost, preemption
+from dgpt_jax.models.kernels import kernel_check
+from dgpt_jax.storage import output_paths
+from dgpt_jax.tokens import build
 
 
 def main():
-    made = cli.parser(__doc__, Tokens)
-    made.add_argument(
-        "--out", type=cli.path, required=True, help="directory of the store; made if absent"
+    parser = cli.parser(__doc__, TokensConfig)
+    parser.add_argument(
+        "--out", type=cli.path, required=True, help="directory of the store, created if missing"
     )
-    made.add_argument(
+    parser.add_argument(
         "--check",
         action="store_true",
-        help="read complete shards and compare checksums; default: their sizes",
+        help="verify complete shards by checksum; default: by size",
     )
-    args, config = cli.parse(made, Tokens)
-    outputs.directory(args.out)
-    hosts.start(config.hosts, config.platform)
-    signals.raise_on_sigterm()
+    args, config = cli.parse(parser, TokensConfig)
+    output_paths.directory(args.out)
+    multihost.start(config.hosts, config.platform)
+    preemption.raise_on_sigterm()
+    kernel_check.select(config.kernels, cli.say)
     info = build.build(config, args.out, check=args.check)
     least, mean = info.cosine
-    kept = f", {info.variance:.2%} of their variance" if info.is_reduced else ""
+    variance = f", {info.variance:.2%} of their variance" if info.is_reduced else ""
     print(
         f"{args.out}: {config.views} view(s) of {info.source['examples']} images, {info.codec} "
-        f"tokens {info.tokens}×{info.width}{kept}, cosine to exact tokens {mean:.5f} (least "
-        f"{least:.5f})"
+        f"tokens {info.tokens}×{info.width}{variance}, cosine to exact tokens {mean:.5f} "
+        f"(least {least:.5f})"
     )
-    words = shlex.join([args.out, f"--weights={config.teacher.weights}"])
-    print(f"next: python tools/verify_tokens.py {words}")
+    arguments = shlex.join([args.out, f"--weights={config.teacher.weights}"])
+    print(f"next: python tools/verify_tokens.py {arguments}")
 
 
 if __name__ == "__main__":

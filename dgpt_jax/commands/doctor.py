@@ -1,28 +1,31 @@
-"""Looks at what training needs of this machine, and says for each thing whether it is well.
+"""Checks whether this machine can train, and suggests fixes.
 
     python tools/doctor.py TOKENS IMAGES --workdir=RUN
-    python tools/doctor.py --coordinator=HOST:PORT --processes=N      # on all N hosts at once
+    python tools/doctor.py --coordinator=HOST:PORT --num_processes=N      # on all N hosts at once
 
-Packages against the tested versions, devices and their drivers, whether our kernels compute on them
-what XLA does, memory; data sets and token stores with their counts; whether the work directory can
-be written to; whether the hosts of a run reach process 0. On all workers of a TPU slice, under srun
-or in a JobSet the processes join as training does. A line is ok, warn or fail, with the remedy;
-exit code 1 if one is fail.
+Checks versions of packages, memory, devices and drivers, our kernels on them against XLA, datasets
+and token stores, write access to the work directory, and connections from all hosts to process 0.
+On all workers of a TPU slice, under srun or in a JobSet, the processes join like in training.
+Prints a line per check: ok, warn or fail, with a remedy. Exits with 1 if a check fails.
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
+import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 
 import jax
 
-from dgpt_jax import cli, doctor, kernel_check
-from dgpt_jax.config import Hosts
+from dgpt_jax import cli
+from dgpt_jax.config import HostsConfig
+from dgpt_jax.models.kernels import kernel_check
+from dgpt_jax.planning import doctor
 
 
-def findings(arguments):
-    """Finding after finding; what may wait for others comes last."""
+def findings(arguments: argparse.Namespace) -> Iterator[doctor.Finding]:
+    """Yields the findings of all checks; those that wait for other hosts come last."""
     yield from doctor.packages()
     yield from doctor.accelerators()
     yield from doctor.memory()
@@ -30,31 +33,41 @@ def findings(arguments):
     if arguments.workdir:
         yield from doctor.workdir(arguments.workdir)
     if arguments.coordinator:
-        yield from doctor.reach(arguments.coordinator, arguments.processes, arguments.wait)
-    yield from (found := doctor.devices(Hosts(), arguments.platform))
-    if found[-1].level == "ok" and jax.default_backend() != "cpu":
-        yield from kernel_check.kernels()
+        yield from doctor.reach(arguments.coordinator, arguments.num_processes, arguments.wait)
+    yield from (devices := doctor.devices(HostsConfig(), arguments.platform))
+    if devices[-1].level == "ok" and jax.default_backend() != "cpu":
+        yield from map(kernel_finding, kernel_check.deviations())
+
+
+def kernel_finding(deviation: kernel_check.Deviation) -> doctor.Finding:
+    """Returns the finding for one kernel."""
+    if deviation.ok:
+        return doctor.Finding("ok", str(deviation))
+    remedy = "train with --config.kernels=xla, and report device and jax version"
+    return doctor.Finding("fail", str(deviation), remedy)
 
 
 def main():
-    made = cli.parser(__doc__)
-    made.add_argument(
-        "data", type=cli.path, nargs="*", help="token stores and image datasets, near or on gs://"
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument(
+        "data", type=cli.path, nargs="*", help="token stores and image datasets, local or on gs://"
     )
-    made.add_argument("--workdir", type=cli.path, help="directory of a run")
-    made.add_argument("--platform", default="", help="tpu, gpu or cpu; default: what JAX finds")
-    made.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 of a run")
-    made.add_argument("--processes", type=int, default=2, help="hosts of it; default %(default)s")
-    made.add_argument(
-        "--wait", type=float, default=60, help="seconds for them to meet; default %(default)s"
+    parser.add_argument("--workdir", type=cli.path, help="work directory of a run")
+    parser.add_argument("--platform", default="", help="tpu, gpu or cpu; default: JAX's choice")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 of a run")
+    parser.add_argument(
+        "--num_processes", type=int, default=2, help="number of hosts; default %(default)s"
     )
-    arguments = made.parse_args()
+    parser.add_argument(
+        "--wait", type=float, default=60, help="seconds to wait for hosts; default %(default)s"
+    )
+    arguments = parser.parse_args()
     failed = 0
     for finding in findings(arguments):
         print(finding, flush=True)
         failed += finding.level == "fail"
     if failed:
-        print(f"next: mend the {failed} that fail, and run this again")
+        print(f"next: fix the {failed} failed checks, and run this again")
         sys.exit(1)
     print(
         "next: python -m dgpt_jax.train --config=configs/… --workdir=RUN --config.data.path=TOKENS"

@@ -1,76 +1,79 @@
-"""A collection of images → a TFDS image dataset (labels optional); see dgpt_jax/images.py."""
+"""Imports an image collection as a TFDS image dataset; labels are optional."""
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import os
 import shlex
 import warnings
 
-from dgpt_jax import cli, decoder_lines, image_files, images, outputs, user_images
+from dgpt_jax import cli
+from dgpt_jax.data.ingest import decoder_messages, discovery, importer, user_images
+from dgpt_jax.storage import output_paths
 
-NAMES = 12  # classes that are named
+MAX_CLASSES_SHOWN = 12
 
 
 def main():
-    made = cli.parser(f"{images.__doc__}\n{image_files.__doc__}")
-    made.add_argument("src", type=cli.path, help="folder, tar or list of images")
-    made.add_argument(
+    parser = cli.parser(f"{importer.__doc__}\n{discovery.__doc__}")
+    parser.add_argument("src", type=cli.path, help="folder, tar or list of images")
+    parser.add_argument(
         "--out",
         type=cli.path,
         required=True,
-        help="directory of the dataset; made if absent; gs:// as well",
+        help="directory of the dataset, created if missing; may be on gs://",
     )
-    made.add_argument(
-        "--split", help="split name where SRC has no split folders; default: the tar's, or train"
+    parser.add_argument(
+        "--split", help="split name if SRC has no split folders; default: the tar's, or train"
     )
-    made.add_argument(
+    parser.add_argument(
         "--labels",
         type=cli.path,
         metavar="FILE",
-        help='"file name<TAB or space>class", a line an image',
+        help='lines of "file name<TAB or space>class", one per image',
     )
-    made.add_argument(
-        "--background", metavar="COLOUR", default="white",
-        help="below transparent images: a name or #rrggbb; default %(default)s",
+    parser.add_argument(
+        "--background", metavar="COLOR", default="white",
+        help="color behind transparent images, a name or #rrggbb; default %(default)s",
     )  # fmt: skip
-    made.add_argument(
+    parser.add_argument(
         "--range", metavar="LOW,HIGH",
-        help="what becomes black and white in images of one channel deeper than 8 bits; default: "
-        "the range of unsigned integers; floats and signed integers have none",
+        help="values that become black and white in single-channel images deeper than 8 bits; "
+        "default: the range of unsigned integers; floats and signed integers have no default",
     )  # fmt: skip
-    made.add_argument(
-        "--shard_size", type=int, default=images.SHARD_SIZE,
-        help="files a shard (%(default)s: 1.8 GB at ImageNet's 0.11 MB, so that ImageNet-1K "
-        "is 79 shards and 21K under 900; a kill costs at most one)",
+    parser.add_argument(
+        "--shard_size", type=int, default=importer.SHARD_SIZE,
+        help="files per shard (%(default)s: 1.8 GB at ImageNet's 0.11 MB, so that ImageNet-1K has "
+        "79 shards and 21K under 900; an interruption loses at most one)",
     )  # fmt: skip
-    made.add_argument(
+    parser.add_argument(
         "--threads", type=int, default=max(8, os.cpu_count() or 1), help="default %(default)s"
     )
-    made.add_argument(
+    parser.add_argument(
         "--check",
         action="store_true",
-        help="read complete shards and compare checksums; default: their sizes",
+        help="verify complete shards by checksum; default: by size",
     )
-    args = vars(made.parse_args())
+    args = vars(parser.parse_args())
     options = user_images.Options.parse(args.pop("background"), args.pop("range"))
-    outputs.directory(args["out"])
-    # Pillow warns of odd EXIF data and large pictures, with lines of its own source.
+    output_paths.directory(args["out"])
+    # Pillow warns about odd EXIF data and large images, and prints lines of its own source.
     warnings.filterwarnings("ignore", module="PIL")
     try:
-        with decoder_lines.counted() as decoders:
-            report = images.import_images(**args, options=options, say=cli.say)
+        with decoder_messages.count_messages() as messages:
+            report = importer.import_images(**args, options=options, say=cli.say)
     except KeyboardInterrupt:
-        print("\nstopped: the same command continues")
+        print("\ninterrupted: run the same command to resume")
         raise
     for line in (
-        *decoder_lines.told(decoders),
-        *report.passed,
+        *decoder_messages.summary(messages),
+        *report.skipped,
         *(f"skipped {line}" for line in report.broken),
     ):
         cli.say(line)
     if report.transparent:
         red, green, blue = options.background
-        cli.say(f"{report.transparent} transparent images lie on #{red:02x}{green:02x}{blue:02x}")
+        color = f"#{red:02x}{green:02x}{blue:02x}"
+        cli.say(f"{report.transparent} transparent images were composited on {color}")
     counts = ", ".join(f"{name} {n}" for name, n in report.examples.items())
     cli.say(
         f"{args['out']}: {counts}; {_classes(report.classes)}; "
@@ -85,7 +88,7 @@ def main():
 def _classes(names: list[str]) -> str:
     if not names:
         return "no labels"
-    return f"{len(names)} classes" + f" ({', '.join(names)})" * (len(names) <= NAMES)
+    return f"{len(names)} classes" + f" ({', '.join(names)})" * (len(names) <= MAX_CLASSES_SHOWN)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,67 @@
-"""Curves of runs: python tools/plot.py RUN… --out=FILE.png (or .svg)
+"""Plots curves of runs: python tools/plot.py RUN… --out=FILE.png (or .svg)
 
-Draws what the runs have logged against their steps: losses, accuracies, throughput, waiting for
-data. `--smooth=N` draws the mean of N logged points over the raw line, which stays visible; the
-learning rate and what has fewer than 4 N points are left as they are. What was not finite is a
-cross at the bottom. Of a long curve the smallest and the largest value of every thousandth are
-drawn: no spike is left out.
+Draws logged metrics by step: losses, accuracies, throughput, time spent waiting for data.
+`--smooth=N` adds a running mean of N logged points over the faint raw line; the learning rate and
+curves of fewer than 4 N points are not smoothed. Non-finite values are crosses at the bottom. Long
+curves are thinned to the minimum and maximum of every thousandth, so every spike stays visible.
 
     python tools/plot.py --diff RUN OTHER
 
-compares two runs step by step and says at which step each metric parts and by how much. It ends
-with 1 where they differ, also in which steps they have logged. What hangs on the machine
-(throughput, waiting) is compared only if --metrics names it.
+compares two runs step by step and prints where each metric first differs and by how much. Exits
+with 1 if they differ, also if they logged different steps. Metrics of the machine (throughput,
+waiting) are compared only if --metrics names them.
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
-from dgpt_jax import cli, outputs, run_diff, run_log
-from dgpt_jax.convert import files
-from dgpt_jax.schema import UserError
+from dgpt_jax import cli
+from dgpt_jax.errors import UserError
+from dgpt_jax.monitoring import markdown, metrics_log, run_diff
+from dgpt_jax.monitoring.metrics_log import Log
+from dgpt_jax.storage import output_paths
+from dgpt_jax.storage.gcs import AnyPath
+from dgpt_jax.weights import files
 
 with cli.needs("dgpt_jax[plot]"):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
     from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
 COLUMNS = 4
 FORMATS = tuple(f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes())
+Output = Path | str | IO[bytes]
+# {row: {(protocol, labels per class): (mean, standard error)}}, in percent
+Cells = Mapping[str, Mapping[tuple, tuple[float, float]]]
 
 
-def curves(runs, names, out, smooth: int = 0):
-    """One panel a metric, one line a run that has it. `out`: a path or a file, as savefig takes."""
-    draw([run_log.read(run) for run in runs], names, out, smooth=smooth)
+def curves(runs: Sequence[Path | str], names: Sequence[str], out: Path | str, smooth: int = 0):
+    """Plots one panel per metric and one line per run into the file `out`.
+
+    smooth: logged points of the running mean; 0 draws the raw values. Raises UserError.
+    """
+    draw([metrics_log.read(run) for run in runs], names, out, smooth=smooth)
 
 
-def draw(logs, names, out, smooth: int = 0, **options):
-    """`curves` of logs that were read."""
+def draw(logs: Sequence[Log], names: Sequence[str], out: Output, smooth: int = 0, **options: Any):
+    """Plots logs as `curves` does; `options` are those of savefig."""
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
     size = (4.5 * columns, 3.4 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    labels = labels_of([log.run for log in logs])
+    labels = run_labels([log.run for log in logs])
     for axis, name in zip(axes.flat, names, strict=False):
         for i, log in enumerate(logs):
             steps, values = log.arrays(name)
@@ -66,67 +79,65 @@ def draw(logs, names, out, smooth: int = 0, **options):
     save(figure, out, **options)
 
 
-def save(figure, out, dpi: int = 130, **options):
-    """Writes a figure to a path, at once, in the format of its suffix; or to a file."""
-    if hasattr(out, "write"):
-        figure.savefig(out, dpi=dpi, **options)
+def save(figure: Figure, out: Output, dpi: int = 130, **options: Any):
+    """Writes a figure to an open file, or atomically to a path in the format of its suffix."""
+    if isinstance(out, (str, Path)):
+        with files.written(out) as temporary:
+            figure.savefig(temporary, dpi=dpi, format=Path(out).suffix[1:].lower(), **options)
     else:
-        with files.written(out) as half:
-            figure.savefig(half, dpi=dpi, format=Path(out).suffix[1:].lower(), **options)
+        figure.savefig(out, dpi=dpi, **options)
     plt.close(figure)
 
 
-def _line(axis, steps, values, colour, label, smooth: int):
-    """A run's values; smoothed, the raw ones faint beneath."""
-    bad = steps[~np.isfinite(values)]
-    marker = "o" if len(steps) < 8 else None
-    at = run_log.thinned(steps, values)
-    shown = np.where(np.isfinite(values[at]), values[at], np.nan)
-    raw = {"color": colour, "marker": marker, "markersize": 3}
+def _line(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str, smooth: int):
+    """Draws one run; with `smooth`, its running mean over the faint raw line."""
+    nonfinite = steps[~np.isfinite(values)]
+    indices = metrics_log.thin(steps, values)
+    raw = np.where(np.isfinite(values[indices]), values[indices], np.nan)
+    style: dict[str, Any] = {"color": color, "markersize": 3}
+    style["marker"] = "o" if len(steps) < 8 else None
     if smooth > 1:
-        axis.plot(steps[at], shown, alpha=0.25, **raw)
-        means = run_log.running_mean(values, smooth)
-        at = run_log.thinned(steps, means)
-        axis.plot(steps[at], means[at], color=colour, label=f"{label}, mean of {smooth}")
+        axis.plot(steps[indices], raw, alpha=0.25, **style)
+        means = metrics_log.running_mean(values, smooth)
+        indices = metrics_log.thin(steps, means)
+        axis.plot(steps[indices], means[indices], color=color, label=f"{label}, mean of {smooth}")
     else:
-        axis.plot(steps[at], shown, label=label, **raw)
-    if len(bad):
-        bad = bad[run_log.thinned(bad, np.zeros(len(bad)))]
+        axis.plot(steps[indices], raw, label=label, **style)
+    if len(nonfinite):
+        nonfinite = nonfinite[metrics_log.thin(nonfinite, np.zeros(len(nonfinite)))]
         axis.plot(
-            bad, np.full(len(bad), 0.02), "x", color=colour, clip_on=False,
+            nonfinite, np.full(len(nonfinite), 0.02), "x", color=color, clip_on=False,
             transform=axis.get_xaxis_transform(), label=f"{label}: not finite",
         )  # fmt: skip
 
 
-def labels_of(runs) -> list[str]:
-    """The runs' names, or where two are of one name the paths as given."""
+def run_labels(runs: Sequence[AnyPath]) -> list[str]:
+    """Directory names of the runs; their paths if two have the same name."""
     names = [Path(run).absolute().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
-def table(cells: dict[str, dict[tuple, tuple[float, float]]]) -> str:
-    """Markdown of {row: {(protocol, labels a class): (mean, standard error)}}."""
+def table(cells: Cells) -> str:
+    """Markdown table of the means."""
     columns = list(next(iter(cells.values())))
     titles = [f"{protocol} {shots}" for protocol, shots in columns]
-    lines = ["| features | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for name, row in cells.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[c][0]:.1f}" for c in columns) + " |")
-    return "\n".join(lines)
+    rows = ([name, *(f"{row[c][0]:.1f}" for c in columns)] for name, row in cells.items())
+    return markdown.table(("features", *titles), rows)
 
 
-def accuracies(cells: dict[str, dict[tuple, tuple[float, float]]], out):
-    """Bars of what `table` shows, with the standard errors; one panel a protocol."""
+def accuracies(cells: Cells, out: Path | str):
+    """Bar chart of the means with standard errors, one panel per protocol."""
     columns = list(next(iter(cells.values())))
     protocols = list(dict.fromkeys(protocol for protocol, _ in columns))
     figure, axes = plt.subplots(1, len(protocols), figsize=(11, 4), sharey=True, squeeze=False)
     for axis, protocol in zip(axes[0], protocols, strict=True):
         shots = [s for p, s in columns if p == protocol]
         for i, shot in enumerate(shots):
-            places = [row + 0.27 * (i - (len(shots) - 1) / 2) for row in range(len(cells))]
+            x = [row + 0.27 * (i - (len(shots) - 1) / 2) for row in range(len(cells))]
             means, errors = zip(*(row[protocol, shot] for row in cells.values()), strict=True)
-            label = "all labels" if shot == "all" else f"{shot} labels a class"
-            axis.bar(places, means, 0.25, yerr=errors, label=label)
-        axis.set_xticks(range(len(cells)), cells, rotation=30, ha="right", fontsize=8)
+            label = "all labels" if shot == "all" else f"{shot} labels per class"
+            axis.bar(x, means, 0.25, yerr=errors, label=label)
+        axis.set_xticks(range(len(cells)), list(cells), rotation=30, ha="right", fontsize=8)
         axis.set_title(protocol)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("accuracy, %")
@@ -135,9 +146,13 @@ def accuracies(cells: dict[str, dict[tuple, tuple[float, float]]], out):
     save(figure, out)
 
 
-def differences(cells: dict[str, dict[str, tuple[float, float]]], out, title: str):
-    """Dots with intervals, {row: {"PROTOCOL SHOTS": (mean, half an interval)}}; a panel a column
-    of studies.table, a line a row."""
+def differences(
+    cells: Mapping[str, Mapping[str, tuple[float, float]]], out: Path | str, title: str
+):
+    """Dots with error bars, one panel per column and one line per row.
+
+    cells: {row: {"PROTOCOL SHOTS": (mean, half width of the interval)}}
+    """
     columns, rows = list(next(iter(cells.values()))), list(cells)
     size = (2.2 * len(columns) + 2, 0.4 * len(rows) + 1.6)
     figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False)
@@ -154,58 +169,58 @@ def differences(cells: dict[str, dict[str, tuple[float, float]]], out, title: st
     save(figure, out)
 
 
-def diff(logs, names, tolerance: float) -> bool:
-    """Prints where two runs part; whether they differ."""
-    a, b = logs
-    found = run_diff.compare(a, b, names, tolerance)
-    for difference in sorted(found, key=lambda x: x.same):
+def diff(a: Log, b: Log, names: Sequence[str], tolerance: float) -> bool:
+    """Prints where two runs differ. Returns True if they do."""
+    compared = run_diff.compare(a, b, names, tolerance)
+    for difference in sorted(compared, key=lambda x: x.same):
         print(difference.line())
-    if not any(x.common for x in found):
+    if not any(x.common for x in compared):
         print(f"{a.run} and {b.run} have no common steps: only their last values were compared")
         return True
-    parting = [(x.first[0], x.name) for x in found if x.first]
-    if parting:
-        step, name = min(parting)
-        print(f"{a.run} and {b.run} part at step {step}, in {name}")
-    elif all(x.same for x in found):
+    starts = [(x.first[0], x.name) for x in compared if x.first]
+    if starts:
+        step, name = min(starts)
+        print(f"{a.run} and {b.run} differ from step {step} on, first in {name}")
+    elif all(x.same for x in compared):
         print(f"{a.run} and {b.run} are the same")
     else:
-        print(f"{a.run} and {b.run} agree where both have logged, and that is not everywhere")
-    return not all(x.same for x in found)
+        print(f"{a.run} and {b.run} agree at common steps, but logged different steps")
+    return not all(x.same for x in compared)
 
 
 def main():
-    made = cli.parser(__doc__)
-    made.add_argument("runs", type=cli.path, nargs="+", help="work directories")
-    made.add_argument("--metrics", help="names, comma-separated; default: all that tell something")
-    made.add_argument("--out", type=cli.local_path, help="PNG or SVG file")
-    made.add_argument(
-        "--smooth", type=int, least=0, default=0, help="logged points that a mean is of"
+    parser = cli.parser(__doc__)
+    parser.add_argument("runs", type=cli.path, nargs="+", help="work directories")
+    parser.add_argument("--metrics", help="names, comma-separated; default: a selection")
+    parser.add_argument("--out", type=cli.local_path, help="PNG or SVG file")
+    parser.add_argument(
+        "--smooth", type=int, least=0, default=0, help="logged points per running mean"
     )
-    made.add_argument("--diff", action="store_true", help="say where two runs part; 1 if they do")
-    made.add_argument(
-        "--tolerance", type=float, default=0.0, help="relative difference that --diff passes over"
+    parser.add_argument("--diff", action="store_true", help="compare two runs; exit 1 if different")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="relative difference that --diff ignores"
     )
-    args = made.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
     if not (args.out or args.diff):
         raise UserError("nothing to do: give --out=FILE.png, FILE.svg, or --diff")
     if args.diff and len(args.runs) != 2:
         raise UserError(f"--diff compares two runs, {len(args.runs)} were given")
     if args.out:
-        outputs.file(args.out, (".png", ".svg"))
-    logs = [run_log.read(run) for run in args.runs]
+        output_paths.file(args.out, (".png", ".svg"))
+    logs = [metrics_log.read(run) for run in args.runs]
     for log in logs:
         if log.damaged:
-            print(f"{log.run}: {log.damaged} damaged lines passed over", file=sys.stderr)
-    names = run_log.chosen(logs, args.metrics)
+            print(f"{log.run}: {log.damaged} damaged lines skipped", file=sys.stderr)
+    names = metrics_log.select_metrics(logs, args.metrics)
     if args.out:
         draw(logs, names, args.out, smooth=args.smooth)
         print(f"wrote {args.out}")
     differ = False
     if args.diff:
         if not args.metrics:
-            names = [name for name in names if name not in run_log.OF_THE_MACHINE]
-        differ = diff(logs, names, args.tolerance)
+            names = [name for name in names if name not in metrics_log.OF_THE_MACHINE]
+        differ = diff(logs[0], logs[1], names, args.tolerance)
+
     print(f"next: python tools/report_run.py {shlex.quote(args.runs[0])} --out=report.html")
     if differ:
         sys.exit(1)

@@ -1,19 +1,20 @@
-"""Results of models beside published numbers, as Markdown: python tools/report.py RESULTS.json…
+"""Tabulates results beside published numbers: python tools/report.py RESULTS.json…
 
-The files are those that `python -m dgpt_jax.evaluate` adds its results to, one a model, and those
-that a fine-tuning or a probe leaves in its work directory; what is about the same weights is put
-together. Without any the published numbers are printed alone.
+The files are results of `python -m dgpt_jax.evaluate`, one per model, and those that fine-tuning
+or a probe writes to its work directory; results of the same weights are merged. Without files only
+the published numbers are printed.
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
-from dgpt_jax import cli, report
+from dgpt_jax import cli
+from dgpt_jax.evals import report
 
 
 def main():
-    made = cli.parser(__doc__)
-    made.add_argument("files", type=cli.path, nargs="*", help="files of results")
-    args = made.parse_args()
+    parser = cli.parser(__doc__)
+    parser.add_argument("files", type=cli.path, nargs="*", help="results files")
+    args = parser.parse_args()
     print(report.report(args.files))
     print(
         "next: python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint=RUN, and the "

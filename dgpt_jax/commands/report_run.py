@@ -1,11 +1,11 @@
-"""One HTML file about a run, open without network: tools/report_run.py RUN --out=FILE.html
+"""Writes one HTML file about a run: tools/report_run.py RUN --out=FILE.html
 
-Curves, evaluations, results (results*.json), pictures that lie in the work directory, checkpoints,
-the config. Everything is inside the file. `--log=FILE` adds what the training printed: the table of
-processes and devices is there, a work directory does not hold it.
+Shows curves, evaluations, results (results*.json), images in the work directory, checkpoints and
+the config; the file loads nothing from outside. `--log=FILE` adds the training's console output,
+which holds the table of processes and devices and is not saved in a work directory.
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import base64
 import datetime
@@ -13,20 +13,25 @@ import html
 import io
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import plot
 from etils import epath
 
-from dgpt_jax import cli, outputs, run_log, schema
-from dgpt_jax.convert import files
-from dgpt_jax.evals import results as evaluated
-from dgpt_jax.schema import UserError
+from dgpt_jax import cli
+from dgpt_jax.commands import plot
+from dgpt_jax.config import schema
+from dgpt_jax.errors import UserError
+from dgpt_jax.evals import results as result_files
+from dgpt_jax.monitoring import metrics_log
+from dgpt_jax.storage import output_paths
+from dgpt_jax.weights import files
 
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml", ".webp": "webp"}
-LARGEST = 4 << 20  # bytes of a picture that is put into the page
-LONGEST = 100_000  # characters of a log
+MAX_IMAGE_BYTES = 4 << 20
+MAX_LOG_CHARS = 100_000
 STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 1300px; margin: 2em auto; padding: 0 1em; color: #222 }
 img { max-width: 100% }
@@ -39,16 +44,16 @@ pre { background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 12px }
 
 
 def image(data: bytes, kind: str, caption: str) -> str:
-    """A picture inside the page. An SVG as an image runs no script and fetches nothing."""
+    """Inline <img>. An SVG inside <img> runs no script and fetches nothing."""
     text = base64.b64encode(data).decode()
     alt = html.escape(caption)
     return f'<img src="data:image/{kind};base64,{text}" alt="{alt}" title="{alt}">'
 
 
-def table(columns, rows) -> str:
-    """Rows of anything; numbers stand right."""
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """HTML table; numbers are right-aligned."""
 
-    def cell(value) -> str:
+    def cell(value: Any) -> str:
         if isinstance(value, float):
             return f'<td class="n">{value:.5g}</td>'
         if isinstance(value, int):
@@ -65,15 +70,15 @@ def note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
-def curves(log: run_log.Log, smooth: int) -> str:
-    names = run_log.chosen([log], None)
-    drawn = io.BytesIO()
-    plot.draw([log], names, drawn, smooth=smooth, format="svg")
-    return image(drawn.getvalue(), "svg+xml", f"{', '.join(names)} by step")
+def curves(log: metrics_log.Log, smooth: int) -> str:
+    names = metrics_log.select_metrics([log], None)
+    svg = io.BytesIO()
+    plot.draw([log], names, svg, smooth=smooth, format="svg")
+    return image(svg.getvalue(), "svg+xml", f"{', '.join(names)} by step")
 
 
-def evaluations(log: run_log.Log) -> str:
-    """What is measured beside the training: logged at fewer steps than the learning rate is."""
+def evaluations(log: metrics_log.Log) -> str:
+    """Table of metrics logged less often than the learning rate, that is, of evaluations."""
     every = len(log.arrays("learning_rate")[0])
     rows = []
     for name, curve in log.curves.items():
@@ -81,55 +86,57 @@ def evaluations(log: run_log.Log) -> str:
             continue
         finite, low, high = curve.finite(), (None, None), (None, None)
         if len(finite):
-            low, high = map(finite.point, (finite.values.argmin(), finite.values.argmax()))
+            low = finite.point(int(finite.values.argmin()))
+            high = finite.point(int(finite.values.argmax()))
         rows.append((name, len(curve), *low, *high, *curve.point(-1)))
     columns = ("metric", "times", "lowest", "at step", "highest", "at step", "last", "at step")
     return table(columns, rows) if rows else note("none was logged")
 
 
 def results(run: epath.Path) -> str:
-    """Tables of the files of results that evaluations have left in the run."""
-    parts = []
+    """One table per results*.json of the run."""
+    sections = []
     for path in sorted(run.glob("results*.json")):
         try:
-            found = evaluated.read(path)
-            rows = [dict(row) for row in found["results"]]
+            content = result_files.read(path)
+            rows = [dict(row) for row in content["results"]]
         except (UserError, ValueError, TypeError) as e:
-            parts.append(note(str(e)))
+            sections.append(note(str(e)))
             continue
         columns = dict.fromkeys(
             name for row in rows for name, value in row.items() if not isinstance(value, dict)
         )
         cells = [[_plain(row.get(name)) for name in columns] for row in rows]
-        title = html.escape(f"{path.name}: {found['weights']}")
-        parts.append(f"<h3>{title}</h3>" + table(columns, cells))
-    return "\n".join(parts) or note("none: python -m dgpt_jax.evaluate --checkpoint=RUN adds them")
+        title = html.escape(f"{path.name}: {content['weights']}")
+        sections.append(f"<h3>{title}</h3>" + table(columns, cells))
+    hint = note("none: python -m dgpt_jax.evaluate --checkpoint=RUN adds them")
+    return "\n".join(sections) or hint
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, (list, dict)):
         return json.dumps(value)
     return str(value) if isinstance(value, bool) else value
 
 
-def pictures(run: epath.Path) -> str:
-    parts = []
+def images(run: epath.Path) -> str:
+    sections = []
     for path in sorted(p for p in run.iterdir() if p.suffix.lower() in KINDS and p.is_file()):
-        if (size := path.stat().length) > LARGEST:
-            parts.append(note(f"{path.name} is left out: {size / 2**20:.1f} MiB"))
+        if (size := path.stat().length) > MAX_IMAGE_BYTES:
+            sections.append(note(f"{path.name} is too large to embed: {size / 2**20:.1f} MiB"))
             continue
-        shown = image(path.read_bytes(), KINDS[path.suffix.lower()], path.name)
-        parts.append(f"<h3>{html.escape(path.name)}</h3>{shown}")
-    return "\n".join(parts) or note("none lies in the work directory")
+        tag = image(path.read_bytes(), KINDS[path.suffix.lower()], path.name)
+        sections.append(f"<h3>{html.escape(path.name)}</h3>{tag}")
+    return "\n".join(sections) or note("none in the work directory")
 
 
-def system(run: epath.Path, config: dict, log: run_log.Log) -> str:
-    """What the run has written down of where and when it ran."""
-    rows = [("directory", str(run.resolve()))]
+def system(run: epath.Path, config: dict, log: metrics_log.Log) -> str:
+    """Table of when and on what the run was trained."""
+    rows: list[tuple[str, str | float]] = [("directory", str(run.resolve()))]
     for path in sorted((run / "tensorboard").glob("events.out.tfevents.*")):
-        if found := re.match(r"events\.out\.tfevents\.(\d+)\.(.+)", path.name):
-            rows.append(("started", f"{_time(int(found[1]))}, host {found[2]}"))
-    rows.append(("last line of metrics", _time((run / run_log.FILE).stat().mtime)))
+        if match := re.match(r"events\.out\.tfevents\.(\d+)\.(.+)", path.name):
+            rows.append(("started", f"{_time(int(match[1]))}, host {match[2]}"))
+    rows.append(("last line of metrics", _time((run / metrics_log.FILE).stat().mtime)))
     saved = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
     rows.append(("checkpoints of steps", ", ".join(map(str, saved)) or "none"))
     for name in ("platform", "dtype", "mesh", "hosts"):
@@ -141,7 +148,7 @@ def system(run: epath.Path, config: dict, log: run_log.Log) -> str:
     _, waits = log.arrays("data_wait")
     if len(waits):
         rows.append(("waiting for data, median share", float(np.median(waits))))
-    return table(("what", "value"), rows)
+    return table(("key", "value"), rows)
 
 
 def _time(seconds: float) -> str:
@@ -157,16 +164,16 @@ def read_config(run: epath.Path) -> dict:
         raise UserError(f"{path} is damaged: {e}") from None
 
 
-def page(run, *, smooth: int = 0, log_file: Path | None = None) -> str:
-    """The report of a work directory, HTML that loads nothing. Raises UserError."""
+def page(run: epath.PathLike, *, smooth: int = 0, log_file: Path | None = None) -> str:
+    """HTML report of a work directory, self-contained. Raises UserError."""
     run = epath.Path(run)
-    log, config = run_log.read(run), read_config(run)
+    log, config = metrics_log.read(run), read_config(run)
     name = html.escape(run.absolute().name)
-    parts = {
+    sections = {
         "Curves": curves(log, smooth),
-        "Evaluations while training": evaluations(log),
+        "Evaluations during training": evaluations(log),
         "Results": results(run),
-        "Pictures": pictures(run),
+        "Images": images(run),
         "System": system(run, config, log),
         "Config": table(("key", "value"), [(k, str(v)) for k, v in schema.flatten(config).items()])
         if config
@@ -174,35 +181,36 @@ def page(run, *, smooth: int = 0, log_file: Path | None = None) -> str:
     }
     if log_file:
         text = log_file.read_text(errors="replace")
-        cut = f"(the first {LONGEST} characters)\n" if len(text) > LONGEST else ""
-        parts["Log"] = f"<pre>{html.escape(cut + text[:LONGEST])}</pre>"
+        cut = f"(the first {MAX_LOG_CHARS} characters)\n" if len(text) > MAX_LOG_CHARS else ""
+        sections["Log"] = f"<pre>{html.escape(cut + text[:MAX_LOG_CHARS])}</pre>"
     total = html.escape(str(config.get("total", "?")))
-    told = f"<p>Last logged step: {log.last}; config.total: {total}.</p>"
+    summary = f"<p>Last logged step: {log.last}; config.total: {total}.</p>"
     if log.damaged:
-        told += note(f"{log.damaged} damaged lines of {run_log.FILE} were passed over")
-    body = "\n".join(f"<h2>{title}</h2>\n{part}" for title, part in parts.items())
+        summary += note(f"{log.damaged} damaged lines of {metrics_log.FILE} were skipped")
+    body = "\n".join(f"<h2>{title}</h2>\n{section}" for title, section in sections.items())
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         f"img-src data:; style-src 'unsafe-inline'\">"
         f"<title>{name}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{name}</h1>\n{told}\n{body}\n</body></html>\n"
+        f"<body><h1>{name}</h1>\n{summary}\n{body}\n</body></html>\n"
     )
 
 
 def main():
-    made = cli.parser(__doc__)
-    made.add_argument("run", type=cli.path, help="work directory")
-    made.add_argument("--out", required=True, type=cli.local_path, help="HTML file")
-    made.add_argument("--log", type=cli.local_path, help="file of what the training printed")
-    made.add_argument(
-        "--smooth", type=int, least=0, default=0, help="logged points that a mean is of"
+    parser = cli.parser(__doc__)
+    parser.add_argument("run", type=cli.path, help="work directory")
+    parser.add_argument("--out", required=True, type=cli.local_path, help="HTML file")
+    parser.add_argument("--log", type=cli.local_path, help="console output of the training")
+    parser.add_argument(
+        "--smooth", type=int, least=0, default=0, help="logged points per running mean"
     )
-    args = made.parse_args()
-    outputs.file(args.out)
+    args = parser.parse_args()
+    output_paths.file(args.out)
     text = page(args.run, smooth=args.smooth, log_file=args.log)
-    with files.written(args.out) as half:
-        half.write_text(text, encoding="utf-8")
+    with files.written(args.out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
     print(f"wrote {args.out}, {len(text) / 1000:.0f} kB")
     print(f"next: open {args.out} in a browser")
 

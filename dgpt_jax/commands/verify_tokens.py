@@ -1,33 +1,36 @@
-"""Re-runs the teacher on stored pictures and compares its tokens with the stored ones.
+"""Re-runs the teacher on stored images and compares its tokens with the stored ones.
 
-A sample of every shard is looked at. With --source, ids, crop boxes, flips and pictures are also
-compared with the views of the source, drawn and rendered again. Exits 1 if anything is wrong.
+Checks a sample of every shard. With --source, ids, crop boxes, flips and images are also compared
+with the views of the source, drawn and rendered again. Exits with 1 if anything differs.
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import itertools
 import shlex
 
-from dgpt_jax import cli, config, token_store, verify
-from dgpt_jax.schema import UserError
+from dgpt_jax import cli
+from dgpt_jax.config import roots
+from dgpt_jax.data import token_store
+from dgpt_jax.errors import UserError
+from dgpt_jax.tokens import verify
 
 
 def main():
-    made = cli.parser(__doc__)
-    made.add_argument("store", type=cli.path, help="directory of a token store")
-    made.add_argument("--weights", type=cli.path, required=True, help="the teacher's weights")
-    made.add_argument("--heads", type=int, help="where no JSON beside the weights tells")
-    made.add_argument("--activation", help="likewise: gelu or quick_gelu")
-    made.add_argument("--image_size", type=int, help="the teacher's input, if not the JSON's")
-    made.add_argument(
+    parser = cli.parser(__doc__)
+    parser.add_argument("store", type=cli.path, help="directory of a token store")
+    parser.add_argument("--weights", type=cli.path, required=True, help="the teacher's weights")
+    parser.add_argument("--heads", type=int, help="required if no JSON next to the weights has it")
+    parser.add_argument("--activation", help="likewise: gelu or quick_gelu")
+    parser.add_argument("--image_size", type=int, help="input size, if not that of the JSON")
+    parser.add_argument(
         "--source", type=cli.path, default="", help="image dataset that the store was built from"
     )
-    made.add_argument("--samples", type=int, default=4, help="examples a shard")
-    args = made.parse_args()
+    parser.add_argument("--samples", type=int, default=4, help="examples per shard")
+    args = parser.parse_args()
     info = token_store.StoreInfo.load(args.store)
     tower = info.teacher.get("tower", {})
-    teacher = config.Teacher(
+    teacher = roots.TeacherConfig(
         weights=args.weights,
         heads=args.heads,
         activation=args.activation,
@@ -37,19 +40,19 @@ def main():
         dtype=info.teacher["dtype"],
     )
     least, median = verify.thresholds(info)
-    bad = []
-    rows = verify.verify(args.store, teacher, samples=args.samples, source=args.source)
+    damaged = []
+    reports = verify.verify(args.store, teacher, samples=args.samples, source=args.source)
     print(f"{'split':8} {'shards':>6} {'examples':>8} {'least':>9} {'median':>9}  worst example")
-    for split, of_split in itertools.groupby(rows, key=lambda row: row.split):
-        found = list(of_split)
-        bad += [row for row in found if not row.is_sound(least, median)]
-        _print(split, str(len(found)), found)
-    for row in bad[:20]:
-        _print(row.split, f"#{row.shard}", [row])
-    if bad:
+    for split, group in itertools.groupby(reports, key=lambda report: report.split):
+        shards = list(group)
+        damaged += [shard for shard in shards if not shard.is_sound(least, median)]
+        _print(split, str(len(shards)), shards)
+    for shard in damaged[:20]:
+        _print(shard.split, f"#{shard.shard}", [shard])
+    if damaged:
         raise UserError(
-            f"{args.store}: {len(bad)} shards do not hold what the teacher makes of their pictures "
-            f"(sound are cosines of {least:.4f} and more, a median of {median:.4f}): build again"
+            f"{args.store}: the tokens of {len(damaged)} shards are not those of their images "
+            f"(required cosines: least {least:.4f}, median {median:.4f}): build the store again"
         )
     print(
         f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}; "
@@ -57,9 +60,9 @@ def main():
     )
 
 
-def _print(split: str, shards: str, rows):
-    examples = [found for row in rows for found in row.found]
-    worst = min(rows, key=lambda row: (not row.worst.differs, row.worst.median)).worst
+def _print(split: str, shards: str, reports: list[verify.ShardReport]):
+    examples = [example for report in reports for example in report.examples]
+    worst = min((r.worst for r in reports), key=lambda worst: (not worst.differs, worst.median))
     least, median = (min(getattr(e, name) for e in examples) for name in ("least", "median"))
     print(
         f"{split:8} {shards:>6} {len(examples):8} {least:9.6f} {median:9.6f}  {worst.id} "

@@ -1,24 +1,24 @@
-"""What an encoder sees, as pictures.
+"""Visualizes an encoder: tokens, attention, nearest neighbors or predictions.
 
     python tools/visualize.py CHECKPOINT IMAGE… --out=FILE.png [--show=tokens] [--count=12]
 
-IMAGE are files or folders; CHECKPOINT is a work directory or weights. Shown are --count images,
-evenly spread over all of them. `--show` is one of
+IMAGE are files or directories; CHECKPOINT is a work directory or weights. The figure has --count
+images, evenly spaced among all of them. `--show` is one of
 
-    tokens       patch tokens as colours: the first principal components of all shown images
-                 together are red, green and blue; below, of the foreground, which the first
-                 component tells
-    attention    where CLS attends to in the last block: the mean of the heads, then each head
-    neighbours   for each shown image its --neighbours nearest, by the cosine of features
-                 (--features), among --gallery evenly spread images
-    predictions  what the pretraining model (a work directory with decoders) predicts of the
-                 segments of pictures of a token store, beside the teacher's tokens; captions are
-                 mean cosines by place in the order, below those of a constant guess:
+    tokens       patch tokens as colors: the first three principal components over all images are
+                 red, green and blue; below, the same of the foreground, which the first component
+                 separates
+    attention    attention of CLS in the last block: the mean of the heads, then each head
+    neighbours   for each image its --neighbours nearest by cosine similarity of --features, among
+                 --gallery evenly spaced images
+    predictions  predictions of the pretraining model (a work directory with decoders) for segments
+                 of images of a token store, beside the teacher's tokens; captions are mean cosines
+                 by rank in the order, the last row those of a constant guess:
 
     python tools/visualize.py RUN --show=predictions --store=TOKENS --out=FILE.png
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import argparse
 import os
@@ -28,143 +28,107 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from plot import FORMATS, plt, save
 
-from dgpt_jax import (
-    bad_records,
-    cli,
-    examples,
-    image_walk,
-    load,
-    outputs,
-    records,
-    segments,
-    token_store,
-    user_images,
-    views,
+from dgpt_jax import cli
+from dgpt_jax.commands.image_grid import COLUMNS, grid
+from dgpt_jax.commands.plot import FORMATS
+from dgpt_jax.config import ModelConfig
+from dgpt_jax.data import bad_records, image_ops, segments, token_store, transforms
+from dgpt_jax.data.ingest import directory_walk, user_images
+from dgpt_jax.data.ingest.image_index import OWN_FILE, ImageEntry, text
+from dgpt_jax.errors import UserError
+from dgpt_jax.evals.feature_maps import (
+    cls_attention,
+    foreground,
+    neighbors,
+    pca_colors,
+    prediction_maps,
 )
-from dgpt_jax.maps import cls_attention, foreground, neighbours, pca_colours, prediction_maps
-from dgpt_jax.members import OWN_FILE, Member, text
-from dgpt_jax.pictures import heat, mean_token_cosine, prediction_captions, prediction_rows
-from dgpt_jax.schema import UserError
+from dgpt_jax.evals.figures import heat, mean_token_cosine, prediction_captions, prediction_rows
+from dgpt_jax.storage import output_paths, tfds_dataset
+from dgpt_jax.weights import api, chunking
 
-MOST = 64  # images in a figure
-COLUMNS = 12  # images in a line of a figure
-
-
-def grid(rows: dict[str, np.ndarray], out, captions: dict[str, list[str]] | None = None):
-    """A picture with one titled row of images (B, height, width, 3) for each entry; captions, where
-    a row has some, stand above its images. More than COLUMNS images go on below all rows."""
-    captions = captions or {}
-    most = max(map(len, rows.values()))
-    lines = [
-        (title, images[start : start + COLUMNS], captions.get(title, ())[start : start + COLUMNS])
-        for start in range(0, most, COLUMNS)
-        for title, images in rows.items()
-        if start < len(images)
-    ]
-    columns = min(most, COLUMNS)
-    left, height = 1.6, 1.4 if captions else 1.15
-    figure, axes = plt.subplots(
-        len(lines), columns, figsize=(1.1 * columns + left, height * len(lines) + 0.1),
-        squeeze=False,
-    )  # fmt: skip
-    for line, (title, images, texts) in zip(axes, lines, strict=True):
-        for axis, image in zip(line, images, strict=False):
-            axis.imshow(image, interpolation="nearest")
-        for axis, caption in zip(line, texts, strict=False):
-            axis.set_title(caption, fontsize=6, pad=2)
-        for axis in line:
-            axis.set_axis_off()
-        line[0].text(
-            -0.15, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=9
-        )
-    figure.subplots_adjust(
-        left=(left - 0.1) / (1.1 * columns + left),
-        right=0.99,
-        bottom=0.01,
-        top=1 - 0.2 / (height * len(lines)) if captions else 0.98,
-        hspace=0.22 if captions else 0.05,
-    )
-    save(figure, out, dpi=160 if captions else 130)
+MAX_IMAGES = 64  # in a figure
+Figure = tuple[dict[str, np.ndarray], dict[str, list[str]]]  # rows and captions of image_grid.grid
 
 
-def list_images(paths: Sequence[str]) -> list[Member]:
-    """The files among paths, and the images in the folders among them, at any depth, sorted; what
-    an import would pass over is named."""
+def list_images(paths: Sequence[str]) -> list[ImageEntry]:
+    """Image files of these paths; directories are searched at any depth and sorted. Prints what an
+    import would skip. Raises UserError on a directory without images."""
     images = []
     for path in map(os.fsencode, paths):
-        walk = image_walk.Walk()
+        walk = directory_walk.Walk()
         if not os.path.isdir(path):
             if os.path.exists(path) and not os.path.isfile(path):
-                raise UserError(f"{text(path)} is no regular file")
-            images.append(Member(text(path), path, OWN_FILE, -1, -1))
+                raise UserError(f"{text(path)} is not a regular file")
+            images.append(ImageEntry(text(path), path, OWN_FILE, -1, -1))
             continue
-        walk.folder(path)
-        members = walk.columns.members().sorted()
-        lines = walk.passed.lines()
-        if not len(members):
-            raise UserError(
-                "; ".join(
-                    [f"{text(path)} holds no images ({', '.join(user_images.EXTENSIONS)})", *lines]
-                )
-            )
+        walk.add_folder(path)
+        entries = walk.builder.build().sorted()
+        lines = walk.skipped.lines()
+        if not len(entries):
+            extensions = ", ".join(user_images.EXTENSIONS)
+            raise UserError("; ".join([f"{text(path)} holds no images ({extensions})", *lines]))
         for line in lines:
             cli.say(f"{text(path)}: {line}")
-        images += [replace(m, id=os.path.join(text(path), m.id)) for m in members]
+        images += [replace(e, id=os.path.join(text(path), e.id)) for e in entries]
     return images
 
 
 def spread(items: Sequence, count: int, flag: str = "--count") -> list:
-    """`count` of the items, evenly spread, because neighbours may be of one class; says so."""
+    """`count` evenly spaced items, since adjacent ones may share a class; prints a note."""
     if len(items) > count:
-        print(f"{count} of {len(items)} images, evenly spread; {flag}=N takes another number")
+        print(f"{count} of {len(items)} images, evenly spaced; {flag}=N changes the number")
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def read_pictures(images: Sequence[Member], size: int) -> np.ndarray:
-    """Images, read as an import does, as their central size×size pixels (B, size, size, 3)."""
-    pictures = []
-    for member in images:
+def read_images(entries: Sequence[ImageEntry], size: int) -> np.ndarray:
+    """Central size×size pixels of images, decoded as by an import, (B, size, size, 3)."""
+    images = []
+    for entry in entries:
         try:
-            image = user_images.rgb(member.read())
+            image = user_images.rgb(entry.read())
         except (OSError, ValueError) as e:
-            raise UserError(f"{member.id}: {e}") from None
-        pictures.append(views.centre_crop(image, size, size, squash=False))
-    return np.stack(pictures)
+            raise UserError(f"{entry.id}: {e}") from None
+        images.append(image_ops.center_crop(image, size, size, squash=False))
+    return np.stack(images)
 
 
-def label(member: Member) -> str:
-    """Folder and name of an image, short enough to stand above it."""
-    name = "/".join(Path(member.id).with_suffix("").parts[-2:])
+def label(entry: ImageEntry) -> str:
+    """Directory and name of an image, shortened to fit above it."""
+    name = "/".join(Path(entry.id).with_suffix("").parts[-2:])
     return name if len(name) <= 18 else f"{name[:10]}…{name[-7:]}"
 
 
-def show_tokens(encoder: load.Encoder, files, args):
-    files = spread(files, args.count)
-    pictures = read_pictures(files, encoder.model.image_size)
-    tokens = np.asarray(encoder.tokens(pictures))[:, 1:]
-    mask, colours = foreground(tokens)
-    shape = (len(pictures), encoder.model.grid, -1, 3)
+def show_tokens(
+    encoder: api.PretrainedEncoder, entries: Sequence[ImageEntry], args: argparse.Namespace
+) -> Figure:
+    entries = spread(entries, args.count)
+    images = read_images(entries, encoder.model.image_size)
+    tokens = np.asarray(encoder.tokens(images))[:, 1:]
+    mask, colors = foreground(tokens)
+    shape = (len(images), encoder.model.grid, -1, 3)
     rows = {
-        "image": pictures,
-        "tokens": pca_colours(tokens).reshape(shape),
-        "foreground": colours.reshape(shape),
+        "image": images,
+        "tokens": pca_colors(tokens).reshape(shape),
+        "foreground": colors.reshape(shape),
     }
     shares = [f"{share:.0%} of the patches" for share in mask.mean(axis=1)]
-    return rows, {"image": list(map(label, files)), "foreground": shares}
+    return rows, {"image": list(map(label, entries)), "foreground": shares}
 
 
-def show_attention(encoder: load.Encoder, files, args):
-    files = spread(files, args.count)
-    pictures = read_pictures(files, encoder.model.image_size)
-    attention = cls_attention(encoder, pictures)
+def show_attention(
+    encoder: api.PretrainedEncoder, entries: Sequence[ImageEntry], args: argparse.Namespace
+) -> Figure:
+    entries = spread(entries, args.count)
+    images = read_images(entries, encoder.model.image_size)
+    attention = cls_attention(encoder, images)
     side = encoder.model.grid
     maps = attention[:, :, 1:].reshape(*attention.shape[:2], side, side)
-    rows = {"image": pictures, "mean of heads": heat(maps.mean(axis=1))}
+    rows = {"image": images, "mean of heads": heat(maps.mean(axis=1))}
     captions = {
-        "image": list(map(label, files)),
+        "image": list(map(label, entries)),
         "mean of heads": [f"CLS itself {x:.0%}" for x in attention[:, :, 0].mean(axis=1)],
     }
     for head in range(maps.shape[1]):
@@ -174,106 +138,111 @@ def show_attention(encoder: load.Encoder, files, args):
     return rows, captions
 
 
-def show_neighbours(encoder: load.Encoder, files, args):
-    if len(files) < 2:
+def show_neighbors(
+    encoder: api.PretrainedEncoder, entries: Sequence[ImageEntry], args: argparse.Namespace
+) -> Figure:
+    if len(entries) < 2:
         raise UserError("--show=neighbours needs at least 2 images")
-    gallery, size = spread(files, args.gallery, "--gallery"), encoder.model.image_size
+    gallery, size = spread(entries, args.gallery, "--gallery"), encoder.model.image_size
     features = [
-        np.asarray(encoder.features(read_pictures(batch, size), args.features))
-        for batch in batched(gallery, load.CHUNK)
+        np.asarray(encoder.features(read_images(batch, size), args.features))
+        for batch in batched(gallery, chunking.CHUNK)
     ]
     queries = spread(range(len(gallery)), args.count)
-    nearest, cosines = neighbours(np.concatenate(features), args.neighbours, of=queries)
+    nearest, cosines = neighbors(np.concatenate(features), args.neighbours, queries)
     rows, captions = {}, {}
     for query, indices, values in zip(queries, nearest, cosines, strict=True):
         line = [gallery[i] for i in (query, *indices)]
         first, *others = map(label, line)
-        rows[title := f"image {len(rows) + 1}"] = read_pictures(line, size)
+        rows[title := f"image {len(rows) + 1}"] = read_images(line, size)
         captions[title] = [first, *map("{}\n{:.3f}".format, others, values)]
     return rows, captions
 
 
 def batched(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Consecutive slices of `size` items."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def stored(args, model):
-    """(pictures, decoded tokens, orders, whether there is a CLS token) of --count examples of a
+def store_examples(
+    args: argparse.Namespace, model: ModelConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """(images, decoded tokens, orders, True if tokens start with CLS) of --count examples of a
     token store."""
     info = token_store.StoreInfo.load(args.store)
-    token_store.refuse_unfinished(args.store)
-    source = records.Split(args.store, token_store.view_split(args.view))
-    pictures, tokens, orders = [], [], []
+    token_store.require_finished(args.store)
+    source = tfds_dataset.Split(args.store, token_store.view_split(args.view))
+    images, tokens, orders = [], [], []
     for index in spread(range(len(source)), args.count):
         record = source[index]
-        image = bad_records.picture(source, index, record)
-        pictures.append(views.resize(image, model.image_size, model.image_size))
+        image = bad_records.decode_image(source, index, record)
+        images.append(image_ops.resize(image, model.image_size, model.image_size))
         tokens.append(record["tokens"])
-        rng = examples.generator(args.seed, examples.ORDER, index)
+        rng = transforms.generator(args.seed, transforms.ORDER, index)
         orders.append(segments.sample_order(rng, model.segments))
     decoded = np.asarray(info.load_codec(args.store).decode(np.stack(tokens)), np.float32)
-    return np.stack(pictures), decoded, np.stack(orders), info.cls
+    return np.stack(images), decoded, np.stack(orders), info.cls
 
 
-def show_predictions(args):
-    model = load.load_digpt(args.checkpoint)
-    pictures, tokens, orders, cls = stored(args, model.model)
-    if (width := tokens.shape[-1]) != (has := model.module.out_width):
+def show_predictions(args: argparse.Namespace) -> Figure:
+    model = api.load_digpt(args.checkpoint)
+    images, tokens, orders, cls = store_examples(args, model.model)
+    if (width := tokens.shape[-1]) != (expected := model.module.out_width):
         raise UserError(
-            f"{args.store} holds tokens of {width} channels, {args.checkpoint} predicts {has}"
+            f"{args.store} holds tokens of {width} channels, {args.checkpoint} predicts {expected}"
         )
-    maps = prediction_maps(model, pictures, tokens, orders, cls)
+    maps = prediction_maps(model, images, tokens, orders, cls)
     shape = model.model.segments
-    rows = prediction_rows(maps, pictures, orders, shape)
-    guess = mean_token_cosine(maps)  # without it a cosine says little
+    rows = prediction_rows(maps, images, orders, shape)
+    guess = mean_token_cosine(maps)  # the baseline for the cosines
     rows["mean token: cosine"] = heat(guess, 0.0, 1.0)
     return rows, prediction_captions(maps, guess, orders, shape)
 
 
-SHOWN = {"tokens": show_tokens, "attention": show_attention, "neighbours": show_neighbours}
+RENDERERS = {"tokens": show_tokens, "attention": show_attention, "neighbours": show_neighbors}
 
 
 def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("checkpoint", type=cli.path, help="work directory or weights")
-    parser.add_argument("images", type=cli.path, nargs="*", help="image files or folders")
-    parser.add_argument("--show", choices=(*SHOWN, "predictions"), default="tokens")
+    parser.add_argument("images", type=cli.path, nargs="*", help="image files or directories")
+    parser.add_argument("--show", choices=(*RENDERERS, "predictions"), default="tokens")
     parser.add_argument("--out", type=cli.local_path, required=True, help="PNG file")
-    parser.add_argument("--count", type=int, default=12, help=f"images shown, at most {MOST}")
-    parser.add_argument("--neighbours", type=int, default=6, help="of each image")
-    parser.add_argument("--gallery", type=int, default=1000, help="images to find neighbours in")
-    parser.add_argument("--features", choices=("cls", "mean"), default="mean", help="of neighbours")
+    parser.add_argument("--count", type=int, default=12, help=f"images shown, up to {MAX_IMAGES}")
+    parser.add_argument("--neighbours", type=int, default=6, help="per image")
+    parser.add_argument("--gallery", type=int, default=1000, help="images to find neighbors among")
+    parser.add_argument("--features", choices=("cls", "mean"), default="mean", help="of neighbors")
     parser.add_argument("--store", type=cli.path, help="token store, for predictions")
     parser.add_argument("--view", type=int, least=0, default=0, help="view of the store")
     parser.add_argument("--seed", type=int, least=0, default=0, help="of the orders of segments")
     args = parser.parse_intermixed_args()
     for name, allowed in (
-        ("count", range(1, MOST + 1)), ("neighbours", range(1, COLUMNS)),
+        ("count", range(1, MAX_IMAGES + 1)), ("neighbours", range(1, COLUMNS)),
         ("gallery", range(2, sys.maxsize)),
     ):  # fmt: skip
         if (value := getattr(args, name)) not in allowed:
             raise UserError(f"--{name}={value}: must be from {allowed[0]} to {allowed[-1]}")
     if args.show == "predictions" and (args.images or not args.store):
-        raise UserError("--show=predictions takes --store=TOKENS and no images")
+        raise UserError("--show=predictions needs --store=TOKENS and no images")
     if args.show != "predictions" and (args.store or not args.images):
-        raise UserError(f"--show={args.show} takes images, and no --store")
+        raise UserError(f"--show={args.show} needs images and no --store")
     return args
 
 
 def main():
     args = parse()
-    outputs.file(args.out, FORMATS)
+    output_paths.file(args.out, FORMATS)
     if args.show == "predictions":
         rows, captions = show_predictions(args)
     else:
-        files = list_images(args.images)
-        encoder = load.load_encoder(args.checkpoint)
+        entries = list_images(args.images)
+        encoder = api.load_encoder(args.checkpoint)
         for note in encoder.notes:
             cli.say(note)
-        rows, captions = SHOWN[args.show](encoder, files, args)
+        rows, captions = RENDERERS[args.show](encoder, entries, args)
     grid(rows, args.out, captions)
     print(f"wrote {args.out}")
-    print(f"next: look at {args.out}; other pictures with --show={'|'.join(SHOWN)}|predictions")
+    print(f"next: look at {args.out}; other figures with --show={'|'.join(RENDERERS)}|predictions")
 
 
 if __name__ == "__main__":

@@ -1,99 +1,113 @@
-"""Supervised training as a section of the config, and what it asks of the others."""
+"""Config of supervised training, and checks of the sections that it depends on."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dgpt_jax.schema import BELOW_1, COUNT, NATURAL, SHARE, UserError, entry, one_of
+from dgpt_jax.config.ranges import BELOW_1, COUNT, NATURAL, SHARE
+from dgpt_jax.config.schema import check_choice, field
+from dgpt_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dgpt_jax.config.roots import TrainConfig
 
 
 @dataclass(frozen=True)
-class Classify:
-    weights: str = entry(
-        "",
-        "what task=classify starts from: a work directory or weights; empty: random ones",
-        path=True,
-    )
-    num_classes: int = entry(1000, "classes of the data, labels 0 to num_classes - 1", COUNT)
-    pooling: str = entry("mean", "mean (of the patch tokens, then a fresh norm) or cls")
-    train: str = entry("all", "all, or head: what classify.head names, on the frozen encoder")
-    head: str = entry(
+class ClassificationConfig:
+    """Section `classify`."""
+
+    num_classes: int = field(1000, "number of classes; labels are 0 to num_classes - 1", COUNT)
+    pooling: str = field("mean", "mean (of patch tokens, followed by a new norm) or cls")
+    trainable: str = field("all", "all, or head: only classify.head, on the frozen encoder")
+    head: str = field(
         "linear",
-        "with train=head: linear (MAE's, standardised by batch), dinov2 (its linear heads on four "
-        "kinds of features) or attentive (AIM's); the last two a head for each of optim.grid",
+        "with trainable=head: linear (MAE's, standardized by batch statistics), dinov2 (its linear "
+        "heads on four kinds of features) or attentive (AIM's); the last two train one head for "
+        "each value of optim.base_lr_grid",
     )
-    drop_path: float = entry(
-        0.1, "stochastic depth: rate of the last block, 0 in the first", BELOW_1
+    drop_path: float = field(
+        0.1, "stochastic depth: drop rate of the last block; increases linearly from 0", BELOW_1
     )
-    smoothing: float = entry(0.1, "share of a label that is spread over all classes", BELOW_1)
-    randaugment: str = entry(
-        "rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy; empty: none"
+    label_smoothing: float = field(
+        0.1, "label smoothing: probability mass spread over all classes", BELOW_1
     )
-    interpolation: str = entry("bicubic", "of its shifts and turns: bicubic, bilinear or random")
-    jitter: tuple[float, float, float] = entry(
-        (0.0, 0.0, 0.0), "strengths of random brightness, contrast and saturation", NATURAL
+    randaugment: str = field(
+        "rand-m9-mstd0.5-inc1", "RandAugment policy in timm's notation; empty: none"
     )
-    erase: float = entry(0.25, "probability that a box of the picture becomes noise", SHARE)
-    mixup: float = entry(0.8, "parameter of mixup's Beta distribution; 0: no mixup", NATURAL)
-    cutmix: float = entry(1.0, "the same of cutmix; with both, one of them is drawn", NATURAL)
-    mix_group: int = entry(
+    interpolation: str = field(
+        "bicubic", "interpolation of RandAugment's geometric transforms: bicubic, bilinear, random"
+    )
+    jitter: tuple[float, float, float] = field(
+        (0.0, 0.0, 0.0), "strengths of brightness, contrast and saturation jitter", NATURAL
+    )
+    random_erase_prob: float = field(
+        0.25, "random erasing: probability that a box of the image becomes noise", SHARE
+    )
+    mixup: float = field(0.8, "mixup's alpha (Beta distribution); 0: no mixup", NATURAL)
+    cutmix: float = field(
+        1.0, "CutMix's alpha; 0: no CutMix. With both, one of them is drawn each time", NATURAL
+    )
+    mixup_group_size: int = field(
         128,
-        "neighbouring rows of a batch that are mixed alike: the official code's batch of a GPU",
+        "consecutive rows of a batch that share a mixup draw: the official code's batch per GPU",
         COUNT,
     )
-    resize: int | None = entry(
+    resize: int | None = field(
         None,
-        "pixels of the shorter side (or both) before the centre crop of an evaluation; default: "
-        "256/224 of image_size, above 224 image_size itself, as the official code has it",
+        "pixels of the shorter side (or both sides) before the center crop in evaluations; "
+        "default: 256/224 of image_size; above 224 image_size itself, like the official code",
         COUNT,
     )
 
-    def resolved(self) -> "Classify":
-        """Itself. Raises UserError on values that mean nothing."""
-        one_of("config.classify.pooling", self.pooling, ("mean", "cls"))
-        one_of("config.classify.train", self.train, ("all", "head"))
-        one_of("config.classify.head", self.head, ("linear", "dinov2", "attentive"))
-        one_of(
+    def resolved(self) -> "ClassificationConfig":
+        """Returns the config itself. Raises UserError on unknown choices."""
+        check_choice("config.classify.pooling", self.pooling, ("mean", "cls"))
+        check_choice("config.classify.trainable", self.trainable, ("all", "head"))
+        check_choice("config.classify.head", self.head, ("linear", "dinov2", "attentive"))
+        check_choice(
             "config.classify.interpolation", self.interpolation, ("bicubic", "bilinear", "random")
         )
         return self
 
 
-def fit(config):
-    """Raises UserError where the values of a config with task=classify do not go together."""
+def check_classification(config: "TrainConfig") -> None:
+    """Raises UserError if values of a config with task=classify do not fit together."""
     task = config.classify
-    if config.optim.kind == "lars" and task.train != "head":
-        raise UserError("config.optim.kind=lars is for config.classify.train=head")
-    if task.train == "head" and (config.optim.layer_decay != 1 or not task.weights):
-        raise UserError("config.classify.train=head needs classify.weights and optim.layer_decay=1")
-    _fit_grid(config)
+    if config.optim.kind == "lars" and task.trainable != "head":
+        raise UserError("config.optim.kind=lars needs config.classify.trainable=head")
+    if task.trainable == "head" and (config.optim.layer_decay != 1 or not config.init.weights):
+        raise UserError("config.classify.trainable=head needs init.weights and optim.layer_decay=1")
+    _check_grid(config)
     if task.resize is not None and task.resize < config.model.image_size:
         raise UserError(
-            f"config.classify.resize {task.resize} is smaller than config.model.image_size "
-            f"{config.model.image_size}, which is cut from it"
+            f"config.classify.resize {task.resize} is smaller than the crop, "
+            f"config.model.image_size {config.model.image_size}"
         )
-    if (task.mixup or task.cutmix) and (config.batch_size % task.mix_group or task.mix_group % 2):
+    if (task.mixup or task.cutmix) and (
+        config.batch_size % task.mixup_group_size or task.mixup_group_size % 2
+    ):
         raise UserError(
-            f"config.classify.mix_group {task.mix_group} must be even and divide "
+            f"config.classify.mixup_group_size {task.mixup_group_size} must be even and divide "
             f"config.batch_size {config.batch_size}"
         )
 
 
-def _fit_grid(config):
-    task, grid = config.classify, config.optim.grid
-    many = task.train == "head" and task.head != "linear"
-    if many != bool(grid):
+def _check_grid(config: "TrainConfig") -> None:
+    task, grid = config.classify, config.optim.base_lr_grid
+    has_grid = task.trainable == "head" and task.head != "linear"
+    if has_grid != bool(grid):
         raise UserError(
-            f"config.optim.grid {grid} must name learning rates for "
-            f"classify.train=head with classify.head=dinov2 or attentive, and be empty else"
+            f"config.optim.base_lr_grid {grid} must list learning rates for "
+            f"classify.trainable=head with classify.head=dinov2 or attentive, else be empty"
         )
-    if many and not config.evals.heldout:
+    if has_grid and not config.evals.heldout:
         raise UserError(
-            "config.evals.heldout is empty: the best head of config.optim.grid is chosen by it"
+            "config.evals.heldout is empty: it selects the best head of config.optim.base_lr_grid"
         )
     if task.head == "dinov2" and task.pooling != "cls":
-        raise UserError("config.classify.head=dinov2 needs classify.pooling=cls: it has CLS")
-    least = {"dinov2": 4, "attentive": 6}.get(task.head, 0)
-    if many and config.model.depth < least:
+        raise UserError("config.classify.head=dinov2 needs classify.pooling=cls: it uses CLS")
+    min_depth = {"dinov2": 4, "attentive": 6}.get(task.head, 0)
+    if has_grid and config.model.depth < min_depth:
         raise UserError(
-            f"config.classify.head={task.head} reads the last {least} blocks, the model has "
+            f"config.classify.head={task.head} reads the last {min_depth} blocks, the model has "
             f"{config.model.depth}"
         )

@@ -1,17 +1,17 @@
-"""Durations of a config as optimizer steps: "300 epochs", "5000 steps", "1e6 examples", "2%"."""
+"""Durations in configs ("300 epochs", "5000 steps", "1e6 examples", "2%") as optimizer steps."""
 
 import math
 from decimal import Decimal, DecimalException
 from fractions import Fraction
 
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
 
-# Decimal exponents of numbers beyond which no duration makes sense, and exact arithmetic is slow.
+# Decimal exponents of sensible numbers; with larger ones exact arithmetic is slow.
 EXPONENTS = range(-30, 15)
 
 
-def check(duration: str, key: str, *, percent: bool = True):
-    """Raises UserError, which names the config key, unless the text is a duration."""
+def check(duration: str, key: str, *, percent: bool = True) -> None:
+    """Raises UserError unless the value of the config key is a duration."""
     _parse(duration, key, percent)
 
 
@@ -24,12 +24,11 @@ def steps(
     total: int | None = None,
     least: int = 0,
 ) -> int:
-    """A duration as whole optimizer steps, rounded down from the exact number.
+    """Returns a duration in optimizer steps, rounded down from the exact number.
 
-    Epochs and examples are converted through `batch_size` and `examples` (dataset length), a
-    percentage is one of `total` steps, and `least` where it is a smaller one: of a training of few
-    steps. Raises UserError, which names the config key, where the text is no duration, or where it
-    is fewer than `least` steps after rounding.
+    Epochs and examples are converted with `batch_size` and `examples` (dataset length). Percentages
+    are of `total` steps, and at least `least` unless 0. Raises UserError if the value of the
+    config key is not a duration, or fewer than `least` steps after rounding.
     """
     number, unit = _parse(duration, key, total is not None)
     in_steps = {
@@ -45,7 +44,7 @@ def steps(
     if count < least:
         raise UserError(
             f"{key}={duration!r} is {float(exact):.3g} steps ({examples} examples, batches of "
-            f"{batch_size}): make it {least} or more"
+            f"{batch_size}): set it to {least} or more"
         )
     return count
 
@@ -59,9 +58,9 @@ def _parse(duration: str, key: str, percent: bool) -> tuple[Fraction, str]:
         value = Decimal(number)
     except DecimalException:
         value = Decimal(-1)
-    known = unit in ("step", "epoch", "example") or (unit == "%" and percent)
-    small = value.is_finite() and (value == 0 or value.adjusted() in EXPONENTS)
-    if not (known and small and value >= 0):
+    is_unit = unit in ("step", "epoch", "example") or (unit == "%" and percent)
+    in_range = value.is_finite() and (value == 0 or value.adjusted() in EXPONENTS)
+    if not (is_unit and in_range and value >= 0):
         raise UserError(
             f'{key}: cannot read the duration {duration!r}: write "300 epochs", "5000 steps", '
             f'"1000000 examples"' + (' or "2%"' if percent else "")

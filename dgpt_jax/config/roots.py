@@ -1,62 +1,84 @@
-"""What can be configured, and nothing else can: one frozen dataclass a command.
+"""Root configs of the commands: TrainConfig, TokensConfig and EvaluateConfig.
 
-A config file starts from `default(Train)` (or `Tokens`, `Evaluate`), so that every field exists and
-can be overridden on the command line; `schema.parse` turns the result into the dataclass.
+A config file starts from `default_config(TrainConfig)`, so every field exists and can be overridden
+on the command line; `schema.parse` converts the result to the dataclass.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-from dgpt_jax import durations, supervised
-from dgpt_jax.schema import COUNT, NATURAL, POSITIVE, Range, UserError, entry, one_of
-from dgpt_jax.sections import Checkpoint, Data, Evals, Hosts, Loss, Mesh, Model, Optim, Teacher
-from dgpt_jax.supervised import Classify
+from dgpt_jax.config import classification, durations
+from dgpt_jax.config.classification import ClassificationConfig
+from dgpt_jax.config.data import AREA, DataConfig, TeacherConfig
+from dgpt_jax.config.model import ModelConfig
+from dgpt_jax.config.optimization import LossConfig, OptimConfig
+from dgpt_jax.config.ranges import COUNT, NATURAL, POSITIVE
+from dgpt_jax.config.run import CheckpointConfig, EvalsConfig, HostsConfig, InitConfig, MeshConfig
+from dgpt_jax.config.schema import check_choice, field
+from dgpt_jax.errors import UserError
+
+PLATFORM = "cpu, gpu or tpu, an error if unavailable; empty: JAX's default"
+THREADS = "reader threads per process; default: number of cores + 4, at most 32"
+KERNELS = ("auto", "xla", "cudnn", "ours")
+KERNELS_HELP = (
+    "implementation of attention and LayerNorm: ours (our TPU and GPU kernels), xla, cudnn (GPUs, "
+    "attention only), or auto: ours where they match XLA on this device, checked at start"
+)
 
 
 @dataclass(frozen=True)
-class Train:
-    """`python -m dgpt_jax.train`"""
+class TrainConfig:
+    """Config of `python -m dgpt_jax.train`."""
 
-    task: str = entry("pretrain", "pretrain (D-iGPT), or classify: supervised training on labels")
-    seed: int = entry(0, "seed of initial weights, data order, views and segment orders", NATURAL)
-    total: str = entry("300 epochs", "length of training; a duration")
-    batch_size: int = entry(4096, "images an optimizer step, over all devices", COUNT)
-    accum_steps: int = entry(1, "micro-batches that an optimizer step is cut into", COUNT)
-    dtype: str = entry("bfloat16", "dtype of matmuls: bfloat16 or float32 (weights stay float32)")
-    log_every: int = entry(50, "steps between log lines", COUNT)
-    profile: tuple[int, int] | None = entry(
+    task: str = field("pretrain", "pretrain (D-iGPT) or classify (supervised training)")
+    seed: int = field(
+        0, "seed of initial parameters, data order, views and segment orders", NATURAL
+    )
+    total: str = field(
+        "300 epochs", 'training length; a duration: "300 epochs", "5000 steps", "1e6 examples"'
+    )
+    batch_size: int = field(4096, "images per optimizer step, over all devices", COUNT)
+    accum_steps: int = field(
+        1, "micro-batches per optimizer step, for gradient accumulation", COUNT
+    )
+    dtype: str = field("bfloat16", "dtype of matmuls: bfloat16 or float32; parameters are float32")
+    log_every: int = field(50, "steps between log lines", COUNT)
+    profile: tuple[int, int] | None = field(
         None,
-        "START, STOP in steps from where the command begins: what every process traces, into "
-        "WORKDIR/profile for TensorBoard; step 0 compiles; default: no trace",
+        "START, STOP: steps of this command that every process traces to WORKDIR/profile, for "
+        "TensorBoard; step 0 compiles; default: no trace",
         NATURAL,
     )
-    platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
-    wandb: str = entry(
-        "", "project of Weights & Biases to show the run in too (extra wandb); empty: none"
+    platform: str = field("", PLATFORM)
+    kernels: str = field("auto", KERNELS_HELP)
+    wandb: str = field(
+        "", "Weights & Biases project that also logs the run (extra wandb); empty: none"
     )
-    hosts: Hosts = Hosts()
-    model: Model = Model()
-    data: Data = Data()
-    teacher: Teacher = Teacher()
-    loss: Loss = Loss()
-    classify: Classify = Classify()
-    optim: Optim = Optim()
-    mesh: Mesh = Mesh()
-    checkpoint: Checkpoint = Checkpoint()
-    evals: Evals = Evals()
+    hosts: HostsConfig = HostsConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    init: InitConfig = InitConfig()
+    loss: LossConfig = LossConfig()
+    classify: ClassificationConfig = ClassificationConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evals: EvalsConfig = EvalsConfig()
 
-    def resolved(self) -> "Train":
-        """Itself. Raises UserError where values do not go together."""
-        one_of("config.task", self.task, ("pretrain", "classify"))
-        one_of("config.dtype", self.dtype, ("bfloat16", "float32"))
-        one_of("config.data.targets", self.data.targets, ("stored", "online", "pixels"))
-        one_of("config.data.order", self.data.order, ("random", "raster"))
-        one_of("config.optim.kind", self.optim.kind, ("adamw", "sgd", "lars"))
-        one_of("config.data.bad_records", self.data.bad_records, (None, "error", "skip"))
-        _crops("config.data", self.data.crop_scale, self.data.crop_ratio)
+    def resolved(self) -> "TrainConfig":
+        """Returns the config itself. Raises UserError if values do not fit together."""
+        check_choice("config.kernels", self.kernels, KERNELS)
+        check_choice("config.task", self.task, ("pretrain", "classify"))
+        check_choice("config.dtype", self.dtype, ("bfloat16", "float32"))
+        check_choice("config.data.targets", self.data.targets, ("stored", "online", "pixels"))
+        check_choice("config.data.order", self.data.order, ("random", "raster"))
+        check_choice("config.optim.kind", self.optim.kind, ("adamw", "sgd", "lars"))
+        check_choice("config.data.bad_records", self.data.bad_records, (None, "error", "skip"))
+        _check_crops("config.data", self.data.crop_scale, self.data.crop_ratio)
         self._check_durations()
         if not self.data.path:
-            raise UserError("config.data.path is empty: name the token store or image dataset")
+            raise UserError("config.data.path is empty: set it to a token store or image dataset")
         if self.batch_size % self.accum_steps:
             raise UserError(
                 f"config.batch_size {self.batch_size} is not divisible by config.accum_steps "
@@ -70,13 +92,13 @@ class Train:
         if self.profile is not None and self.profile[0] >= self.profile[1]:
             raise UserError(f"config.profile {self.profile} must be START, STOP in steps")
         if self.task == "classify":
-            supervised.fit(self)
+            classification.check_classification(self)
         else:
-            self._fit_pretrain()
+            self._check_pretrain()
         return self
 
-    def _check_durations(self):
-        """Raises UserError where a text is no duration; their lengths need the data's."""
+    def _check_durations(self) -> None:
+        """Raises UserError on invalid durations; their number of steps depends on the data."""
         durations.check(self.total, "config.total", percent=False)
         for section, names in (
             ("optim", ("warmup",)), ("checkpoint", ("every", "keep_every")), ("evals", ("every",)),
@@ -86,19 +108,25 @@ class Train:
                 if text or name != "keep_every":
                     durations.check(text, f"config.{section}.{name}")
 
-    def _fit_pretrain(self):
+    def _check_pretrain(self) -> None:
         optim = self.optim
-        if optim.layer_decay != 1 or optim.kind != "adamw" or optim.grid:
-            raise UserError("config.optim.layer_decay, kind and grid are for config.task=classify")
+        if self.init.weights:
+            raise UserError("config.init.weights needs config.task=classify")
+        if optim.layer_decay != 1 or optim.kind != "adamw" or optim.base_lr_grid:
+            raise UserError(
+                "config.optim.layer_decay, kind and base_lr_grid need config.task=classify"
+            )
         weights = dataclasses.asdict(self.loss)
         if not any(weights.values()):
             raise UserError(f"config.loss needs a positive weight, got {weights}")
-        for name in ("visible", "direct"):
+        for name in ("visible", "distill"):
             if self.data.targets == "pixels" and weights[name]:
-                raise UserError(f"config.data.targets=pixels has only next: set loss.{name} to 0")
-        if self.loss.direct and self.model.taps[-1] != self.model.depth:
+                raise UserError(
+                    f"config.data.targets=pixels supports loss.next only: set loss.{name} to 0"
+                )
+        if self.loss.distill and self.model.taps[-1] != self.model.depth:
             raise UserError(
-                f"config.loss.direct reads the last block: config.model.taps must end with "
+                f"config.loss.distill uses the last block: config.model.taps must end with "
                 f"{self.model.depth} (depth), got {self.model.taps}"
             )
         if self.model.segments == (1, 1) and self.loss.next:
@@ -108,92 +136,108 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """`python tools/build_tokens.py`"""
+class TokensConfig:
+    """Config of `python tools/build_tokens.py`."""
 
-    source: str = entry("", "TFDS image dataset directory", path=True)
-    split: str = entry("train", "its split")
-    views: int = entry(1, "views an image; raise it later to add views to a finished store", COUNT)
-    seed: int = entry(0, "views are a function of (seed, index of the image, view)", NATURAL)
-    picture_size: int = entry(224, "height and width of the stored picture in pixels", COUNT)
-    picture: str = entry("jpeg95", "jpeg95, webp-lossless or png")
-    crop_scale: tuple[float, float] = entry((0.2, 1.0), "area of the crop", Range(above=0, most=1))
-    crop_ratio: tuple[float, float] = entry((3 / 4, 4 / 3), "its width over height", POSITIVE)
-    flip: bool = entry(True, "mirror half of the views")
-    codec: str = entry("int8", "float16, int8 or int4")
-    pca: int | None = entry(
-        None, "keep so many principal axes of tokens; default: all channels", COUNT
+    source: str = field("", "TFDS image dataset directory", path=True)
+    split: str = field("train", "split of the source; slices allowed")
+    views: int = field(
+        1, "views per image; increase it later to add views to a finished store", COUNT
     )
-    like: str = entry(
-        "", "token store whose codec to take, for a store held out from it", path=True
+    seed: int = field(0, "seed of views, which depend on (seed, image index, view)", NATURAL)
+    image_size: int = field(224, "height and width of stored images in pixels", COUNT)
+    image_encoding: str = field("jpeg95", "encoding of stored images: jpeg95, webp-lossless or png")
+    crop_scale: tuple[float, float] = field(
+        (0.2, 1.0), "range of the crop's share of the image area", AREA
     )
-    batch_size: int = entry(64, "pictures a device and teacher step", COUNT)
-    tensor: int = entry(1, "devices of a process that the teacher's weights are split over", COUNT)
-    shard_size: int = entry(8192, "examples a shard", COUNT)
-    threads: int = entry(8, "threads that decode, crop and encode pictures", COUNT)
-    platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
-    hosts: Hosts = Hosts()
-    teacher: Teacher = Teacher()
+    crop_ratio: tuple[float, float] = field(
+        (3 / 4, 4 / 3), "range of the crop's aspect ratio, width / height", POSITIVE
+    )
+    flip: bool = field(True, "random horizontal flips")
+    codec: str = field("int8", "encoding of stored tokens: float16, int8 or int4")
+    pca: int | None = field(
+        None, "number of principal components of tokens to store; default: all channels", COUNT
+    )
+    codec_from: str = field(
+        "", "token store whose codec is reused, for held-out data; empty: fit a new one", path=True
+    )
+    batch_size: int = field(64, "images per device and teacher step", COUNT)
+    tensor: int = field(1, "devices of a process that shard the teacher's weights", COUNT)
+    shard_size: int = field(8192, "examples per shard", COUNT)
+    threads: int = field(8, "threads that decode, crop and encode images", COUNT)
+    platform: str = field("", PLATFORM)
+    kernels: str = field("auto", KERNELS_HELP)
+    hosts: HostsConfig = HostsConfig()
+    teacher: TeacherConfig = TeacherConfig()
 
-    def resolved(self) -> "Tokens":
-        """Itself. Raises UserError on values that mean nothing."""
-        one_of("config.codec", self.codec, ("float16", "int8", "int4"))
-        one_of("config.picture", self.picture, ("jpeg95", "webp-lossless", "png"))
+    def resolved(self) -> "TokensConfig":
+        """Returns the config itself. Raises UserError on invalid values."""
+        check_choice("config.kernels", self.kernels, KERNELS)
+        check_choice("config.codec", self.codec, ("float16", "int8", "int4"))
+        check_choice(
+            "config.image_encoding", self.image_encoding, ("jpeg95", "webp-lossless", "png")
+        )
         if not self.source:
-            raise UserError("config.source is empty: give the directory of a TFDS image dataset")
-        _crops("config", self.crop_scale, self.crop_ratio)
+            raise UserError("config.source is empty: set it to a TFDS image dataset")
+        _check_crops("config", self.crop_scale, self.crop_ratio)
         return self
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """`python -m dgpt_jax.evaluate`"""
+class EvaluateConfig:
+    """Config of `python -m dgpt_jax.evaluate`."""
 
-    protocol: str = entry("knn", "knn, linear, fewshot or robustness")
-    data: str = entry(
+    protocol: str = field("knn", "knn, linear, fewshot or robustness")
+    data: str = field(
         "",
-        "labelled TFDS image dataset; robustness: the directory that holds the test sets",
+        "labeled TFDS image dataset; robustness: the directory of the test sets",
         path=True,
     )
-    train: str = entry("train", "split with the labelled examples, slices allowed")
-    test: str = entry("test", "split that is classified, slices allowed")
-    features: tuple[str, ...] = entry(
-        ("cls", "mean"), "cls, mean (of the patch tokens), or both, each with its own results"
+    train: str = field("train", "split of the labeled examples; slices allowed")
+    test: str = field("test", "split that is classified; slices allowed")
+    features: tuple[str, ...] = field(
+        ("cls", "mean"), "cls, mean (of patch tokens) or both, each with its own results"
     )
-    resize: int = entry(256, "shorter side after resizing, in pixels; then a centre crop", COUNT)
-    squash: bool = entry(False, "resize to a square instead, as the official fine-tuning does")
-    shots: tuple[int, ...] = entry((0,), "labels a class; 0: all", NATURAL)
-    seeds: tuple[int, ...] = entry((0,), "draws of the labelled examples, where shots > 0", NATURAL)
-    k: tuple[int, ...] = entry((10, 20, 100, 200), "kNN: neighbours", COUNT)
-    temperature: float = entry(
-        0.07, "kNN: a neighbour votes exp(similarity / temperature)", POSITIVE
+    resize: int = field(256, "shorter side in pixels before the center crop", COUNT)
+    squash: bool = field(False, "resize to a square instead, like the official fine-tuning")
+    shots: tuple[int, ...] = field((0,), "labeled examples per class; 0: all", NATURAL)
+    seeds: tuple[int, ...] = field(
+        (0,), "seeds for drawing the labeled examples if shots > 0", NATURAL
     )
-    l2: float = entry(2.0**10, "fewshot: weight of the squared norm of the weights", POSITIVE)
-    batch_size: int = entry(256, "images a step", COUNT)
-    threads: int | None = entry(
-        None, "reading threads of each process; default: its cores and 4, at most 32", COUNT
+    k: tuple[int, ...] = field((10, 20, 100, 200), "kNN: numbers of neighbors", COUNT)
+    temperature: float = field(
+        0.07, "kNN: a neighbor's vote has the weight exp(similarity / temperature)", POSITIVE
     )
-    most: int | None = entry(
-        None, "take the first so many images of each split; default: all", COUNT
+    l2: float = field(
+        2.0**10,
+        "fewshot: L2 regularization, the factor of the squared norm of the weights",
+        POSITIVE,
     )
-    platform: str = entry("", "cpu, gpu or tpu: fail if it is not there; empty: what JAX finds")
-    hosts: Hosts = Hosts()
+    batch_size: int = field(256, "images per step", COUNT)
+    threads: int | None = field(None, THREADS, COUNT)
+    max_examples: int | None = field(
+        None, "use only the first images of each split, this many; default: all", COUNT
+    )
+    platform: str = field("", PLATFORM)
+    kernels: str = field("auto", KERNELS_HELP)
+    hosts: HostsConfig = HostsConfig()
 
-    def resolved(self) -> "Evaluate":
-        """Itself. Raises UserError on values that mean nothing."""
-        one_of("config.protocol", self.protocol, ("knn", "linear", "fewshot", "robustness"))
+    def resolved(self) -> "EvaluateConfig":
+        """Returns the config itself. Raises UserError on invalid values."""
+        check_choice("config.kernels", self.kernels, KERNELS)
+        check_choice("config.protocol", self.protocol, ("knn", "linear", "fewshot", "robustness"))
         for name in self.features:
-            one_of("config.features", name, ("cls", "mean"))
+            check_choice("config.features", name, ("cls", "mean"))
         if not self.data:
-            raise UserError("config.data is empty: give the directory of a labelled TFDS dataset")
+            raise UserError("config.data is empty: set it to a labeled TFDS dataset")
         for name in ("features", "shots", "seeds", "k"):
             if not getattr(self, name):
-                raise UserError(f"config.{name} is empty: name at least one")
+                raise UserError(f"config.{name} is empty: list at least one value")
         return self
 
 
-def _crops(prefix: str, scale: tuple[float, float], ratio: tuple[float, float]):
+def _check_crops(prefix: str, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
     """Raises UserError on bounds of crops in the wrong order."""
-    for name, (least, most) in (("crop_scale", scale), ("crop_ratio", ratio)):
-        if least > most:
-            raise UserError(f"{prefix}.{name} ({least}, {most}) must be LEAST, MOST")
+    for name, (low, high) in (("crop_scale", scale), ("crop_ratio", ratio)):
+        if low > high:
+            raise UserError(f"{prefix}.{name} ({low}, {high}) must be MIN, MAX")

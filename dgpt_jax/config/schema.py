@@ -1,7 +1,7 @@
-"""Between an `ml_collections.ConfigDict` and frozen dataclasses.
+"""Conversion of `ml_collections.ConfigDict` to frozen dataclasses, with checks and overrides.
 
-A schema is a frozen dataclass whose fields have defaults and a `doc`, made by `entry`; its own
-`resolved()`, where it has one, checks the values together and fills in what follows from others.
+A schema is a frozen dataclass whose fields are defined by `field`, with a default and a help text.
+Its optional method `resolved` checks values together and fills in defaults that depend on others.
 """
 
 import ast
@@ -11,138 +11,115 @@ import os
 import textwrap
 import types
 import typing
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict, config_dict
 
-# Numbers are less than these, so that no arithmetic with them overflows.
+from dgpt_jax.config.ranges import Range
+from dgpt_jax.config.renamed_keys import RENAMED
+from dgpt_jax.errors import UserError
+
+T = TypeVar("T")
+
+# Exclusive bounds of numbers, so that arithmetic with them does not overflow.
 LARGEST = {int: 2**63, float: 1e300}
 
 
-class UserError(Exception):
-    """Something the user can mend. Commands print its one line, no traceback, and exit with 1."""
+def field(default: Any, doc: str, within: Range | None = None, path: bool = False) -> Any:
+    """Defines a field of a schema, with its help text.
 
-
-def printable(text: str) -> str:
-    """Text whose control characters are escaped, so that names of files cannot move the cursor."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The numbers that a field may have: bounds of an interval (`least` and `most` belong to it,
-    `above` and `below` do not), and single values `also` taken."""
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    also: tuple[float, ...] = ()
-
-    def __contains__(self, value) -> bool:
-        return value in self.also or not (
-            (self.least is not None and value < self.least)
-            or (self.above is not None and value <= self.above)
-            or (self.most is not None and value > self.most)
-            or (self.below is not None and value >= self.below)
-        )
-
-    def __str__(self) -> str:
-        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-        bounds = ((text, getattr(self, name)) for name, text in words.items())
-        text = " and ".join(f"{text} {bound}" for text, bound in bounds if bound is not None)
-        return " or ".join([*map(str, self.also), text])
-
-
-COUNT = Range(least=1)
-NATURAL = Range(least=0)  # 0 and whole numbers, or whatever is not negative
-POSITIVE = Range(above=0)
-SHARE = Range(least=0, most=1)
-BELOW_1 = Range(least=0, below=1)
-
-
-def entry(default, doc: str, within: Range | None = None, path: bool = False):
-    """A field of a schema.
-
-    One of numbers, or of a tuple of them, states the Range of each; in a `path` a leading `~` is
-    expanded.
+    within: range of a number, or of each number in a tuple. path: expand a leading `~`.
     """
     metadata = {"doc": doc, "within": within, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _fields(schema: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(schema)
+
+
+def _group(annotation: Any) -> Any:
+    """The annotation if it is the schema of a group of keys, else None."""
+    return annotation if dataclasses.is_dataclass(annotation) else None
+
+
 def expand(path: str) -> str:
-    """The path with a leading `~` or `~user` expanded. Raises UserError where that home directory
-    is unknown."""
+    """Returns the path with a leading `~` or `~user` expanded. Raises UserError if there is no such
+    user."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise UserError(f"{path.partition('/')[0]} of {path} is no user: write ./~ for that name")
+        user = path.partition("/")[0]
+        raise UserError(f"{path}: there is no user {user}: write ./~ for a file of that name")
     return expanded
 
 
-def one_of(path: str, value, allowed):
-    """Raises UserError unless `value` is among `allowed`."""
+def check_choice(path: str, value: object, allowed: Collection[Any]) -> None:
+    """Raises UserError, naming the config key, unless `value` is one of `allowed`."""
     if value not in allowed:
         raise UserError(f"{path} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
-def default(schema) -> config_dict.ConfigDict:
-    """A schema's fields at their defaults, as a locked ConfigDict for a config file to edit."""
-    config = config_dict.ConfigDict()
-    for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(field.type):
-            config[field.name] = default(field.type)
-        elif field.default is None:  # a placeholder, because a plain None cannot be overridden
+def default_config(schema: type) -> ConfigDict:
+    """Returns a schema's defaults as a locked ConfigDict, for a config file to edit."""
+    config = ConfigDict()
+    for field in _fields(schema):
+        if group := _group(field.type):
+            config[field.name] = default_config(group)
+        elif field.default is None:  # a plain None could not be overridden
             config[field.name] = config_dict.placeholder(_kind(field.type))
         else:
             config[field.name] = field.default
     return config.lock()
 
 
-def parse(schema, config, prefix: str = "config"):
-    """A ConfigDict (or plain dict, as JSON gives it) as the frozen dataclass `schema`.
+def parse(schema: type[T], config: Mapping[str, Any] | ConfigDict, prefix: str = "config") -> T:
+    """Returns a ConfigDict, or a dict parsed from JSON, as the frozen dataclass `schema`.
 
-    Absent keys take their defaults; `resolved` fills in absent groups, too. Raises UserError for an
-    unknown key, with the nearest known one, or a value of the wrong type.
+    Missing keys and groups take their defaults. Raises UserError for unknown keys, suggesting the
+    nearest one, and for values of a wrong type, out of range or refused by `resolved`.
     """
-    known = {field.name: field for field in dataclasses.fields(schema)}
-    groups = {name: {} for name, field in known.items() if dataclasses.is_dataclass(field.type)}
+    fields = {field.name: field for field in _fields(schema)}
+    groups = {name: {} for name, field in fields.items() if _group(field.type)}
     values = {}
     for name, value in (groups | dict(config.items())).items():
-        if name not in known:
-            raise UserError(_unknown(f"{prefix}.{name}", schema))
-        values[name] = _value(known[name], value, f"{prefix}.{name}")
+        if name not in fields:
+            raise UserError(_unknown_key(f"{prefix}.{name}", schema))
+        values[name] = _value(fields[name], value, f"{prefix}.{name}")
     parsed = schema(**values)
-    return parsed.resolved() if hasattr(parsed, "resolved") else parsed
+    resolved = getattr(parsed, "resolved", None)
+    return resolved() if resolved else parsed
 
 
-def override(config: config_dict.ConfigDict, schema, path: str, text: str):
-    """Sets `config.model.width`, in the ConfigDict of a schema, to what `text` means there.
+def override(config: ConfigDict, schema: type, path: str, text: str) -> None:
+    """Sets a key (`config.model.width`) of a schema's ConfigDict to the value of a flag.
 
-    `1e4` is an integer where one is due; `(2, 2)`, `0.5,1` and `cls,mean` mean what they say.
-    `None` means none: of a text, the empty one.
+    The text is parsed by the field's type: `1e4` is valid for an integer, `(2, 2)`, `0.5,1` and
+    `cls,mean` for tuples; `None` is the empty string for a string. Raises UserError.
     """
-    root, parent, names = schema, "config", path.split(".")[1:]
+    section: Any = config
+    section_schema, parent, names = schema, "config", path.split(".")[1:]
     for i, name in enumerate(names):
-        field = next((f for f in dataclasses.fields(schema) if f.name == name), None)
+        field = next((f for f in _fields(section_schema) if f.name == name), None)
         if field is None:
-            raise UserError(_unknown(f"{parent}.{name}", schema, root))
+            raise UserError(_unknown_key(f"{parent}.{name}", section_schema, schema))
         parent, last = f"{parent}.{name}", i == len(names) - 1
-        if dataclasses.is_dataclass(field.type) == last:
+        if bool(_group(field.type)) == last:
             raise UserError(f"{parent} is {'a group of keys' if last else 'a value, not a group'}")
         if last:
-            with config.ignore_type():
-                config[name] = _value(field, _literal(field.type, text), parent)
+            with section.ignore_type():
+                section[name] = _value(field, _literal(field.type, text), parent)
         else:
-            config, schema = config[name], field.type
+            section, section_schema = section[name], _group(field.type)
 
 
-def to_dict(config) -> dict:
-    """A parsed config as plain nested dicts, for JSON."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a parsed config as nested dicts, for JSON."""
     return dataclasses.asdict(config)
 
 
-def flatten(config: dict, prefix: str = "") -> dict:
-    """{"model": {"width": 8}} as {"model.width": 8}."""
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"model.width": 8} of {"model": {"width": 8}}."""
     flat = {}
     for name, value in config.items():
         path = f"{prefix}{name}"
@@ -150,76 +127,79 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
-def lines(config: dict) -> list[str]:
-    """A line for each value of nested dicts: `config.model.width = 768`."""
+def lines(config: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each value of nested dicts: `config.model.width = 768`."""
     return [f"config.{name} = {value!r}" for name, value in flatten(config).items()]
 
 
-def keys(schema, prefix: str = "") -> list[str]:
-    """The paths of all fields that hold a value: `model.width`."""
-    found = []
-    for field in dataclasses.fields(schema):
-        path = f"{prefix}{field.name}"
-        found += keys(field.type, f"{path}.") if dataclasses.is_dataclass(field.type) else [path]
-    return found
+def keys(schema: type, prefix: str = "") -> list[str]:
+    """Returns the paths of all fields that are not groups: `model.width`."""
+    paths = []
+    for field in _fields(schema):
+        path, group = f"{prefix}{field.name}", _group(field.type)
+        paths += keys(group, f"{path}.") if group else [path]
+    return paths
 
 
-def describe(schema, prefix: str = "--config.") -> str:
-    """A paragraph for each field: its flag, type, default and doc."""
-    told = []
-    for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(field.type):
-            told.append(describe(field.type, f"{prefix}{field.name}."))
+def describe(schema: type, prefix: str = "--config.") -> str:
+    """Returns a paragraph for each field: its flag, type, range, default and help text."""
+    paragraphs = []
+    for field in _fields(schema):
+        if group := _group(field.type):
+            paragraphs.append(describe(group, f"{prefix}{field.name}."))
         else:
             kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
             within = field.metadata["within"]
-            stated = f"{kind}, {within}" if within else kind
-            about = f"({stated}; default {field.default!r}): {field.metadata['doc']}"
-            told.append(_WRAPPED.fill(f"{prefix}{field.name} {about}"))
-    return "\n".join(told)
+            kind = f"{kind}, {within}" if within else kind
+            about = f"({kind}; default {field.default!r}): {field.metadata['doc']}"
+            paragraphs.append(_WRAPPER.fill(f"{prefix}{field.name} {about}"))
+    return "\n".join(paragraphs)
 
 
-_WRAPPED = textwrap.TextWrapper(
+_WRAPPER = textwrap.TextWrapper(
     98, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False,
     break_long_words=False,
 )  # fmt: skip
 
 
-def _unknown(path: str, schema, root=None) -> str:
-    """What to say of an unknown key: the same name elsewhere in `root`, or the nearest one."""
+def _unknown_key(path: str, schema: type, root: type | None = None) -> str:
+    """Message about an unknown key, with its new name, or with the same or a similar name."""
     prefix, _, name = path.rpartition(".")
-    names = [field.name for field in dataclasses.fields(schema)]
-    every = {f"config.{key}": key.rpartition(".")[2] for key in (keys(root) if root else ())}
-    near = [key for key, last in every.items() if last == name]
-    near = near or [f"{prefix}.{n}" for n in _near(name, names, 0.5)]
-    near = near or [key for key, last in every.items() if last in _near(name, every.values(), 0.6)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(names)}"
+    if new := RENAMED.get(path.removeprefix("config.")):
+        return f"config key {path} is now config.{new}"
+    names = [field.name for field in _fields(schema)]
+    paths = {f"config.{key}": key.rpartition(".")[2] for key in (keys(root) if root else ())}
+    matches = [path for path, last in paths.items() if last == name]
+    matches = matches or [f"{prefix}.{n}" for n in _similar(name, names, 0.5)]
+    similar = _similar(name, paths.values(), 0.6)
+    matches = matches or [path for path, last in paths.items() if last in similar]
+    hint = f"did you mean {' or '.join(matches)}?" if matches else f"valid: {', '.join(names)}"
     return f"unknown config key {path}: {hint}"
 
 
-def _near(name: str, names, cutoff: float) -> list[str]:
+def _similar(name: str, names: Iterable[str], cutoff: float) -> list[str]:
     return difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
 
 
-def _optional(annotation) -> bool:
+def _optional(annotation: Any) -> bool:
     return isinstance(annotation, types.UnionType)
 
 
-def _required(annotation):
-    """`int` of `int | None`."""
+def _required(annotation: Any) -> Any:
+    """int for `int | None`."""
     if _optional(annotation):
         return next(a for a in typing.get_args(annotation) if a is not type(None))
     return annotation
 
 
-def _kind(annotation) -> type:
-    """The runtime type: tuple of `tuple[int, int] | None`."""
+def _kind(annotation: Any) -> type:
+    """The runtime type of an annotation: tuple for `tuple[int, int] | None`."""
     annotation = _required(annotation)
     return typing.get_origin(annotation) or annotation
 
 
-def _literal(annotation, text: str):
-    """The Python value of a flag's text; strings stay as they are."""
+def _literal(annotation: Any, text: str) -> Any:
+    """The Python value of a flag's text; unchanged for strings."""
     if text == "None" and (_optional(annotation) or _kind(annotation) is str):
         return None if _optional(annotation) else ""
     if _kind(annotation) is str:
@@ -228,15 +208,15 @@ def _literal(annotation, text: str):
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # "{[]: 1}", "((((…"
         value = {"true": True, "false": False}.get(text.lower(), text)
-    if _kind(annotation) is tuple and isinstance(value, str):  # names: cls,mean or [cls, mean]
-        value = [part.strip(" '\"") for part in text.strip(" ()[]").split(",") if part.strip()]
+    if _kind(annotation) is tuple and isinstance(value, str):  # cls,mean or [cls, mean]
+        value = [s.strip(" '\"") for s in text.strip(" ()[]").split(",") if s.strip()]
     elif _kind(annotation) is tuple and not isinstance(value, (tuple, list)):
         value = (value,)
     return value
 
 
-def _value(field, value, path: str):
-    """`value` as the field has it, within its range or with its home directory, or UserError."""
+def _value(field: dataclasses.Field, value: Any, path: str) -> Any:
+    """`value` in the type of the field, range checked, `~` expanded. Raises UserError."""
     value, within = _coerce(field.type, value, path), field.metadata.get("within")
     if field.metadata.get("path"):
         try:
@@ -251,12 +231,12 @@ def _value(field, value, path: str):
     return value
 
 
-def _coerce(annotation, value, path: str):
-    """`value` as the annotation has it, or UserError."""
-    if dataclasses.is_dataclass(annotation):
+def _coerce(annotation: Any, value: Any, path: str) -> Any:
+    """`value` in the type of the annotation. Raises UserError."""
+    if group := _group(annotation):
         if not hasattr(value, "items"):
             raise UserError(f"{path} is a group of keys, not a value: got {value!r}")
-        return parse(annotation, value, path)
+        return parse(group, value, path)
     if value is None and _optional(annotation):
         return None
     kind = _kind(annotation)
@@ -265,9 +245,9 @@ def _coerce(annotation, value, path: str):
         if inner[-1] is not Ellipsis and len(value) != len(inner):
             raise UserError(f"{path} takes {len(inner)} values, got {value!r}")
         return tuple(_coerce(inner[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if type(value) in (int, float) and kind in (int, float):
-        if not abs(value) < LARGEST[kind]:  # nor is NaN
-            raise UserError(f"{path} is {value!r}, more than any use or not a number")
+    if isinstance(value, int | float) and not isinstance(value, bool) and kind in (int, float):
+        if not abs(value) < LARGEST[kind]:  # also for NaN
+            raise UserError(f"{path} is {value!r}: too large, or not a number")
         if kind is float or float(value).is_integer():
             return kind(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

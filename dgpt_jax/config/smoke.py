@@ -1,67 +1,73 @@
-"""`--smoke`: any config as a rehearsal of a minute on a CPU, through the same code.
+"""`--smoke`: turns any command into a one-minute dry run on a CPU, through the same code.
 
-Data, teacher, image and patch size, segments, losses and recipe stay the user's. What is large is
-made small, after all other flags, and what the config expects of its data is not asked for.
+Data, teacher, image and patch size, segments, losses and optimizer stay as configured. Sizes and
+durations are reduced, after all other flags, and expected properties of the data are not checked.
 """
 
 import json
+from typing import Any
 
 from etils import epath
 
-from dgpt_jax import schema as schema_lib
-from dgpt_jax.config import Evaluate, Tokens, Train
-from dgpt_jax.schema import UserError
+from dgpt_jax.config import schema as schema_lib
+from dgpt_jax.config.roots import EvaluateConfig, TokensConfig, TrainConfig
+from dgpt_jax.errors import UserError
 
-HELP = "rehearse on a CPU: a tiny model, a few steps, small batches, few examples; data stay yours"
+HELP = "one-minute dry run on a CPU: your data, with a tiny model, few steps and small batches"
 WIDTH = 32
-# As a user would type them.
+# In the form of command-line flags.
 OVERRIDES = {
-    Train: (
-        "total=4 steps", "batch_size=16", "log_every=1", "platform=cpu",
+    TrainConfig: (
+        "total=4 steps", "batch_size=16", "log_every=1", "platform=cpu", "kernels=auto",
         f"model.width={WIDTH}", "model.depth=8", "model.heads=2", "model.taps=None",
         "model.decoder_width=32", "model.decoder_heads=2",
         "data.examples=None", "data.lanes=None", "teacher.width=None", "teacher.grid=None",
-        "classify.mix_group=16", "optim.warmup=2 steps",
+        "classify.mixup_group_size=16", "optim.warmup=2 steps",
         "mesh.data=-1", "mesh.fsdp=1", "mesh.tensor=1",
         "checkpoint.every=2 steps", "checkpoint.keep_every=",
-        "evals.every=2 steps", "evals.most=32", "evals.batch_size=16",
+        "evals.every=2 steps", "evals.max_examples=32", "evals.batch_size=16",
     ),
-    Tokens: ("views=1", "batch_size=4", "shard_size=4", "tensor=1", "platform=cpu"),
-    Evaluate: ("most=32", "shots=0", "seeds=0", "k=10,20", "batch_size=16", "platform=cpu"),
+    TokensConfig: (
+        "views=1", "batch_size=4", "shard_size=4", "tensor=1", "platform=cpu", "kernels=auto",
+    ),
+    EvaluateConfig: (
+        "max_examples=32", "shots=0", "seeds=0", "k=10,20", "batch_size=16", "platform=cpu",
+        "kernels=auto",
+    ),
 }  # fmt: skip
 
 
-def shrink(config, schema):
-    """Makes a ConfigDict of a schema small. Raises UserError where it would not be the same."""
-    for text in OVERRIDES[schema]:
-        key, _, value = text.partition("=")
+def shrink(config: Any, schema: type) -> None:
+    """Reduces the ConfigDict of a schema. Raises UserError if it starts from larger weights."""
+    for flag in OVERRIDES[schema]:
+        key, _, value = flag.partition("=")
         schema_lib.override(config, schema, f"config.{key}", value)
-    if schema is Train:
+    if schema is TrainConfig:
         config.accum_steps = min(config.accum_steps, 2)
         _refuse_large(config)
-    elif schema is Tokens:
-        config.split = f"{_whole(config.split)}[:8]"
-    else:  # of another split so few examples could have other classes
-        config.train = config.test = _whole(config.train)
+    elif schema is TokensConfig:
+        config.split = f"{_without_slice(config.split)}[:8]"
+    else:  # so few examples of two splits could have different classes
+        config.train = config.test = _without_slice(config.train)
 
 
-def _whole(split: str) -> str:
-    """Without its slice, which a small dataset may not have."""
+def _without_slice(split: str) -> str:
+    """The split without its slice, which a small dataset may not have."""
     return split.partition("[")[0]
 
 
-def _refuse_large(config):
-    """Raises UserError where the model starts from weights that a tiny one cannot take."""
-    weights = config.classify.weights if config.task == "classify" else ""
+def _refuse_large(config: Any) -> None:
+    """Raises UserError if the initial weights are not of a tiny model."""
+    weights = config.init.weights if config.task == "classify" else ""
     if not weights:
         return
     try:
-        told = json.loads((epath.Path(weights) / "config.json").read_text())
-        fits = told["model"]["width"] == WIDTH
+        run = json.loads((epath.Path(weights) / "config.json").read_text())
+        fits = run["model"]["width"] == WIDTH
     except (OSError, ValueError, KeyError, TypeError):
         fits = False
     if not fits:
         raise UserError(
-            f"--smoke trains a tiny model, and {weights} is not the run of one: pretrain with "
-            f"--smoke and name that run, or leave config.classify.weights empty"
+            f"--smoke trains a tiny model, config.init.weights {weights} is not a run of one: "
+            f"pretrain with --smoke and use that run, or leave config.init.weights empty"
         )

@@ -1,23 +1,24 @@
-"""Supervised augmentation of pictures: RandAugment, colour jitter and erased boxes, on the host.
+"""Supervised augmentation on the host: RandAugment, color jitter and random erasing.
 
-What is drawn is data, as views are: a list of operations, a box. Sources: timm's
-`auto_augment.py`, `random_erasing.py` (with Pillow, as the published recipes ran them) and
-torchvision's ColorJitter. mixing.py has what happens on the device.
+Random choices are data, like views: a list of operations, a box. Sources: timm's `auto_augment.py`
+and `random_erasing.py` (with Pillow, as in the published recipes), torchvision's ColorJitter.
+Augmentation on the device: training/mixup.py.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from dgpt_jax import vit
-from dgpt_jax.schema import UserError
+from dgpt_jax.data.normalization import IMAGENET_MEAN
+from dgpt_jax.errors import UserError
 
-LEVELS = 10  # magnitudes are tenths
-FILL = tuple(round(255 * x) for x in vit.IMAGENET_MEAN)  # what comes in from beyond the border
+LEVELS = 10  # magnitudes are in tenths
+FILL = tuple(round(255 * x) for x in IMAGENET_MEAN)  # beyond the border
 INTERPOLATIONS = {
     "bicubic": (Image.Resampling.BICUBIC,),
     "bilinear": (Image.Resampling.BILINEAR,),
@@ -27,15 +28,18 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: its name in OPS, its argument there, Pillow's number of the filter."""
+    """One operation: its name in OPS, its argument, Pillow's resampling filter."""
 
     name: str
     value: float
-    filter: int = Image.Resampling.BICUBIC
+    filter: Image.Resampling = Image.Resampling.BICUBIC
 
 
-def _affine(matrix: Callable) -> Callable:
-    def apply(image, op: Op):
+Apply = Callable[[Image.Image, Op], Image.Image]
+
+
+def _affine(matrix: Callable) -> Apply:
+    def apply(image: Image.Image, op: Op) -> Image.Image:
         coefficients = matrix(op.value, *image.size)
         return image.transform(
             image.size, Image.Transform.AFFINE, coefficients, resample=op.filter, fillcolor=FILL
@@ -44,25 +48,25 @@ def _affine(matrix: Callable) -> Callable:
     return apply
 
 
-def _enhance(kind) -> Callable:
+def _enhance(kind: Callable) -> Apply:
     return lambda image, op: kind(image).enhance(op.value)
 
 
-def _posterize(image, op: Op):
-    """Keeps the `value` highest bits: none at level 10, which is black. Newer Pillow, and timm with
-    it, raises an error there."""
+def _posterize(image: Image.Image, op: Op) -> Image.Image:
+    """Keeps the `value` highest bits: none at level 10, which is black. Newer Pillow, and so timm,
+    raises an error for 0."""
     mask = 0xFF00 >> int(op.value) & 0xFF
     return image.point(3 * [i & mask for i in range(256)])
 
 
-def _solarize_add(image, op: Op):
+def _solarize_add(image: Image.Image, op: Op) -> Image.Image:
     table = [min(255, i + int(op.value)) if i < 128 else i for i in range(256)]
     return image.point(3 * table)
 
 
-# Name → (picture, operation) → picture. Shears and shifts are inverse maps; shifts are parts of the
-# side; colour and its like are Pillow's factors, where 1 changes nothing.
-OPS: dict[str, Callable] = {
+# Shears and translations are inverse maps; translations are fractions of the side; enhancements are
+# Pillow's factors, where 1 is the identity.
+OPS: dict[str, Apply] = {
     "autocontrast": lambda image, op: ImageOps.autocontrast(image),
     "equalize": lambda image, op: ImageOps.equalize(image),
     "invert": lambda image, op: ImageOps.invert(image),
@@ -81,35 +85,35 @@ OPS: dict[str, Callable] = {
 }
 NAMES = tuple(OPS)
 ENHANCED = ("color", "contrast", "brightness", "sharpness")
-# Largest values, at level 10; they may go to either side.
+# Values at level 10; the sign is random.
 SIGNED = {
     "rotate": 30.0, "shear_x": 0.3, "shear_y": 0.3, "translate_x": 0.45, "translate_y": 0.45,
 }  # fmt: skip
 
 
 def value_of(name: str, level: float, negative: bool, increasing: bool) -> float:
-    """The argument of an operation at a level from 0 to 10.
+    """Returns the argument of an operation at a level from 0 to 10.
 
-    increasing: whether every operation does more at higher levels, as timm's `inc1` has it.
+    increasing: True if every operation gets stronger with the level (timm's `inc1`).
     """
-    part = level / LEVELS
+    strength = level / LEVELS
     sign = -1.0 if negative else 1.0
     if name in SIGNED:
-        return sign * part * SIGNED[name]
+        return sign * strength * SIGNED[name]
     if name in ENHANCED:
-        return max(0.1, 1.0 + sign * part * 0.9) if increasing else part * 1.8 + 0.1
+        return max(0.1, 1.0 + sign * strength * 0.9) if increasing else strength * 1.8 + 0.1
     if name == "posterize":
-        return 4 - int(part * 4) if increasing else int(part * 4)
+        return 4 - int(strength * 4) if increasing else int(strength * 4)
     if name == "solarize":
-        threshold = min(256, int(part * 256))
+        threshold = min(256, int(strength * 256))
         return 256 - threshold if increasing else threshold
-    return min(128, int(part * 110)) if name == "solarize_add" else 0
+    return min(128, int(strength * 110)) if name == "solarize_add" else 0
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`layers` operations a picture, drawn with replacement; each happens with probability `prob`
-    at a level drawn around `magnitude` and cut to 0…10."""
+    """`layers` operations per image, drawn with replacement; applied with probability `prob` each,
+    at a level drawn from N(magnitude, deviation) and clipped to 0…10."""
 
     magnitude: float
     deviation: float = 0.0
@@ -119,46 +123,48 @@ class RandAugment:
     interpolation: str = "bicubic"
 
     def draw(self, rng: np.random.Generator) -> list[Op]:
-        """The operations that one picture gets, in order."""
+        """Returns the operations for one image, in order."""
         filters = INTERPOLATIONS[self.interpolation]
         drawn = []
         for name in rng.choice(len(NAMES), self.layers):
-            happens, negative = rng.random() < self.prob, rng.random() < 0.5
+            applied, negative = rng.random() < self.prob, rng.random() < 0.5
             level = min(max(rng.normal(self.magnitude, self.deviation), 0.0), LEVELS)
-            chosen = filters[rng.integers(len(filters))]
-            if happens:
+            resampling = filters[rng.integers(len(filters))]
+            if applied:
                 value = value_of(NAMES[name], level, negative, self.increasing)
-                drawn.append(Op(NAMES[name], value, chosen))
+                drawn.append(Op(NAMES[name], value, resampling))
         return drawn
 
 
 def rand_augment(text: str, interpolation: str = "bicubic") -> RandAugment:
-    """timm's `rand-m9-mstd0.5-inc1`; also n (layers) and p (probability). Raises UserError."""
-    kind, *parts = text.split("-")
-    read = {"m": ("magnitude", int), "mstd": ("deviation", float), "n": ("layers", int),
-            "p": ("prob", float), "inc": ("increasing", lambda word: bool(int(word)))}  # fmt: skip
-    found = {"magnitude": LEVELS}
-    for part in parts:
-        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
-        name, kind_of = read.get(match[1], (None, None)) if match else (None, None)
+    """Parses timm's `rand-m9-mstd0.5-inc1`; also n (layers), p (probability). Raises UserError."""
+    kind, *terms = text.split("-")
+    parsers = {
+        "m": ("magnitude", int), "mstd": ("deviation", float), "n": ("layers", int),
+        "p": ("prob", float), "inc": ("increasing", lambda digits: bool(int(digits))),
+    }  # fmt: skip
+    values: dict[str, Any] = {"magnitude": LEVELS}
+    for term in terms:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", term)
+        if match is None or match[1] not in parsers:
+            break
+        name, parse = parsers[match[1]]
         try:
-            found[name] = kind_of(match[2])
-        except (TypeError, ValueError):
-            name = None
-        if name is None:
+            values[name] = parse(match[2])
+        except ValueError:
             break
     else:
-        if kind == "rand" and found.get("prob", 0) <= 1 and found.get("deviation", 0) <= LEVELS:
-            return RandAugment(interpolation=interpolation, **found)
+        if kind == "rand" and values.get("prob", 0) <= 1 and values.get("deviation", 0) <= LEVELS:
+            return RandAugment(interpolation=interpolation, **values)
     raise UserError(
-        f"cannot read the augmentation {text!r}: write rand-m9-mstd0.5-inc1, with m, mstd, n, p, "
-        f"inc as timm has them"
+        f"cannot parse the augmentation {text!r}: use timm's syntax, rand-m9-mstd0.5-inc1, with m, "
+        f"mstd, n, p and inc"
     )
 
 
 def draw_jitter(rng: np.random.Generator, strengths: Sequence[float]) -> list[Op]:
-    """Brightness, contrast, saturation in a random order, each by a factor within 1 ± its strength,
-    as torchvision draws them."""
+    """Returns brightness, contrast and saturation in a random order, each by a factor uniform in
+    1 ± its strength, as in torchvision."""
     drawn = []
     for i in rng.permutation(3):
         factor = rng.uniform(max(0.0, 1 - strengths[i]), 1 + strengths[i])
@@ -167,17 +173,17 @@ def draw_jitter(rng: np.random.Generator, strengths: Sequence[float]) -> list[Op
     return drawn
 
 
-def apply(picture: np.ndarray, ops: Sequence[Op]) -> np.ndarray:
-    """uint8 (height, width, 3) through the operations, in order."""
+def apply(image: np.ndarray, ops: Sequence[Op]) -> np.ndarray:
+    """Applies operations, in order, to an image, uint8 (height, width, 3)."""
     if not ops:
-        return picture
-    image = Image.fromarray(picture)
+        return image
+    result = Image.fromarray(image)
     for op in ops:
-        image = OPS[op.name](image, op)
-    return np.asarray(image)
+        result = OPS[op.name](result, op)
+    return np.asarray(result)
 
 
-NOTHING = np.zeros(4, np.int32)
+NO_BOX = np.zeros(4, np.int32)
 
 
 def draw_erased(
@@ -188,10 +194,11 @@ def draw_erased(
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> np.ndarray:
-    """The box (top, left, height, width), int32, that is erased from a size×size picture; all 0
-    with probability 1 - prob. Shares of the area, height over width (log-uniform); ten tries."""
+    """Returns the box to erase from a size×size image, (top, left, height, width) int32; zeros with
+    probability 1 - prob or after ten tries. `area`: range of the fraction of the image, uniform;
+    `aspect`: range of height over width, log-uniform."""
     if rng.random() >= prob:
-        return NOTHING
+        return NO_BOX
     for _ in range(10):
         target = rng.uniform(*area) * size * size
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -200,4 +207,4 @@ def draw_erased(
             top = rng.integers(0, size - height + 1)
             left = rng.integers(0, size - width + 1)
             return np.array([top, left, height, width], np.int32)
-    return NOTHING
+    return NO_BOX

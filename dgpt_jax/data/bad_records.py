@@ -1,71 +1,57 @@
-"""Stored examples that cannot be used: an error, or named, counted and replaced by the next."""
+"""Bad records: stored examples that cannot be used raise, or are logged, counted and replaced."""
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
-from dgpt_jax import token_codec, views
-from dgpt_jax.schema import UserError, printable
+from dgpt_jax.data import image_ops, token_codec
+from dgpt_jax.errors import BadRecord, UserError, bad_record
+from dgpt_jax.storage import tfds_dataset
 
 T = TypeVar("T")
 
 
-class BadRecord(UserError):
-    """One example that cannot be used; the line names its dataset, split, index and id."""
-
-
-def bad_record(source, index: int, name: str, reason) -> BadRecord:
-    """The error of an example; `name` is its id, "" where that cannot be read either. It may hold
-    anything, and is not to move the terminal's cursor."""
-    shown = printable(name) or "its id cannot be read"
-    return BadRecord(f"{source}: example {index} ({shown}): {one_line(reason)}")
-
-
-def one_line(reason) -> str:
-    """What an error says, without the rest of its page."""
-    return (str(reason).strip().split("\n") or [""])[0][:200] or type(reason).__name__
-
-
 @contextlib.contextmanager
-def named(source, index: int, record: dict):
-    """A context in which the record's picture is decoded; raises BadRecord where it cannot be, or
-    where the record's tokens are not finite."""
+def decode_errors(source: tfds_dataset.Split, index: int, record: dict) -> Iterator[None]:
+    """Context that decodes the image of a record. Raises BadRecord if its bytes are unreadable or
+    its tokens are not finite."""
     if "tokens" in record and not token_codec.is_finite(record["tokens"]):
         raise bad_record(source, index, record["id"], "its tokens are not finite (NaN or Inf)")
     try:
         yield
-    except views.Unreadable as e:
+    except image_ops.UnreadableImage as e:
         raise bad_record(source, index, record["id"], e) from None
 
 
-def picture(source, index: int, record: dict) -> np.ndarray:
-    """The decoded image of a record. Raises BadRecord, as `named` does."""
-    with named(source, index, record):
-        return views.decode_picture(record["image"])
+def decode_image(source: tfds_dataset.Split, index: int, record: dict) -> np.ndarray:
+    """Returns the decoded image of a record. Raises BadRecord, as `decode_errors` does."""
+    with decode_errors(source, index, record):
+        return image_ops.decode_image(record["image"])
 
 
 @dataclass
 class Policy:
-    """What becomes of bad records: `skip`, or an error. Skipped ones are fatal where they are more
-    than the share `most` of the epochs that have begun.
+    """Treatment of bad records: replaced if `skip`, else an error. Replaced ones are fatal once
+    they exceed the fraction `max_fraction` of the epochs begun so far.
 
-    `read` and `bad` count what one process has taken from the stream; picklable.
+    length: examples in the dataset. `read` and `bad` count the examples and the bad records of this
+    process. Picklable.
     """
 
     skip: bool
-    most: float
+    max_fraction: float
     length: int
     read: int = 0
     bad: int = 0
-    _said: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
 
-    def first_good(self, load: Callable[[int], T], index: int) -> tuple[T, bool]:
-        """load(i) for the first i from `index` on, round the end, that is good, and whether it is
-        another: a function of what is stored, on whatever process and thread."""
+    def load_or_replace(self, load: Callable[[int], T], index: int) -> tuple[T, bool]:
+        """Returns (load(i), i != index) for the first good i from `index` on, wrapping around: the
+        same on any process and thread."""
         skipped = 0
         while True:
             try:
@@ -73,25 +59,25 @@ class Policy:
             except BadRecord as e:
                 if not self.skip:
                     raise
-                self._say(str(e))
+                self._warn_once(str(e))
                 skipped += 1
-                self._refuse(skipped, self.length)
+                self._check(skipped, self.length)
 
     def count(self, replaced: np.ndarray):
-        """Counts a batch; `replaced` (rows,): whether each example is another's replacement."""
+        """Counts a batch; replaced: bool (rows,), True for replacements."""
         self.read += len(replaced)
         self.bad += int(replaced.sum())
-        self._refuse(self.bad, -(-self.read // self.length) * self.length)
+        self._check(self.bad, -(-self.read // self.length) * self.length)
 
-    def _say(self, error: str):
-        """Once in each process, not once an epoch."""
-        if error not in self._said:
-            self._said.add(error)
-            print(f"bad record, the next is taken: {error}", file=sys.stderr, flush=True)
+    def _warn_once(self, error: str):
+        """Prints an error once per process, not once per epoch."""
+        if error not in self._warned:
+            self._warned.add(error)
+            print(f"bad record, replaced by the next: {error}", file=sys.stderr, flush=True)
 
-    def _refuse(self, bad: int, of: int):
-        if bad > self.most * of:
+    def _check(self, bad: int, examples: int):
+        if bad > self.max_fraction * examples:
             raise UserError(
-                f"{bad} bad records to {of} examples are more than the share {self.most:g} that "
-                f"config.data.bad_most allows; they are named above: mend the dataset, or raise it"
+                f"{bad} bad records in {examples} examples exceed config.data.max_bad_fraction="
+                f"{self.max_fraction:g}; they are listed above: fix the dataset, or raise the limit"
             )

@@ -1,21 +1,21 @@
-"""Names of classes, compared where two datasets, or a dataset and a head, meet."""
+"""Comparison of the class names of two datasets, or of a dataset and a classifier."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
 
 
 def first_difference(names: Sequence[str], expected: Sequence[str]) -> int | None:
-    """The number of the first class that has two names; None where all agree.
+    """Returns the first class whose names differ, or None.
 
-    Names that are not known (empty), or are the classes' own numbers, fit any.
+    An empty list, or one of the numbers 0, 1, …, matches any names.
     """
-    for some in (names, expected):
-        if list(some) == [str(i) for i in range(len(some))]:
+    for candidate in (names, expected):
+        if list(candidate) == [str(i) for i in range(len(candidate))]:
             return None
     pairs = enumerate(zip_longest(names, expected))
     return next((i for i, (name, other) in pairs if name != other), None)
 
 
-def shown(names: Sequence[str], most: int = 8) -> str:
-    """Their number and the first of them: "1000 classes (n01440764, n01443537, …)"."""
+def summary(names: Sequence[str], most: int = 8) -> str:
+    """Returns the number of names and the first few: "1000 classes (n01440764, n01443537, …)"."""
     return f"{len(names)} classes ({', '.join(names[:most])}{', …' if names[most:] else ''})"

@@ -1,4 +1,4 @@
-"""Pictures: decoding them, views (crop box and flip, as data), and rendering through a view."""
+"""Decoding and encoding of images; views (crop box and flip, as data) and their rendering."""
 
 import io
 import math
@@ -8,14 +8,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
-# Formats that are decoded, by Pillow's names; a phone's MPO is among JPEG.
+# Decoded formats, by Pillow's names; Pillow opens MPO (phones) as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Where Pillow refuses too, so that what was imported can be read: 13377² pixels, half a GB.
+# Pillow's own limit, so that imported images can be read: 13377² pixels, half a GB.
 MAX_PIXELS = 178_956_970
-# Shrinking leaves at least so many pixels for one of the result: photographs then differ from those
-# of a full decode by 46 dB (median; 39 at worst), at 1.0 by 39 (30).
-SPARE = 1.5
-SHRINKING = {  # OpenCV's bit for it alone: its names with COLOR say BGR too
+# Minimum number of decoded pixels per output pixel and side when a JPEG is decoded at reduced size:
+# PSNR to a full decode is then 46 dB (median; 39 at worst), at 1.0 it is 39 (30).
+MIN_OVERSAMPLING = 1.5
+REDUCED_FLAGS = {  # OpenCV's bit for the size alone: its names with COLOR also say BGR
     1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
@@ -25,7 +25,7 @@ SHRINKING = {  # OpenCV's bit for it alone: its names with COLOR say BGR too
 
 @dataclass(frozen=True)
 class View:
-    """A crop box in pixels of the source image, and whether the result is mirrored."""
+    """Crop box in pixels of the source image; `flip` mirrors the result horizontally."""
 
     top: int
     left: int
@@ -38,7 +38,7 @@ class View:
         return self.top, self.left, self.height, self.width
 
 
-def draw(
+def draw_view(
     rng: np.random.Generator,
     height: int,
     width: int,
@@ -48,18 +48,18 @@ def draw(
     flip: bool,
     clip: bool = False,
 ) -> View:
-    """A random resized crop of a height×width image, and a mirror with probability ½ if `flip`.
+    """Returns a random resized crop of a height×width image, mirrored with probability ½ if `flip`.
 
-    `scale` bounds the crop's share of the area, `ratio` its width over height (drawn
-    log-uniformly). After ten misses: the largest centred crop within `ratio`, as in torchvision.
-    With `clip` none is missed: what sticks out is cut off, as MAE's util/crop.py does for probes.
+    `scale` bounds the crop's fraction of the area, `ratio` its width over height (log-uniform). If
+    ten draws do not fit the image: the largest centered crop within `ratio`, as in torchvision.
+    With `clip` the first draw is clipped to the image, as in MAE's util/crop.py for probes.
     """
     mirrored = bool(flip and rng.random() < 0.5)
     log_ratio = np.log(ratio)
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(*log_ratio))
-        # Twice the side is as much of a miss as more, which may be infinite.
+        # Larger sides, up to infinity, do not fit either.
         w = round(min(math.sqrt(area * aspect), 2 * width))
         h = round(min(math.sqrt(area / aspect), 2 * height))
         if clip:
@@ -74,25 +74,30 @@ def draw(
     return View((height - h) // 2, (width - w) // 2, h, w, mirrored)
 
 
-def render(image: np.ndarray, view: View, size: int, shrunk: int = 1) -> np.ndarray:
-    """RGB uint8 (height, width, 3) through a view: (size, size, 3), antialiased bicubic.
+def render(image: np.ndarray, view: View, size: int, shrink: int = 1) -> np.ndarray:
+    """Returns RGB uint8 (height, width, 3) rendered through a view: (size, size, 3).
 
-    `shrunk`: of how many pixels on a side, of those that the view counts, one of `image` is made.
+    `shrink`: factor by which `image` was reduced when decoded; the view is in unreduced pixels.
     """
-    top, left = view.top // shrunk, view.left // shrunk
-    bottom, right = (-(-end // shrunk) for end in (view.top + view.height, view.left + view.width))
+    top, left = view.top // shrink, view.left // shrink
+    bottom, right = (-(-end // shrink) for end in (view.top + view.height, view.left + view.width))
     crop, box = image[top:bottom, left:right], None
-    if shrunk > 1:
-        x, y = view.left / shrunk - left, view.top / shrunk - top
-        box = (x, y, x + view.width / shrunk, y + view.height / shrunk)
-    picture = resize(crop, size, size, box)
-    return np.ascontiguousarray(picture[:, ::-1]) if view.flip else picture
+    if shrink > 1:
+        x, y = view.left / shrink - left, view.top / shrink - top
+        box = (x, y, x + view.width / shrink, y + view.height / shrink)
+    resized = resize(crop, size, size, box)
+    return np.ascontiguousarray(resized[:, ::-1]) if view.flip else resized
 
 
-def resize(image: np.ndarray, height: int, width: int, box=None) -> np.ndarray:
-    """Antialiased bicubic, as the published protocols' Pillow does it (kernel a = -0.5).
+def resize(
+    image: np.ndarray,
+    height: int,
+    width: int,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resizes with Pillow's antialiased bicubic filter (a = -0.5), as published protocols do.
 
-    `box`: (left, top, right, bottom), fractions of pixels allowed; default: all of the image.
+    `box`: (left, top, right, bottom) in fractional pixels; default: the full image.
     """
     if box is None and image.shape[:2] == (height, width):
         return image
@@ -100,8 +105,8 @@ def resize(image: np.ndarray, height: int, width: int, box=None) -> np.ndarray:
     return np.asarray(resized)
 
 
-def centre_crop(image: np.ndarray, resize_to: int, size: int, *, squash: bool) -> np.ndarray:
-    """The evaluation view: resize, then the central size×size pixels.
+def center_crop(image: np.ndarray, resize_to: int, size: int, *, squash: bool) -> np.ndarray:
+    """Returns the evaluation view: the image resized, then its central size×size pixels.
 
     `resize_to` is the shorter side after resizing (MAE, DINOv2), or both sides with `squash` (the
     official D-iGPT's fine-tuning).
@@ -119,7 +124,7 @@ def centre_crop(image: np.ndarray, resize_to: int, size: int, *, squash: bool) -
 
 
 ENCODINGS = {
-    # Colours at full resolution: 20.9 → 25.9 kB a 224² photograph, 40.2 → 43.0 dB.
+    # 4:4:4 against 4:2:0 chroma: 20.9 → 25.9 kB per 224² photograph, 40.2 → 43.0 dB.
     "jpeg95": (
         ".jpg",
         [
@@ -134,56 +139,53 @@ ENCODINGS = {
 }
 
 
-def encode_picture(image: np.ndarray, kind: str) -> bytes:
-    """RGB uint8 (height, width, 3) as bytes of "jpeg95", "webp-lossless" or "png"."""
+def encode_image(image: np.ndarray, kind: str) -> bytes:
+    """Encodes RGB uint8 (height, width, 3) as one of ENCODINGS."""
     extension, options = ENCODINGS[kind]
     ok, data = cv2.imencode(extension, image[..., ::-1], options)
     if not ok:
-        raise ValueError(f"OpenCV could not encode a picture of shape {image.shape} as {kind}")
+        raise ValueError(f"OpenCV cannot encode an image of shape {image.shape} as {kind}")
     return data.tobytes()
 
 
-class Unreadable(ValueError):
-    """Bytes that are no image, or one that is too large."""
+class UnreadableImage(ValueError):
+    """Bytes that are not an image, or an image that is too large."""
 
 
-class Encoded:
-    """An image in its bytes: its size is known before it is decoded.
+class EncodedImage:
+    """Encoded image whose size is read before it is decoded.
 
-    Raises Unreadable, before any memory is taken where a header tells more than MAX_PIXELS.
+    Raises UnreadableImage, before allocating memory if the header gives more than MAX_PIXELS.
     """
 
     def __init__(self, data: bytes):
         self._data = data
         try:
-            # OpenCV would decode six times as many pixels, and tells no size beforehand: 10 to 20
-            # µs.
+            # OpenCV has a limit six times as high and does not give the size: this costs 10-20 µs.
             with Image.open(io.BytesIO(data), formats=FORMATS) as header:
                 self.width, self.height = header.size
                 self._jpeg = header.format in ("JPEG", "MPO")
         except Image.DecompressionBombError as e:
-            raise Unreadable(f"an image that is too large: {e}") from None
-        except Exception:  # Pillow's parsers raise various
+            raise UnreadableImage(f"the image is too large: {e}") from None
+        except Exception:  # Pillow's parsers raise many types
             raise self._unreadable() from None
         if self.width * self.height > MAX_PIXELS:
-            raise Unreadable(f"an image that is too large: {self.width}×{self.height} pixels")
+            raise UnreadableImage(f"the image is too large: {self.width}×{self.height} pixels")
 
-    def _unreadable(self) -> Unreadable:
-        return Unreadable(f"{len(self._data)} bytes that are no readable image")
+    def _unreadable(self) -> UnreadableImage:
+        return UnreadableImage(f"{len(self._data)} bytes that are not a readable image")
 
     def shrink(self, view: View, size: int) -> int:
-        """How many pixels on a side may become one while decoding for a view of size² pixels.
-
-        A JPEG's blocks of 8×8 frequencies give 4×4, 2×2 or 1 pixel at less work.
-        """
+        """Returns the factor (1, 2, 4 or 8) by which sides may be reduced while decoding for a view
+        rendered at size² pixels. JPEG decodes 8×8 blocks to 4×4, 2×2 or 1 pixel at less cost."""
         least = min(view.height, view.width) / size
-        return next((n for n in (8, 4, 2) if self._jpeg and least >= n * SPARE), 1)
+        return next((n for n in (8, 4, 2) if self._jpeg and least >= n * MIN_OVERSAMPLING), 1)
 
     def decode(self, shrink: int = 1) -> np.ndarray:
-        """RGB uint8 (height, width, 3), EXIF orientation ignored; sides are rounded up where they
-        are divided by `shrink`."""
+        """Returns RGB uint8 (height, width, 3) without applying the EXIF orientation; sides are
+        divided by `shrink`, rounded up. Raises UnreadableImage."""
         try:
-            flags = SHRINKING[shrink] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            flags = REDUCED_FLAGS[shrink] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
             image = cv2.imdecode(np.frombuffer(self._data, np.uint8), flags)
         except cv2.error:
             image = None
@@ -192,6 +194,6 @@ class Encoded:
         return image
 
 
-def decode_picture(data: bytes) -> np.ndarray:
-    """Encoded bytes as RGB uint8 (height, width, 3), as Encoded does it. Raises Unreadable."""
-    return Encoded(data).decode()
+def decode_image(data: bytes) -> np.ndarray:
+    """Decodes bytes to RGB uint8 (height, width, 3). Raises UnreadableImage."""
+    return EncodedImage(data).decode()

@@ -1,18 +1,18 @@
-"""From examples to batches: the batch is a function of (seed, step).
+"""Data loader: examples to batches, a function of (seed, step).
 
-Global batch k is positions k·B … (k+1)·B - 1 of the stream, and a process reads just the rows that
-its devices hold. So nothing here is ever checkpointed.
+Global batch k is positions k·B … (k+1)·B - 1 of the stream, and a process reads only the rows that
+its devices hold. No loader state is checkpointed.
 
-While a process trains on R rows of e bytes each (413 kB, of a 224² picture and 257 × 1024 int8), it
-holds at most
+A process that trains on R rows of e bytes each (413 kB for a 224² image and 257 × 1024 int8) holds
+at most
 
-    max(config.data.prefetch_bytes, 2·R·e)  that is prefetched, of all workers together
+    max(config.data.prefetch_bytes, 2·R·e)  prefetched examples, of all workers together
     + R·e                                   the batch that is being filled
-    + 4·R·e                                 on devices, of a CPU the same memory: 2 in `ahead`, and
-                                            those of the steps in flight (loop.py) or on their way
-    + a chunk, twice, for each thread       that it reads and stacks; and a decoded picture
+    + 4·R·e                                 on devices (CPUs: in host memory): 2 prefetched,
+                                            and those of steps in flight or in transfer
+    + 2 chunks per thread                   being read and stacked, and one decoded image
 
-and what malloc keeps of what was freed (open_files.keep_memory).
+and the freed memory that malloc retains (file_limits.tune_malloc).
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import itertools
 import math
 import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,128 +28,137 @@ from functools import partial
 import grain
 import numpy as np
 
-from dgpt_jax import bad_records, orders, records
-from dgpt_jax.config import Data
-from dgpt_jax.pipeline import Examples
+from dgpt_jax.config import DataConfig
+from dgpt_jax.data import bad_records, samplers
+from dgpt_jax.data.dataset import ExampleDataset
+from dgpt_jax.data.prefetch import prefetch
+from dgpt_jax.storage import tfds_dataset
 
-REPLACED = "replaced"  # of a batch: whether an example stands in for one that is bad
-# Neighbouring examples that a thread reads and stacks at a time, at most. One by one, the thread
-# that fills the batch waits for the interpreter's lock at each: 0.7 times as fast, and from worker
-# processes, each with messages and shared memory of its own, 0.5 times.
+REPLACED = "replaced"  # batch key: True for examples that replace a bad one
+# Maximum number of consecutive examples that a thread reads and stacks at a time. One by one, the
+# thread that fills the batch would wait for the GIL at each: 0.7 times as fast, and 0.5 times with
+# worker processes, which send a message and a block of shared memory for each.
 CHUNK = 64
-# Examples that are prefetched at most, however small they are.
-MOST_PREFETCHED = 4096
-# Chunks of a worker beside its own buffer: in shared memory, in the queue between the processes,
-# and in the hands and the queue of the thread that waits for the worker here.
+# Maximum number of prefetched examples, however small they are.
+MAX_PREFETCHED = 4096
+# Chunks of a worker outside its own buffer: in shared memory, in the queue between the processes,
+# and two in the thread of this process that receives from the worker.
 WORKER_CHUNKS = 4
+
+Sampler = samplers.GlobalShuffleSampler | samplers.ShardWindowSampler
 
 
 @dataclass(frozen=True)
-class _Local:
+class _LocalExamples:
     """Example i of the stream of one process, which holds `rows` of every global batch."""
 
-    examples: Examples
-    order: orders.Shuffled | orders.Lanes
+    examples: ExampleDataset
+    sampler: Sampler
     batch_size: int
     rows: np.ndarray
 
     def __call__(self, i: int) -> dict[str, np.ndarray]:
         step, row = divmod(int(i), len(self.rows))
         position = step * self.batch_size + int(self.rows[row])
-        epoch, index = self.order(position)
+        epoch, index = self.sampler(position)
         example, replaced = self.examples.read(position, index, epoch)
-        return example | {REPLACED: np.bool_(replaced)}
+        return example | {REPLACED: np.array(replaced)}
 
 
 def train_batches(
-    examples: Examples, batch_size: int, *, rows: np.ndarray, start_step: int
+    examples: ExampleDataset, batch_size: int, *, rows: np.ndarray, start_step: int
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's `rows` (int) of global batches from `start_step` on, endlessly. Close it.
+    """Yields this process's `rows` (int) of global batches from `start_step` on, without end; the
+    caller closes the generator.
 
-    Raises UserError where the shards of a far store do not fit the cache, or cannot be fetched.
+    Raises UserError if shards of a remote store do not fit the cache or cannot be fetched.
     """
-    stream = _Local(examples, _order(examples, batch_size), batch_size, rows)
+    stream = _LocalExamples(examples, _sampler(examples, batch_size), batch_size, rows)
     batches = _batches(stream, start_step)
-    if isinstance(stream.order, orders.Shuffled):
+    if isinstance(stream.sampler, samplers.GlobalShuffleSampler):
         return batches
-    return _fetching(batches, stream, start_step)
+    return _fetch_shards_ahead(batches, stream, start_step)
 
 
-def batch_ids(examples: Examples, batch_size: int, *, rows: np.ndarray, step: int) -> list[str]:
-    """SPLIT/ID of the examples in this process's `rows` of a global batch."""
-    order = _order(examples, batch_size)
+def batch_ids(
+    examples: ExampleDataset, batch_size: int, *, rows: np.ndarray, step: int
+) -> list[str]:
+    """Returns SPLIT/ID of the examples in this process's `rows` of a global batch."""
+    sampler = _sampler(examples, batch_size)
     names = []
     for row in rows:
-        epoch, index = order(step * batch_size + int(row))
+        epoch, index = sampler(step * batch_size + int(row))
         split = examples.sources.splits[epoch % len(examples.sources.splits)]
-        name, _ = examples.policy.first_good(partial(_good_id, split), index)
+        name, _ = examples.policy.load_or_replace(partial(_checked_id, split), index)
         names.append(f"{split.split}/{name}")
     return names
 
 
-def _good_id(source: records.Split, index: int) -> str:
+def _checked_id(source: tfds_dataset.Split, index: int) -> str:
     record = source[index]
-    bad_records.picture(source, index, record)
+    bad_records.decode_image(source, index, record)
     return record["id"]
 
 
-def _order(examples: Examples, batch_size: int) -> orders.Shuffled | orders.Lanes:
+def _sampler(examples: ExampleDataset, batch_size: int) -> Sampler:
     if examples.sources.splits[0].cache is None:
-        return orders.Shuffled(len(examples), examples.seed)
-    return _lanes(examples, batch_size)
+        return samplers.GlobalShuffleSampler(len(examples), examples.seed)
+    lengths = [[shard.take for shard in split.shards] for split in examples.sources.splits]
+    data = examples.data
+    lanes = data.lanes or math.gcd(samplers.LANES, batch_size)
+    return samplers.ShardWindowSampler(lengths, batch_size, lanes, data.window, examples.seed)
 
 
-def _batches(stream: _Local, start_step: int) -> Generator:
+def _batches(stream: _LocalExamples, start_step: int) -> Generator:
     local, data = len(stream.rows), stream.examples.data
     stop = sys.maxsize // stream.batch_size // local * local
     first = stream(start_step * local)
-    prefetch = _prefetch(stream, sum(x.nbytes for x in first.values()))
-    chunk = _chunk(local, prefetch, data)
-    prefetch //= chunk
+    prefetched = _prefetched_examples(stream, sum(x.nbytes for x in first.values()))
+    chunk = _chunk_size(local, prefetched, data)
+    buffer = prefetched // chunk
     if data.workers:
-        _allow_workers()
-        prefetch = max(1, prefetch // data.workers - WORKER_CHUNKS)
+        _mark_flags_parsed()
+        buffer = max(1, buffer // data.workers - WORKER_CHUNKS)
     chunks = grain.MapDataset.range(start_step * local, stop).map(stream).batch(chunk)
-    chunks = chunks.to_iter_dataset(grain.ReadOptions(min(data.threads, prefetch), prefetch))
-    # It deals the chunks out to the workers, and takes them back, by turns: their order stays.
-    chunks = iter(
-        chunks.mp_prefetch(grain.MultiprocessingOptions(data.workers), worker_init_fn=_outlive)
-    )
+    chunks = chunks.to_iter_dataset(grain.ReadOptions(min(data.threads, buffer), buffer))
+    # Chunks go to the workers and come back round-robin, so their order is preserved.
+    workers = grain.MultiprocessingOptions(data.workers)
+    chunks = iter(chunks.mp_prefetch(workers, worker_init_fn=_ignore_signals))
     try:
         while True:
-            batch = next(chunks) if chunk == local else _filled(chunks, first, local)
+            batch = next(chunks) if chunk == local else _fill_chunks(chunks, first, local)
             stream.examples.policy.count(batch.pop(REPLACED))
             stream.examples.check(batch)
             yield batch
-            del batch  # or it stays while the next is filled
+            del batch  # or it would stay in memory while the next is filled
     finally:
-        chunks.close()  # or its threads and processes complain at interpreter exit
+        chunks.close()  # or its threads and processes print errors at interpreter exit
 
 
-def _outlive(index: int, count: int):
-    """Makes a worker process ignore the signals that stop a training: terminals and schedulers send
-    them to all processes, and the training needs its workers until it has saved. It ends them."""
+def _ignore_signals(index: int, count: int):
+    """Makes a worker process ignore SIGINT and SIGTERM: terminals and schedulers send them to all
+    processes, and training needs its workers until it has saved. It then ends them itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _prefetch(stream: _Local, example_bytes: int) -> int:
-    """Number of examples that all threads and workers read before they are asked for."""
+def _prefetched_examples(stream: _LocalExamples, example_bytes: int) -> int:
+    """Returns the number of examples that all threads and workers prefetch together."""
     local = len(stream.rows)
-    most = min(MOST_PREFETCHED, stream.order.prefetch_steps * local)
+    most = min(MAX_PREFETCHED, stream.sampler.prefetch_steps * local)
     return max(2 * local, min(stream.examples.data.prefetch_bytes // example_bytes, most))
 
 
-def _chunk(local: int, prefetch: int, data: Data) -> int:
-    """Examples of a chunk: a power of two that divides a batch, so that what is prefetched has a
-    chunk for every thread."""
-    most = prefetch // (max(data.workers, 1) * (data.threads + WORKER_CHUNKS))
+def _chunk_size(local: int, prefetched: int, data: DataConfig) -> int:
+    """Returns the examples per chunk: a power of two that divides a batch and leaves a chunk of the
+    prefetched examples for every thread."""
+    most = prefetched // (max(data.workers, 1) * (data.threads + WORKER_CHUNKS))
     return math.gcd(local, 1 << min(CHUNK, max(most, 1)).bit_length() - 1)
 
 
-def _filled(chunks: Iterator, example: dict, local: int) -> dict[str, np.ndarray]:
-    """The next `local` rows, each like this example. Chunks go as soon as they are copied, so that
-    a batch is never there twice."""
+def _fill_chunks(chunks: Iterator, example: dict, local: int) -> dict[str, np.ndarray]:
+    """Returns a batch of the next `local` rows. Each chunk is freed once copied, so that memory
+    never holds the batch twice."""
     batch, row = _empty(local, example), 0
     while row < local:
         chunk = next(chunks)
@@ -162,38 +170,36 @@ def _filled(chunks: Iterator, example: dict, local: int) -> dict[str, np.ndarray
 
 
 def _empty(rows: int, example: dict) -> dict[str, np.ndarray]:
-    """A batch to be filled with examples like this one."""
+    """Allocates a batch of examples shaped like `example`."""
     return {name: np.empty((rows, *x.shape), x.dtype) for name, x in example.items()}
 
 
-def _lanes(examples: Examples, batch_size: int) -> orders.Lanes:
-    lengths = [[shard.take for shard in split.shards] for split in examples.sources.splits]
-    data = examples.data
-    lanes = data.lanes or math.gcd(orders.LANES, batch_size)
-    return orders.Lanes(lengths, batch_size, lanes, data.window, examples.seed)
-
-
-def _fetching(batches: Generator, stream: _Local, start_step: int) -> Generator:
-    """The batches, with the shards of the lanes' present and next windows fetched before them."""
-    splits, order = stream.examples.sources.splits, stream.order
-    lanes = order.lanes_of(stream.rows)
-    cache, files = splits[0].cache, [shard for split in splits for shard in split.shards]
-    most, largest = len(lanes) * order.most_shards, max(shard.bytes for shard in files)
-    most = min(most, len(files))
+def _fetch_shards_ahead(batches: Generator, stream: _LocalExamples, start_step: int) -> Generator:
+    """Yields the batches; fetches the shards of the lanes' current and next windows ahead."""
+    splits, sampler = stream.examples.sources.splits, stream.sampler
+    assert isinstance(sampler, samplers.ShardWindowSampler)
+    lanes = sampler.lanes_of(stream.rows)
+    cache = splits[0].cache
+    assert cache is not None
+    files = [shard for split in splits for shard in split.shards]
+    most = min(len(lanes) * sampler.max_shards_per_lane, len(files))
+    largest = max(shard.bytes for shard in files)
     cache.refuse_unless_it_fits(most, largest, f"{most} shards of {len(lanes)} lanes")
     windows = None
     try:
         for step in itertools.count(start_step):
-            if windows != (windows := order.current(step, lanes)):
-                cache.keep(splits[e % len(splits)].shards[s] for e, s in order.ahead(windows))
+            if windows != (windows := sampler.current_windows(step, lanes)):
+                cache.set_prefetch(
+                    splits[e % len(splits)].shards[s] for e, s in sampler.shards_to_fetch(windows)
+                )
             yield next(batches)
     finally:
         batches.close()
         cache.stop()
 
 
-def _allow_workers():
-    """grain asks absl's flags about its workers, also where absl did not start the program."""
+def _mark_flags_parsed():
+    """Lets Grain read absl's flags for its workers when absl did not start the program."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -208,36 +214,38 @@ def eval_batches(
     rows: np.ndarray,
     threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; bool `valid` is False on what pads the last batch. `rows` (int)
-    are those of the global batches that this process holds; `threads` load at a time, None: as many
-    as ThreadPoolExecutor has by itself. One batch is there at a time, and what its user keeps."""
+    """Yields every example once, in order, with a bool array `valid`: False for rows that pad the
+    last batch. Only one batch is in memory, apart from those that the caller keeps.
+
+    rows: rows (int) of the global batches that this process holds. threads: number of threads that
+    load examples; None: the default of ThreadPoolExecutor.
+    """
     example = load(int(min(rows[0], length - 1)))
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, length, batch_size):
             indices = start + rows
-            loaded = _loaded(pool, load, np.minimum(indices, length - 1), example)
+            loaded = _load_all(pool, load, np.minimum(indices, length - 1), example)
             yield loaded | {"valid": indices < length}
             del loaded
 
 
-def _loaded(pool: ThreadPoolExecutor, load: Callable, indices, example: dict) -> dict:
-    """A batch of examples like this one; the threads of the pool put each into its row."""
+def _load_all(
+    pool: ThreadPoolExecutor, load: Callable, indices: np.ndarray, example: dict
+) -> dict[str, np.ndarray]:
+    """Returns a batch of loaded examples; the pool's threads copy each into its row."""
     batch = _empty(len(indices), example)
 
-    def put(row: int, index: int):
+    def load_row(row: int, index: int):
         for name, x in load(index).items():
             batch[name][row] = x
 
-    list(pool.map(put, range(len(indices)), indices))  # raises what a thread has raised
+    list(pool.map(load_row, range(len(indices)), indices))  # raises the errors of the threads
     return batch
 
 
-def ahead(batches: Generator, place: Callable, depth: int = 2) -> Generator:
-    """`place` (host to device, asynchronous) applied `depth` batches before they are used."""
-    queue: deque = deque()
+def prefetch_to_device(
+    batches: Generator, to_device: Callable[[dict], dict], depth: int = 2
+) -> Generator:
+    """Yields the batches after `to_device` (an asynchronous transfer), `depth` batches ahead."""
     with contextlib.closing(batches):
-        for placed in map(place, batches):
-            queue.append(placed)
-            if len(queue) > depth:
-                yield queue.popleft()
-        yield from queue
+        yield from prefetch(map(to_device, batches), depth)

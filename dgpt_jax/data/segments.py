@@ -1,4 +1,4 @@
-"""Geometry of segments: which patches belong together, their order, who may see whom. NumPy only.
+"""Geometry of segments: their patches, their order, the attention mask. NumPy only.
 
 An image is a grid of `rows`×`cols` patches, cut into `segments` = (segment rows, segment columns)
 equal rectangles. Segments are numbered in raster order, and so are the patches inside one. With S
@@ -6,7 +6,14 @@ segments, the first V = S-1 of an image's order are visible to the encoder (V = 
 Source: D-iGPT, section 3 and `models_digpt.py` (`raster`, `mask_generate`, `forward_loss`).
 """
 
+from typing import TYPE_CHECKING, TypeVar
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+
+ArrayT = TypeVar("ArrayT", np.ndarray, "jax.Array")
 
 
 def count(segments: tuple[int, int]) -> int:
@@ -19,14 +26,14 @@ def visible_count(segments: tuple[int, int]) -> int:
     return max(1, count(segments) - 1)
 
 
-def predicted_places(name: str, visible: int) -> slice:
-    """Which places of an order the predictions called `name` stand for: `next` places 1..V, the
-    others (`visible`, `direct`) what the encoder sees, 0..V-1."""
+def predicted_ranks(name: str, visible: int) -> slice:
+    """Returns the ranks, in the segment order, that the predictions `name` are of: 1..V for `next`,
+    the encoder's 0..V-1 for the others (`visible`, `direct`)."""
     return slice(1, None) if name == "next" else slice(0, visible)
 
 
-def split(grid: np.ndarray, segments: tuple[int, int]):
-    """(..., rows, cols, C) to (..., S, T, C); works on NumPy and JAX arrays alike."""
+def split(grid: ArrayT, segments: tuple[int, int]) -> ArrayT:
+    """Splits a grid (..., rows, cols, C) into segments (..., S, T, C); NumPy or JAX arrays."""
     *lead, rows, cols, channels = grid.shape
     height, width = rows // segments[0], cols // segments[1]
     if (height * segments[0], width * segments[1]) != (rows, cols):
@@ -38,51 +45,52 @@ def split(grid: np.ndarray, segments: tuple[int, int]):
 
 
 def sample_order(rng: np.random.Generator, segments: tuple[int, int]) -> np.ndarray:
-    """A uniformly random permutation of the segments, int32 (S,)."""
+    """Returns a uniformly random permutation of the segments, int32 (S,)."""
     return rng.permutation(count(segments)).astype(np.int32)
 
 
 def raster_order(segments: tuple[int, int]) -> np.ndarray:
-    """Segments from top left to bottom right, int32 (S,)."""
+    """Returns the segments from top left to bottom right, int32 (S,)."""
     return np.arange(count(segments), dtype=np.int32)
 
 
 def attention_mask(visible: int, tokens: int, cls_mask: str = "official") -> np.ndarray:
-    """Who (row) may attend to whom (column) among V·T patches and the CLS token, which is last.
+    """Attention mask of V·T patches and a CLS token, which is last: bool (V·T+1, V·T+1).
 
-    Returns bool (V·T+1, V·T+1). A patch sees its own and earlier segments; CLS sees everything.
-    `cls_mask` says who sees CLS besides itself: "official", the last visible segment (the official
-    code's mask, padded by reflection, gives this); "self", nobody; "all", every patch, so that
-    earlier segments learn through it of later ones: it is there to be compared with.
+    Queries are rows, keys columns. A patch attends to its own and earlier segments, CLS to all.
+    `cls_mask` selects the patches that attend to CLS: "official", the last visible segment (the
+    result of the official code's mask, padded by reflection); "self", none; "all", every patch,
+    which leaks later segments to earlier ones and is an ablation only.
     """
-    place = np.repeat(np.arange(visible), tokens)
+    rank = np.repeat(np.arange(visible), tokens)
     mask = np.ones((visible * tokens + 1,) * 2, bool)
-    mask[:-1, :-1] = place[:, None] >= place[None, :]
-    mask[:-1, -1] = {"official": place == visible - 1, "self": False, "all": True}[cls_mask]
+    mask[:-1, :-1] = rank[:, None] >= rank[None, :]
+    mask[:-1, -1] = {"official": rank == visible - 1, "self": False, "all": True}[cls_mask]
     return mask
 
 
 def resize_matrix(source: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
-    """Bilinear interpolation of a raster of tokens as one matrix, float32 (target n, source n).
+    """Returns bilinear interpolation of a grid of tokens as a matrix, float32 (target n, source n).
 
-    Half-pixel centres, edges clamped, no antialiasing: `F.interpolate(mode="bilinear",
+    Half-pixel centers, edges clamped, no antialiasing: `F.interpolate(mode="bilinear",
     align_corners=False)`, which the official loss applies to predictions.
     """
 
-    def along(n_in: int, n_out: int) -> np.ndarray:
-        centre = np.clip((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0, n_in - 1)
-        low = np.minimum(np.floor(centre).astype(int), max(n_in - 2, 0))
+    def axis_weights(n_in: int, n_out: int) -> np.ndarray:
+        center = np.clip((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0, n_in - 1)
+        low = np.minimum(np.floor(center).astype(int), max(n_in - 2, 0))
         weights = np.zeros((n_out, n_in))
-        weights[np.arange(n_out), low] = 1 - (centre - low)
-        weights[np.arange(n_out), np.minimum(low + 1, n_in - 1)] += centre - low
+        weights[np.arange(n_out), low] = 1 - (center - low)
+        weights[np.arange(n_out), np.minimum(low + 1, n_in - 1)] += center - low
         return weights
 
-    rows, cols = along(source[0], target[0]), along(source[1], target[1])
+    rows = axis_weights(source[0], target[0])
+    cols = axis_weights(source[1], target[1])
     return np.kron(rows, cols).astype(np.float32)
 
 
 def sincos_positions(width: int, rows: int, cols: int) -> np.ndarray:
-    """Fixed 2-D sin-cos positions, float32 (rows, cols, width); `width` a multiple of 4.
+    """Returns fixed 2-D sin-cos positions, float32 (rows, cols, width); width is a multiple of 4.
 
     The first half encodes the column, the second the row, each as sines then cosines, computed in
     float32 as `util/pos_embed.py` does.

@@ -1,22 +1,24 @@
-"""Token stores: TFDS directories with a split a view (`view000`, …) and `token_store.json`.
+"""Token stores: TFDS directories with one split per view (`view000`, …) and `token_store.json`.
 
-An example is {id, image (the rendered crop), tokens (as token_codec packs them), box, flip, label
-if the source has one}. The JSON, StoreInfo, says what made the store; it is written before the
-first shard, TFDS's own metadata after the last.
+An example is {id, image (the rendered crop), tokens (packed by token_codec), box, flip, and label
+if the source has labels}. The JSON, StoreInfo, records how the store was built; it is written
+before the first shard, TFDS's own metadata after the last.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dgpt_jax import token_codec
-from dgpt_jax.bad_records import one_line
-from dgpt_jax.schema import UserError, one_of, parse
-from dgpt_jax.token_codec import Codec
+from dgpt_jax.config import check_choice, renamed_keys
+from dgpt_jax.config.schema import parse
+from dgpt_jax.data import token_codec
+from dgpt_jax.data.token_codec import Codec
+from dgpt_jax.errors import UserError, one_line
 
 STORE_FILE = "token_store.json"
 BASIS_FILE = "basis.npy"
@@ -25,14 +27,13 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What a token store says of itself; compared with the training config at start.
+    """Metadata of a token store; compared with the training config at start.
 
-    `name` begins the names of its files. `codec` is one of token_codec.CODECS. `grid` is the
-    teacher's (rows, columns), `cls` whether its CLS token comes first, `width` the channels stored:
-    the teacher's C, or C′ after PCA. `channel_scale`: a value for each, none for float16. `cosine`:
-    the measured (minimum, mean) of decoded to exact tokens. `variance`: the share that PCA keeps; 1
-    without it. `example_bytes`: a stored example's mean size, measured on the sample. `command`
-    began the store and finishes it.
+    name: prefix of its file names. codec: one of token_codec.CODECS. grid: the teacher's (rows,
+    columns). cls: True if its CLS token comes first. width: stored channels, the teacher's C, or C′
+    after PCA. channel_scale: one per channel, empty for float16. cosine: measured (minimum, mean)
+    of decoded to exact tokens. variance: fraction kept by PCA; 1 without. example_bytes: mean size
+    of a stored example, measured on the sample. command: builds the store, and resumes it.
     """
 
     name: str
@@ -44,8 +45,8 @@ class StoreInfo:
     cosine: tuple[float, float]
     variance: float
     example_bytes: float
-    picture_size: int
-    picture: str
+    image_size: int
+    image_encoding: str
     teacher: dict
     source: dict
     views: dict
@@ -55,77 +56,80 @@ class StoreInfo:
 
     @property
     def tokens(self) -> int:
-        """Stored tokens an example."""
+        """Number of stored tokens per example."""
         return self.grid[0] * self.grid[1] + self.cls
 
     @property
     def is_reduced(self) -> bool:
-        """Whether tokens were projected by PCA."""
+        """True if tokens were projected by PCA."""
         return self.width != self.teacher["width"]
 
-    def save(self, directory):
-        """Writes the JSON whole or not at all."""
+    def save(self, directory: epath.PathLike):
+        """Writes the JSON atomically."""
         text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-        half = epath.Path(directory) / f".{STORE_FILE}.partial"
-        half.write_text(text)
-        half.replace(epath.Path(directory) / STORE_FILE)
+        partial = epath.Path(directory) / f".{STORE_FILE}.partial"
+        partial.write_text(text)
+        partial.replace(epath.Path(directory) / STORE_FILE)
 
     @classmethod
-    def load(cls, directory) -> "StoreInfo":
+    def load(cls, directory: epath.PathLike) -> "StoreInfo":
+        """Reads the JSON. Raises UserError if it is missing, damaged or of another format."""
         path = epath.Path(directory) / STORE_FILE
         if not path.exists():
-            raise UserError(f"{directory} is not a token store: it has no {STORE_FILE}")
+            raise UserError(f"{directory} is not a token store: {STORE_FILE} is missing")
         try:
             values = json.loads(path.read_text())
             format = values["format"]
             if format == FORMAT:
-                info = parse(cls, values, str(path))
-                one_of(f"{path}: codec", info.codec, token_codec.CODECS)
+                info = parse(cls, renamed_keys.translate(values), str(path))
+                check_choice(f"{path}: codec", info.codec, token_codec.CODECS)
                 return info
         except UserError as e:
-            raise UserError(f"{path} is damaged, or newer than this code: {e}") from None
+            raise UserError(f"{path} is damaged, or written by a newer version: {e}") from None
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{path} is damaged: {type(e).__name__}: {one_line(e)}") from None
         raise UserError(
             f"{path} has format {format}, this code reads format {FORMAT}: build the store again"
         )
 
-    def load_codec(self, directory) -> Codec:
-        """The codec, with its basis where there is one."""
+    def load_codec(self, directory: epath.PathLike) -> Codec:
+        """Returns the codec, with its PCA basis if the store has one. Raises UserError."""
         basis = None
         if self.is_reduced:
-            basis = _basis(epath.Path(directory) / BASIS_FILE)
+            basis = _load_basis(epath.Path(directory) / BASIS_FILE)
             if basis.shape != (self.teacher["width"], self.width):
                 raise UserError(
-                    f"{directory}/{BASIS_FILE} is {basis.shape}, and {STORE_FILE} has "
-                    f"{(self.teacher['width'], self.width)} channels"
+                    f"{directory}/{BASIS_FILE} has shape {basis.shape}, but by {STORE_FILE} "
+                    f"{(self.teacher['width'], self.width)}"
                 )
         return Codec(self.codec, np.asarray(self.channel_scale, np.float32), basis)
 
 
-def _basis(path) -> np.ndarray:
+def _load_basis(path: epath.Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path} is no readable array: {one_line(e)}") from None
+        raise UserError(f"{path} is not a readable array: {one_line(e)}") from None
 
 
-def exists(directory) -> bool:
+def exists(directory: epath.PathLike) -> bool:
+    """True if a directory has the metadata of a token store."""
     return (epath.Path(directory) / STORE_FILE).exists()
 
 
 def view_split(view: int) -> str:
+    """Returns the split name of a view."""
     return f"view{view:03d}"
 
 
-def features(info: StoreInfo, label) -> tfds.features.FeaturesDict:
-    """Schema of a token store; `label` is the source's ClassLabel feature or None."""
-    size = info.picture_size
-    found = {
+def features(info: StoreInfo, label: tfds.features.ClassLabel | None) -> tfds.features.FeaturesDict:
+    """Returns the TFDS features of a token store; `label` is the source's ClassLabel or None."""
+    size = info.image_size
+    schema = {
         "id": tfds.features.Text(),
         "image": tfds.features.Image(shape=(size, size, 3)),
-        # Bytes, not a list of integers: a sixth of the size and forty times as fast to parse.
+        # Bytes, not a list of integers: a sixth of the size and 40 times as fast to parse.
         "tokens": tfds.features.Tensor(
             shape=(info.tokens, token_codec.stored_width(info.codec, info.width)),
             dtype=token_codec.CODECS[info.codec],
@@ -134,20 +138,19 @@ def features(info: StoreInfo, label) -> tfds.features.FeaturesDict:
         "box": tfds.features.Tensor(shape=(4,), dtype=np.int32),
         "flip": tfds.features.Scalar(dtype=np.int32),
     }
-    return tfds.features.FeaturesDict(found if label is None else found | {"label": label})
+    return tfds.features.FeaturesDict(schema if label is None else schema | {"label": label})
 
 
-def refuse_others(directory, stored: tfds.features.FeaturesDict):
-    """Raises UserError where what TFDS says of a store's examples is not what StoreInfo says."""
+def check_features(directory: epath.PathLike, stored: Any):
+    """Raises UserError if a store's TFDS features, a FeaturesDict, contradict its StoreInfo."""
     info = StoreInfo.load(directory)
-    wanted = features(info, None)
+    expected = features(info, None)
     for name in ("image", "tokens"):
-        have, want = stored[name] if name in stored else None, wanted[name]
-        if have is None or (have.shape, have.np_dtype) != (want.shape, want.np_dtype):
+        actual = _shape_and_dtype(stored[name]) if name in stored else "absent"
+        if actual != _shape_and_dtype(expected[name]):
             raise UserError(
-                f"{directory} is damaged: by {STORE_FILE} its {name} are {want.shape} "
-                f"{np.dtype(want.np_dtype)}, by features.json "
-                + ("absent" if have is None else f"{have.shape} {np.dtype(have.np_dtype)}")
+                f"{directory} is damaged: by {STORE_FILE} its {name} are "
+                f"{_shape_and_dtype(expected[name])}, by features.json {actual}"
             )
     if len(info.channel_scale) != (0 if info.codec == "float16" else info.width):
         raise UserError(
@@ -156,12 +159,14 @@ def refuse_others(directory, stored: tfds.features.FeaturesDict):
         )
 
 
-def refuse_unfinished(directory):
-    """Raises UserError with the command that finishes it, if the store's build has not ended."""
+def _shape_and_dtype(feature: tfds.features.FeatureConnector) -> str:
+    dtype = np.dtype(feature.np_dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return f"{feature.shape} {dtype}"  # TFDS annotates dtypes of nested features
+
+
+def require_finished(directory: epath.PathLike):
+    """Raises UserError, with the command that resumes it, if a store's build is unfinished."""
     path = epath.Path(directory)
     if exists(path) and not (path / "dataset_info.json").exists():
         info = StoreInfo.load(path)
-        raise UserError(
-            f"{directory} is unfinished: its build has not come to its end. Finish it with: "
-            f"{info.command}"
-        )
+        raise UserError(f"{directory} is unfinished; finish it with: {info.command}")

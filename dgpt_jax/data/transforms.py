@@ -1,24 +1,25 @@
-"""What a task makes of a stored picture: everything random hangs on (seed, position)."""
+"""Stored records to training examples; random choices depend on (seed, position)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from dgpt_jax import augment, segments, views
-from dgpt_jax.config import Classify, Data, Model
+from dgpt_jax.config import ClassificationConfig, DataConfig, ModelConfig
+from dgpt_jax.data import augment, image_ops, segments
 
-# Streams of random numbers that hang on one position: numpy seeds are (seed, stream, position).
+# Streams of random numbers that depend on a position: numpy seeds are (seed, stream, position).
 ORDER, VIEW, AUGMENT = 0, 1, 4
 
 
 def generator(seed: int, stream: int, *position: int) -> np.random.Generator:
+    """Returns the random generator of a stream at a position."""
     return np.random.default_rng((seed, stream, *position))
 
 
-def live_view(encoded: bytes, data: Data, size: int, seed: int, position: int) -> np.ndarray:
-    """The picture through a view that is drawn for the position: uint8 (size, size, 3)."""
-    image = views.Encoded(encoded)
-    view = views.draw(
+def live_view(encoded: bytes, data: DataConfig, size: int, seed: int, position: int) -> np.ndarray:
+    """Returns an image rendered through the view drawn for a position, uint8 (size, size, 3)."""
+    image = image_ops.EncodedImage(encoded)
+    view = image_ops.draw_view(
         generator(seed, VIEW, position),
         image.height,
         image.width,
@@ -28,21 +29,23 @@ def live_view(encoded: bytes, data: Data, size: int, seed: int, position: int) -
         clip=data.crop_clip,
     )
     shrink = image.shrink(view, size)
-    return views.render(image.decode(shrink), view, size, shrink)
+    return image_ops.render(image.decode(shrink), view, size, shrink)
 
 
 @dataclass(frozen=True)
-class Segmented:
-    """What pretraining makes of a record: dict of image uint8 (size, size, 3), order int32 (S,),
-    and tokens as stored (1+N, C) where a token store is read."""
+class PretrainTransform:
+    """Pretraining example of a record: image uint8 (size, size, 3), segment order int32 (S,), and,
+    from a token store, tokens as stored (1+N, C)."""
 
     with_tokens: bool
-    model: Model
+    model: ModelConfig
 
-    def __call__(self, record: dict, data: Data, seed: int, position: int) -> dict[str, np.ndarray]:
+    def __call__(
+        self, record: dict, data: DataConfig, seed: int, position: int
+    ) -> dict[str, np.ndarray]:
         size = self.model.image_size
         if self.with_tokens:
-            image = views.resize(views.decode_picture(record["image"]), size, size)
+            image = image_ops.resize(image_ops.decode_image(record["image"]), size, size)
         else:
             image = live_view(record["image"], data, size, seed, position)
         order = segments.raster_order(self.model.segments)
@@ -56,20 +59,22 @@ class Segmented:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """What supervised training makes of a record: dict of image uint8 (size, size, 3), augmented;
-    erased int32 (4,), the box that the device is to erase; label int32."""
+class ClassificationTransform:
+    """Supervised example of a record: augmented image uint8 (size, size, 3), label int32, and
+    erased int32 (4,), the box that is erased on the device."""
 
     size: int
-    classify: Classify
+    classify: ClassificationConfig
 
-    def __call__(self, record: dict, data: Data, seed: int, position: int) -> dict[str, np.ndarray]:
+    def __call__(
+        self, record: dict, data: DataConfig, seed: int, position: int
+    ) -> dict[str, np.ndarray]:
         image = live_view(record["image"], data, self.size, seed, position)
-        rng, told = generator(seed, AUGMENT, position), self.classify
+        rng, cfg = generator(seed, AUGMENT, position), self.classify
         ops = []
-        if told.randaugment:
-            ops += augment.rand_augment(told.randaugment, told.interpolation).draw(rng)
-        ops += augment.draw_jitter(rng, told.jitter)
-        erased = augment.draw_erased(rng, self.size, told.erase)
-        image, label = augment.apply(image, ops), np.int32(record["label"])
-        return {"image": image, "erased": erased, "label": label}
+        if cfg.randaugment:
+            ops += augment.rand_augment(cfg.randaugment, cfg.interpolation).draw(rng)
+        ops += augment.draw_jitter(rng, cfg.jitter)
+        erased = augment.draw_erased(rng, self.size, cfg.random_erase_prob)
+        label = np.array(record["label"], np.int32)
+        return {"image": augment.apply(image, ops), "erased": erased, "label": label}

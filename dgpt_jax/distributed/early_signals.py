@@ -1,43 +1,45 @@
-"""Signals to a command that still imports its modules. Every command imports this before all else.
+"""Signal handlers for the time in which a command imports its modules; its first import.
 
-Until `cli.run` begins, Ctrl-C ends the process with 130, and SIGTERM ends one of CONTINUED with 75:
-at once, so that no import prints a trace or goes on. A process that imports the module of a command
-without being that command is left alone, and so is a signal that is ignored or handled.
+Until `cli.run` starts, Ctrl-C exits with 130, and SIGTERM exits with 75 from the commands in
+RESUMABLE: at once, without a traceback of an import. Processes that import a command's module
+without running it keep their handlers, and so do signals that are ignored or already handled.
 """
 
 import os
 import signal
 import sys
 
-# What a scheduler's signal ends with: "try again", as sysexits has it.
-EXIT_PREEMPTED = 75
-# Commands that call signals.raise_on_sigterm; others leave SIGTERM to the system.
-CONTINUED = ("ablate", "build_tokens", "checkpoint", "convert", "train")
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again"
+# Commands that call preemption.raise_on_sigterm; others leave SIGTERM to the system.
+RESUMABLE = ("ablate", "build_tokens", "checkpoint", "convert", "train")
 
-_PACKAGE = os.path.dirname(os.path.realpath(__file__))
-_FOLDERS = (_PACKAGE, os.path.join(os.path.dirname(_PACKAGE), "tools"))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+_TOOLS = os.path.join(os.path.dirname(_PACKAGE), "tools")
+_DIRECTORIES = (
+    _PACKAGE, _TOOLS, os.path.join(_TOOLS, "studies"), os.path.join(_TOOLS, "benchmarks"),
+)  # fmt: skip
 
 
 def _exit(number, _):
     os._exit(130 if number == signal.SIGINT else EXIT_PREEMPTED)
 
 
-def _begin():
+def _install():
     file = getattr(sys.modules["__main__"], "__file__", None) or ""
-    folder, name = os.path.split(os.path.realpath(file))
-    if folder not in _FOLDERS:
+    directory, name = os.path.split(os.path.realpath(file))
+    if directory not in _DIRECTORIES:
         return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
-    continued = name.removesuffix(".py") in CONTINUED
-    if continued and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    resumable = name.removesuffix(".py") in RESUMABLE
+    if resumable and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _exit)
 
 
-def end():
-    """Ctrl-C raises KeyboardInterrupt from here on; SIGTERM stays as it is."""
+def restore_sigint():
+    """Makes Ctrl-C raise KeyboardInterrupt again; SIGTERM stays as it is."""
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_begin()
+_install()

@@ -1,79 +1,92 @@
-"""Many hosts as one program: joining them, checking them before any work, ending them together."""
+"""Multi-process runs: joining processes, checking them before any work, ending them together."""
 
-import glob
-import importlib.util
 import os
 import secrets
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import psutil
 from etils import epath
-from jax._src.distributed import global_state  # nothing public says what a launcher told JAX
 from jax.experimental import multihost_utils
 
-from dgpt_jax.config import Hosts
-from dgpt_jax.schema import UserError
+from dgpt_jax.config import HostsConfig
+from dgpt_jax.distributed import launchers
+from dgpt_jax.errors import UserError
 
-HEARTBEAT_SECONDS = 30  # a host that is silent for so long is dead, and so are then all others
-LAST_WORDS_SECONDS = 5  # for the others to say why they end, before the coordinator is gone
+HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, which ends all others
+ABORT_GRACE_SECONDS = 5  # for other processes to print their errors before the coordinator exits
 NAME_BYTES = 64
 
 
-def start(config: Hosts, platform: str):
-    """Joins the other processes, if there are any, and picks the platform ("" for what JAX finds).
+def _distributed_state() -> Any:
+    """Returns JAX's internal record of the coordinator, its client, process_id and num_processes.
 
-    Raises UserError where processes are missing, or where the platform is not there.
+    The public API has process_index and process_count, which start a backend, and no client.
+    """
+    from jax._src.distributed import global_state
+
+    return global_state
+
+
+def start(config: HostsConfig, platform: str):
+    """Joins the other processes, if any, and selects the platform ("": JAX's default).
+
+    Raises UserError if processes are missing or the platform is unavailable.
     """
     if platform:
         jax.config.update("jax_platforms", "cuda" if platform == "gpu" else platform)
     if config.coordinator:
-        if config.processes is None or config.process is None:
-            raise UserError("config.hosts.coordinator needs hosts.processes and hosts.process too")
-        _join(config, config.coordinator, config.processes, config.process)
-    elif config.processes != 1 and _launched_together(platform):
+        if config.num_processes is None or config.process_id is None:
+            raise UserError(
+                "config.hosts.coordinator needs hosts.num_processes and hosts.process_id too"
+            )
+        _join(config, config.coordinator, config.num_processes, config.process_id)
+    elif config.num_processes != 1 and launchers.started_several(platform):
         _join(config)
     try:
-        found = jax.default_backend()
+        backend = jax.default_backend()
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).split("\n")[0] or "JAX has no plugin for it"  # which it only asserts
+        reason = str(e).split("\n")[0] or "JAX has no plugin for it"  # a bare assert in JAX
         if not platform:
             raise UserError(no_device(reason)) from None
         raise UserError(f"config.platform={platform} is not available: {reason}") from None
-    if platform and found != platform:
-        raise UserError(f"config.platform={platform} was asked for, JAX found {found}")
-    if not platform and found == "cpu" and _accelerators():
+    if platform and backend != platform:
+        raise UserError(f"config.platform={platform}, but JAX found {backend}")
+    if not platform and backend == "cpu" and launchers.local_accelerator():
         raise UserError(
-            f"this machine has {_accelerators()}, but JAX found only the CPU: another process may "
-            f"hold it, or the package for it is missing (config.platform=cpu to go on without)"
+            f"this machine has {launchers.local_accelerator()}, but JAX found only the CPU: "
+            f"another process may hold it, or its package is missing (config.platform=cpu runs on "
+            f"the CPU)"
         )
-    if config.processes is not None and config.processes != jax.process_count():
+    if config.num_processes is not None and config.num_processes != jax.process_count():
         raise UserError(
-            f"config.hosts.processes is {config.processes}, JAX found {jax.process_count()}: start "
-            f"as many by srun, mpirun or a JobSet, or give hosts.coordinator and hosts.process"
+            f"config.hosts.num_processes is {config.num_processes}, JAX found "
+            f"{jax.process_count()}: start that many with srun, mpirun or a JobSet, or set "
+            f"hosts.coordinator and hosts.process_id"
         )
 
 
 def no_device(reason: str) -> str:
-    """A line about JAX's failure to find any device, which names JAX_PLATFORMS where that limits
-    what it looks for."""
-    name = os.environ.get("JAX_PLATFORMS")
-    limit = f" among JAX_PLATFORMS={name}: unset that environment variable" if name else ""
+    """Returns the error for JAX finding no device, which names JAX_PLATFORMS if it is set."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    limit = f" among JAX_PLATFORMS={platforms}: unset that variable" if platforms else ""
     return f"JAX finds no device{limit} ({reason})"
 
 
-def _join(config: Hosts, *address):
-    """jax.distributed.initialize; without `address`, JAX asks the launcher for it.
+def _join(config: HostsConfig, *address: Any):
+    """Calls jax.distributed.initialize; without `address`, JAX gets it from the launcher.
 
-    Its own time-out aborts the process with a stack of C++ calls, so ours comes first.
+    JAX's own timeout aborts with a C++ stack trace, so a timer of ours fires first.
     """
-    watch = threading.Timer(config.timeout, _did_not_meet, (config.timeout,))
-    watch.daemon = True
-    watch.start()
+    timer = threading.Timer(config.timeout, _join_timed_out, (config.timeout,))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             *address,
@@ -81,116 +94,68 @@ def _join(config: Hosts, *address):
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except Exception as e:  # whatever metadata servers and Kubernetes' API make of it
+    except Exception as e:  # of metadata servers and the Kubernetes API
         reason = " ".join(str(e).split())[:300]
         raise UserError(
-            f"could not join the other processes: {reason} (config.hosts.coordinator, processes "
-            f"and process say where they are; processes=1, that there are none)"
+            f"could not join the other processes: {reason} (set config.hosts.coordinator, "
+            f"num_processes and process_id, or config.hosts.num_processes=1 for one process)"
         ) from None
     finally:
-        watch.cancel()
-    if _owns_all_gpus():
+        timer.cancel()
+    if launchers.owns_all_gpus():
         jax.config.update("jax_cuda_visible_devices", "all")
 
 
-def _did_not_meet(timeout: int):
-    """Ends this process with a line that says how many came, which only process 0 can know."""
-    address = global_state.coordinator_address
+def _join_timed_out(timeout: int):
+    """Exits with an error that has the number of connected processes, known to process 0 only."""
+    state = _distributed_state()
+    address = state.coordinator_address
     port = address.rpartition(":")[2] if address else ""
-    if port and global_state.process_id == 0:
-        came = sum(
+    if port and state.process_id == 0:
+        connected = sum(
             c.laddr.port == int(port) and c.status == psutil.CONN_ESTABLISHED
             for c in psutil.Process().net_connections(kind="tcp")
         )
-        found = f"saw {came} of {global_state.num_processes} processes at {address}"
+        text = f"{connected} of {state.num_processes} processes connected to {address}"
     else:
-        time.sleep(LAST_WORDS_SECONDS)  # process 0 counts those that wait
-        found = f"the processes did not meet{f' at {address}' if address else ''}"
+        time.sleep(ABORT_GRACE_SECONDS)  # process 0 counts those that wait
+        text = f"the processes did not connect{f' to {address}' if address else ''}"
     print(
-        f"error: {found} within {timeout} s (config.hosts.timeout): start the command on every "
-        f"host, and let the firewall pass {f'port {port}' if port else 'JAX'} between them "
-        f"(JAX_COORDINATOR_PORT sets another port; Google Cloud opens 8476 between TPUs)",
+        f"error: {text} within {timeout} s (config.hosts.timeout): start the command on every "
+        f"host, and open {f'port {port}' if port else 'the port of JAX'} between them "
+        f"(JAX_COORDINATOR_PORT sets another; Google Cloud opens 8476 between TPU hosts)",
         file=sys.stderr,
         flush=True,
     )
     os._exit(1)
 
 
-def _launched_together(platform: str) -> bool:
-    """Whether a launcher that JAX knows started several processes, as far as the environment tells.
-
-    Only a Cloud TPU VM does not tell: there JAX asks the machine's metadata, which answer at once.
-    """
-    told = os.environ
-    several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(int(told.get(name, 1)) > 1 for name in several):
-        return True
-    if platform in ("", "tpu") and _accelerators() == "a TPU":
-        workers = told.get("TPU_PROCESS_ADDRESSES", told.get("TPU_WORKER_HOSTNAMES"))
-        if workers is not None:  # Google Kubernetes Engine, or a machine that is alone
-            return "," in workers or int(told.get("MEGASCALE_NUM_SLICES", 1)) > 1
-        return "TPU_SKIP_MDS_QUERY" not in told
-    indexed = "KUBERNETES_SERVICE_HOST" in told and "JOB_COMPLETION_INDEX" in told
-    if indexed and not importlib.util.find_spec("kubernetes"):
-        raise UserError(
-            "this is a pod of a Kubernetes Job, and JAX needs the package kubernetes to find the "
-            "others: pip install 'jax[k8s]', or set config.hosts.coordinator, processes and "
-            "process (processes=1 if there are none)"
-        )
-    return indexed
+def is_multiprocess() -> bool:
+    """True in a multi-process run. Starts no backend, so it works after one has failed to start."""
+    return jax.distributed.is_initialized() and _distributed_state().num_processes > 1
 
 
-def _owns_all_gpus() -> bool:
-    """Whether a task of Slurm or Open MPI is alone on its host, or was given the one GPU it sees.
-
-    JAX takes only the GPU of the task's number on its host, be there seven more or no such GPU.
-    """
-    told = os.environ
-    tasks = told.get("SLURM_STEP_NUM_TASKS", "")
-    alone = (
-        tasks == told.get("SLURM_STEP_NUM_NODES") or told.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-    )
-    visible = told.get("CUDA_VISIBLE_DEVICES", "")
-    given_one = visible != "" and "," not in visible
-    return (alone or given_one) and "JAX_LOCAL_DEVICE_IDS" not in told
+def is_main_process() -> bool:
+    """True in process 0. Starts no backend, unlike jax.process_index."""
+    return _distributed_state().process_id == 0
 
 
-def _platforms() -> str:
-    return jax.config.jax_platforms or ""
+def preflight(workdir: epath.Path | Path | str, mesh: jax.sharding.Mesh) -> list[str]:
+    """Returns the lines of a table of all processes, after checking that they share `workdir`.
 
-
-def _accelerators() -> str:
-    """What device files tell, unless JAX is told not to look beyond the CPU."""
-    if "cpu" in _platforms():
-        return ""
-    tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    if tpus and importlib.util.find_spec("libtpu"):
-        return "a TPU"
-    return "a GPU" if glob.glob("/dev/nvidia[0-9]*") else ""
-
-
-def together() -> bool:
-    """Whether this process is one of several. Starts no backend, so that it can be asked after one
-    has failed."""
-    return jax.distributed.is_initialized() and global_state.num_processes > 1
-
-
-def preflight(workdir, mesh) -> list[str]:
-    """Lines of a table of all processes, after checking that they share `workdir`.
-
-    Raises UserError, on every host, with the hosts that do not see what the first one writes there.
+    Raises UserError, in every process, with the hosts that cannot see a file of the first one.
     """
     name = np.zeros(NAME_BYTES, np.uint8)
     encoded = socket.gethostname().encode()[:NAME_BYTES]
     name[: len(encoded)] = list(encoded)
-    names = [bytes(row).rstrip(b"\0").decode() for row in _everyones(name)]
+    names = [bytes(row).rstrip(b"\0").decode() for row in _allgather(name)]
     if jax.process_count() > 1:
-        sees = _everyones(_sees_probe(epath.Path(workdir)))
-        blind = [name for name, seen in zip(names, sees, strict=True) if not seen]
+        visible = _allgather(_sees_probe(epath.Path(workdir)))
+        blind = [name for name, sees in zip(names, visible, strict=True) if not sees]
         if blind:
             raise UserError(
                 f"{', '.join(blind)} cannot see what {names[0]} writes to {workdir}: --workdir "
-                f"must be one directory that all hosts share"
+                f"must be a directory that all hosts share"
             )
     lines = ["process  host                      devices  of all"]
     for process, host in enumerate(names):
@@ -199,16 +164,17 @@ def preflight(workdir, mesh) -> list[str]:
     return [*lines, f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}"]
 
 
-def _everyones(value: np.ndarray) -> np.ndarray:
-    """The value of every process, stacked."""
+def _allgather(value: np.ndarray) -> np.ndarray:
+    """Returns the values of all processes, stacked."""
     gathered = multihost_utils.process_allgather(value)
     return np.reshape(gathered, (jax.process_count(), *np.shape(value)))
 
 
 def _sees_probe(workdir: epath.Path) -> np.ndarray:
-    """Whether this process sees a file that process 0 writes into `workdir`, which it makes."""
-    drawn = np.array(secrets.randbits(31), np.int32)
-    probe = workdir / f".probe_{int(multihost_utils.broadcast_one_to_all(drawn))}"
+    """Returns whether this process sees a file that process 0 writes to `workdir`, which it
+    creates."""
+    number = np.array(secrets.randbits(31), np.int32)
+    probe = workdir / f".probe_{int(multihost_utils.broadcast_one_to_all(number))}"
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
@@ -221,18 +187,21 @@ def _sees_probe(workdir: epath.Path) -> np.ndarray:
 
 
 def barrier(name: str):
-    """Waits, for as long as it takes, until all processes are here. It uses no device: what they do
-    in between may differ, and take hours. A process that dies ends the others."""
-    if together():
-        days = 30 * 24 * 3600 * 1000
-        global_state.client.wait_at_barrier(name, timeout_in_ms=days)
+    """Waits for all processes, up to 30 days. Uses no device, so they may do different things for
+    hours before it. A process that dies ends the others."""
+    if is_multiprocess():
+        milliseconds = 30 * 24 * 3600 * 1000
+        _distributed_state().client.wait_at_barrier(name, timeout_in_ms=milliseconds)
 
 
-def end(code: int):
-    """Ends this process and with it, within a minute, all others: without the barrier at exit, in
-    which it would wait for hosts that wait for it. Process 0, the coordinator, goes last."""
+def abort(code: int):
+    """Exits at once, which ends all other processes within a minute.
+
+    Skips JAX's barrier at exit, where the processes would wait for each other. Process 0, the
+    coordinator, exits last.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if global_state.process_id == 0:
-        time.sleep(LAST_WORDS_SECONDS)
+    if is_main_process():
+        time.sleep(ABORT_GRACE_SECONDS)
     os._exit(code)

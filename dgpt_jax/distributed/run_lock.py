@@ -1,8 +1,8 @@
-"""One training at a time in a work directory, on a local disk, a network file system or gs://.
+"""Lock file of a work directory (local, network file system or gs://): one training at a time.
 
-Process 0 writes `.lock.json` (host, pid, a number that a heartbeat counts up) and removes it at the
-end. The lock of a process of this host that is gone is taken over at once; that of another host
-when its heartbeat has stood still for three beats, as seen from here: clocks are not compared.
+Process 0 writes `.lock.json` (host, pid, a heartbeat counter) and removes it at the end. A stale
+lock of this host (its process has exited) is taken over at once; one of another host after its
+counter has not changed for three heartbeats, by this host's clock.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from dgpt_jax import hosts
-from dgpt_jax.schema import UserError
+from dgpt_jax.distributed import multihost
+from dgpt_jax.errors import UserError
 
 FILE = ".lock.json"
 BEAT_SECONDS = 30.0
-MISSED = 3  # beats after which a lock is nobody's
-SETTLE_SECONDS = 0.3  # in which another process that has found no lock either writes its own
+MISSED = 3  # heartbeats after which a lock is stale
+SETTLE_SECONDS = 0.3  # for another process that saw no lock either to write its own
 
 
 @contextlib.contextmanager
-def held(workdir, say: Callable[[str], None]) -> Iterator[None]:
-    """A context in which this program alone trains in `workdir`; the processes enter it together.
+def hold(workdir: epath.Path | Path | str, say: Callable[[str], None]) -> Iterator[None]:
+    """Context that holds the lock of `workdir`; all processes of a run enter it together.
 
-    Raises UserError where another program trains there, or nothing can be written. A program whose
-    lock was taken over, because it stood still for long, ends itself.
+    A run whose lock was taken over, after it was suspended for long, exits. Raises UserError if
+    another run holds the lock or the directory is not writable.
     """
     if jax.process_index():
-        hosts.barrier("work directory locked")
+        multihost.barrier("work directory locked")
         yield
         return
     lock = _Lock(epath.Path(workdir))
@@ -45,7 +45,7 @@ def held(workdir, say: Callable[[str], None]) -> Iterator[None]:
     beating = threading.Thread(target=lock.beat, args=(ended,), daemon=True)
     beating.start()
     try:
-        hosts.barrier("work directory locked")
+        multihost.barrier("work directory locked")
         yield
     finally:
         ended.set()
@@ -58,13 +58,13 @@ class _Lock:
         self._workdir, self._path = workdir, workdir / FILE
         self._mine = {
             "owner": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid(),
-            "started": _started(os.getpid()), "beats": 0, "directory": _place(workdir),
+            "started": _process_identity(os.getpid()), "beats": 0, "directory": _canonical(workdir),
         }  # fmt: skip
 
     def acquire(self, say: Callable[[str], None]):
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            while (found := self._read()) is None or self._is_left(found, say):
+            while (lock := self._read()) is None or self._is_stale(lock, say):
                 self._write()
                 time.sleep(SETTLE_SECONDS)
                 if self._is_mine():
@@ -72,25 +72,25 @@ class _Lock:
         except OSError as e:
             raise UserError(f"{self._workdir} cannot be written: {e.strerror or e}") from e
         raise UserError(
-            f"another training works in {self._workdir}: process {found['pid']} on "
-            f"{found['host']}. Wait for its end, or choose another --workdir"
+            f"another training runs in {self._workdir}: process {lock['pid']} on "
+            f"{lock['host']}. Wait until it ends, or choose another --workdir"
         )
 
     def beat(self, ended: threading.Event):
-        """Counts up until the event, or until the lock is another's: then it ends the program."""
+        """Counts up until the event is set; exits the program if another one has the lock."""
         while not ended.wait(BEAT_SECONDS):
             try:
                 if not self._is_mine():
                     print(
-                        f"error: another training has taken over {self._workdir}: this one stood "
-                        f"still for more than {MISSED * BEAT_SECONDS:.0f} s",
+                        f"error: another training has taken over {self._workdir}: this one was "
+                        f"suspended for more than {MISSED * BEAT_SECONDS:.0f} s",
                         file=sys.stderr,
                     )
-                    hosts.end(1)
+                    multihost.abort(1)
                     return
                 self._mine["beats"] += 1
                 self._write()
-            except OSError:  # a full disk or a lost connection: the next beat may come through
+            except OSError:  # a full disk or a lost connection: the next heartbeat may succeed
                 continue
 
     def release(self):
@@ -98,55 +98,56 @@ class _Lock:
             if self._is_mine():
                 self._path.unlink()
 
-    def _is_left(self, found: dict, say: Callable[[str], None]) -> bool:
-        """Whether nobody is behind a lock that was found; waits for its heartbeat if need be."""
-        if found["host"] == self._mine["host"]:
-            if found.get("directory", self._mine["directory"]) != self._mine["directory"]:
-                return True  # it was copied with the directory of another training
-            return _started(found["pid"]) != found["started"]
+    def _is_stale(self, lock: dict, say: Callable[[str], None]) -> bool:
+        """Returns whether the lock has no living owner; of another host, waits for a heartbeat."""
+        if lock["host"] == self._mine["host"]:
+            if lock.get("directory", self._mine["directory"]) != self._mine["directory"]:
+                return True  # copied with the work directory of another training
+            return _process_identity(lock["pid"]) != lock["started"]
         silence = MISSED * BEAT_SECONDS
         say(
-            f"{self._workdir} was locked by process {found['pid']} on {found['host']}: waiting up "
-            f"to {silence:.0f} s for a sign of it"
+            f"{self._workdir} is locked by process {lock['pid']} on {lock['host']}: waiting up to "
+            f"{silence:.0f} s for its heartbeat"
         )
-        began = time.monotonic()
-        while time.monotonic() - began < silence:
+        deadline = time.monotonic() + silence
+        while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 10)
-            if self._read() != found:
+            if self._read() != lock:
                 return self._read() is None
         return True
 
     def _is_mine(self) -> bool:
-        found = self._read()
-        return found is not None and found["owner"] == self._mine["owner"]
+        lock = self._read()
+        return lock is not None and lock["owner"] == self._mine["owner"]
 
     def _read(self) -> dict | None:
-        """The lock that is there. One that cannot be read, of whatever wrote it, is none."""
+        """Returns the lock file's content; None if it is absent or not a lock."""
         try:
-            found = json.loads(self._path.read_text())
-            needed = self._mine.keys() - {"directory"}  # which earlier versions did not write
-            return found if needed <= found.keys() else None
+            lock = json.loads(self._path.read_text())
+            required = self._mine.keys() - {"directory"}  # which earlier versions did not write
+            return lock if required <= lock.keys() else None
         except (FileNotFoundError, ValueError, AttributeError):
             return None
 
     def _write(self):
         text = json.dumps(self._mine)
-        if "://" in os.fspath(self._path):  # an object appears whole
+        if "://" in os.fspath(self._path):  # object stores write atomically
             self._path.write_text(text)
             return
-        half = self._path.with_name(f"{FILE}.{self._mine['owner']}")
-        half.write_text(text)
-        half.replace(self._path)
+        temporary = self._path.with_name(f"{FILE}.{self._mine['owner']}")
+        temporary.write_text(text)
+        temporary.replace(self._path)
 
 
-def _place(workdir: epath.Path) -> str:
-    """The path of a directory by which one host knows it."""
+def _canonical(workdir: epath.Path) -> str:
+    """Returns a path that identifies the directory on this host."""
     path = os.fspath(workdir)
     return path if "://" in path else os.path.realpath(path)
 
 
-def _started(pid: int) -> str:
-    """What tells a process from a later one of the same number: "" where it is gone."""
+def _process_identity(pid: int) -> str:
+    """Returns boot and start time, which tell a process from a later one with its pid; "" if it has
+    exited."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,35 +1,36 @@
-"""Studies: which changes of a config are compared, and what the numbers of several seeds say.
+"""Ablation studies: the compared config changes, and statistics over several seeds.
 
-A study has a row for each way of training; the first is the baseline. All rows are trained from the
-same seeds, and a row's difference to the baseline is taken seed by seed, so that what a seed does
-to both (initial weights, order of the data) drops out.
+A study has a row for each configuration; the first is the baseline. All rows are trained with the
+same seeds and compared to the baseline seed by seed, so that effects of the seed (initial weights,
+data order) cancel.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from dgpt_jax import schema
-from dgpt_jax.config import Train
+from dgpt_jax.config import TrainConfig, schema
+from dgpt_jax.monitoring import markdown
 
-# Stores of teacher tokens that rows read (data.path): fields of config.Tokens.
+# Token stores that rows read (data.path) → fields of TokensConfig.
 STORES = {
     "tokens": {"codec": "int8"},
     "tokens_float16": {"codec": "float16"},
     "tokens_int4": {"codec": "int4"},
     "tokens_pca": {"codec": "int8", "pca": 16},
 }
-# What has no training: raw pixels and the teacher once, the encoder as each seed begins it.
-FRAME = {"raw pixels": False, "untrained encoder": True, "the teacher": False}
+# Rows without training → True if evaluated for each seed, False for once.
+REFERENCE_ROWS = {"raw pixels": False, "untrained encoder": True, "the teacher": False}
 
 
 @dataclass(frozen=True)
 class Study:
-    """about: one line. paper: what it has on this. rows: {name: {config path: value}}."""
+    """about: one line. paper: its results on this. rows: {name: {config path: value}}."""
 
     about: str
     paper: str
@@ -38,7 +39,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """One training, or one row of the frame (`changes` None): what is finished or not."""
+    """A training, or one of REFERENCE_ROWS (`changes` None): the unit that is finished or not."""
 
     row: str
     seed: int
@@ -46,20 +47,20 @@ class Run:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What tells it from all others in a directory of studies."""
+        """Unique among the runs of all studies in a directory."""
         return self.name, self.seed
 
     @property
     def name(self) -> str:
-        """The same for rows of all studies that train alike: a directory."""
+        """Directory name, shared by the rows of all studies that train the same config."""
         if self.changes is None:
             return self.row.replace(" ", "_")
-        words = (f"{path}={value}" for path, value in sorted(self.changes.items()))
-        kept = ",".join(words).translate(str.maketrans({" ": "", "/": "-"}))
-        return kept or "base"
+        changes = (f"{path}={value}" for path, value in sorted(self.changes.items()))
+        name = ",".join(changes).translate(str.maketrans({" ": "", "/": "-"}))
+        return name or "base"
 
 
-def studies(base: Train) -> dict[str, Study]:
+def studies(base: TrainConfig) -> dict[str, Study]:
     """All studies of a base config, by name."""
     model = base.model
     online = {"data.targets": "online", "data.path": "images", "teacher.weights": "teacher"}
@@ -80,11 +81,11 @@ def studies(base: Train) -> dict[str, Study]:
                 "next + visible": {},
                 "next": {"loss.visible": 0.0},
                 "visible": {"loss.next": 0.0},
-                "next + distillation": {"loss.visible": 0.0, "loss.direct": 1.0},
+                "next + distillation": {"loss.visible": 0.0, "loss.distill": 1.0},
                 "distillation": {
                     "loss.next": 0.0,
                     "loss.visible": 0.0,
-                    "loss.direct": 1.0,
+                    "loss.distill": 1.0,
                     "model.segments": (1, 1),
                 },
             },
@@ -138,7 +139,7 @@ def studies(base: Train) -> dict[str, Study]:
             "which depths of the encoder feed the decoders",
             "never compared",
             {
-                f"taps {', '.join(map(str, model.taps))}": {},
+                f"taps {', '.join(map(str, model.taps or ()))}": {},
                 f"tap {model.depth} only": {"model.taps": (model.depth,)},
             },
         ),
@@ -154,22 +155,23 @@ def studies(base: Train) -> dict[str, Study]:
     }
 
 
-def runs(study: Study, base: Train, seeds: Iterable[int]) -> list[Run]:
-    """Every run of a study, seed by seed, so that what is finished first is whole rows."""
+def runs(study: Study, base: TrainConfig, seeds: Iterable[int]) -> list[Run]:
+    """All runs of a study, seed by seed, so that an interrupted study has complete seeds."""
     before = schema.flatten(schema.to_dict(base))
     changed = {
         row: {path: value for path, value in changes.items() if before[path] != value}
         for row, changes in study.rows.items()
     }
-    found = []
+    result = []
     for i, seed in enumerate(seeds):
-        found += [Run(row, seed, None) for row, seeded in FRAME.items() if seeded or not i]
-        found += [Run(row, seed, changes) for row, changes in changed.items()]
-    return found
+        rows = [row for row, per_seed in REFERENCE_ROWS.items() if per_seed or not i]
+        result += [Run(row, seed, None) for row in rows]
+        result += [Run(row, seed, changes) for row, changes in changed.items()]
+    return result
 
 
-def views(study: Study, base: Train) -> dict[str, int]:
-    """{store: how many of its views some row reads}, of STORES."""
+def views(study: Study, base: TrainConfig) -> dict[str, int]:
+    """{store: largest number of its views that a row reads}, of STORES."""
     needed = {}
     for changes in study.rows.values():
         store = changes.get("data.path", base.data.path)
@@ -179,35 +181,35 @@ def views(study: Study, base: Train) -> dict[str, int]:
     return needed
 
 
-def config_of(run: Run, base: Train, out) -> Train:
-    """The config of a training whose data are below the directory `out`. Raises UserError."""
-    config = schema.to_dict(base) | {"seed": run.seed}
-    for path, value in run.changes.items():
+def config_of(run: Run, base: TrainConfig, out: Path) -> TrainConfig:
+    """Config of a training whose data is below the directory `out`. Raises UserError."""
+    config: dict[str, Any] = schema.to_dict(base) | {"seed": run.seed}
+    for path, value in (run.changes or {}).items():
         *groups, last = path.split(".")
-        group = config
+        group: Any = config
         for name in groups:
             group = group[name]
         group[last] = value
     for group, name in (("data", "path"), ("teacher", "weights")):
         if config[group][name]:
             config[group][name] = str(out / config[group][name])
-    return schema.parse(Train, config)
+    return schema.parse(TrainConfig, config)
 
 
-def interval(values) -> tuple[float, float]:
-    """(mean, half the 95 % interval of Student's t); NaN for what a single value cannot tell."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()) if len(values) else math.nan, math.nan
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(values.mean()), float(quantile * values.std(ddof=1) / len(values) ** 0.5)
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of Student's 95 % t-interval), NaN where there are too few values."""
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return float(x.mean()) if len(x) else math.nan, math.nan
+    quantile = stats.t.ppf(0.975, len(x) - 1)
+    return float(x.mean()), float(quantile * x.std(ddof=1) / len(x) ** 0.5)
 
 
 def means(numbers: Mapping[str, Mapping[int, Mapping]]) -> dict[str, dict]:
     """{row: {column: interval}} of {row: {seed: {column: accuracy}}}."""
     return {
         row: {
-            column: interval([found[column] for found in seeds.values()])
+            column: interval([columns[column] for columns in seeds.values()])
             for column in next(iter(seeds.values()))
         }
         for row, seeds in numbers.items()
@@ -215,31 +217,29 @@ def means(numbers: Mapping[str, Mapping[int, Mapping]]) -> dict[str, dict]:
 
 
 def differences(numbers: Mapping[str, Mapping[int, Mapping]], baseline: str) -> dict[str, dict]:
-    """The same of every row minus the baseline, over the seeds that both have."""
-    found, of = {}, numbers.get(baseline, {})
+    """The same of each row minus the baseline, over the seeds that both have."""
+    result, base = {}, numbers.get(baseline, {})
     for row, seeds in numbers.items():
-        both = sorted(set(seeds) & set(of))
-        if row == baseline or not both:
+        common = sorted(set(seeds) & set(base))
+        if row == baseline or not common:
             continue
-        found[row] = {
-            column: interval([seeds[s][column] - of[s][column] for s in both])
-            for column in seeds[both[0]]
+        result[row] = {
+            column: interval([seeds[s][column] - base[s][column] for s in common])
+            for column in seeds[common[0]]
         }
-    return found
+    return result
 
 
 def table(cells: Mapping[str, Mapping], title: str, sign: str = "") -> str:
-    """Markdown of {row: {column: (mean, half an interval)}}. `sign` "+": of differences; those
-    whose interval does not hold 0 are bold."""
+    """Markdown of {row: {column: (mean, half width of its interval)}}. sign: "+" for differences,
+    which are bold if their interval excludes 0."""
 
-    def shown(mean, half):
+    def cell(mean, half):
         if math.isnan(half):
             return f"{mean:{sign}.1f}"
         text = f"{mean:{sign}.1f} ± {half:.1f}"
         return f"**{text}**" if sign and abs(mean) > half else text
 
     columns = list(next(iter(cells.values())))
-    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for row, found in cells.items():
-        lines.append(f"| {row} | {' | '.join(shown(*found[column]) for column in columns)} |")
-    return "\n".join(lines)
+    rows = ([row, *(cell(*values[c]) for c in columns)] for row, values in cells.items())
+    return markdown.table((title, *columns), rows)

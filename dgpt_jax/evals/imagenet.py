@@ -1,21 +1,22 @@
-"""Facts about ImageNet's test sets: which classes they have, and AlexNet's errors on ImageNet-C."""
+"""Constants of ImageNet's test sets: their classes, and AlexNet's errors on ImageNet-C."""
 
 import re
 from collections.abc import Callable, Sequence
 
-from dgpt_jax import class_labels, class_names
-from dgpt_jax.schema import UserError
+from dgpt_jax.data import class_names
+from dgpt_jax.data.ingest import labels
+from dgpt_jax.errors import UserError
 
 CLASSES = 1000
 
 
 def _indices(text: str) -> tuple[int, ...]:
     """ "3 5-7" as (3, 5, 6, 7)."""
-    found = []
-    for part in text.split():
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return tuple(found)
+    indices = []
+    for item in text.split():
+        first, _, last = item.partition("-")
+        indices += range(int(first), int(last or first) + 1)
+    return tuple(indices)
 
 
 # hendrycks/natural-adv-examples eval.py; they sum to 102178, as timm's imagenet_a_indices.txt does.
@@ -52,29 +53,29 @@ ALEXNET = {
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-def check_order(names: Sequence[str], what, say: Callable):
-    """Raises UserError where a head's classes are not ImageNet's in their order; says so where
-    their names cannot tell: other words than wnids."""
-    wnids = class_labels.imagenet("labels.txt")
+def check_order(names: Sequence[str], what: object, say: Callable[[str], None]):
+    """Raises UserError if a head's classes are not ImageNet's in their order; prints a note if the
+    names are neither wnids nor numbers, so that the order cannot be checked."""
+    wnids = labels.imagenet("labels.txt")
     if not names or all(re.fullmatch(r"n\d{8}|\d+", name) for name in names):
         if (i := class_names.first_difference(names, wnids)) is not None:
             raise UserError(
-                f"{what}: class {i} is {names[i]!r}, ImageNet's is {wnids[i]!r}: answers would be "
-                f"counted for other classes"
+                f"{what}: class {i} is {names[i]!r}, ImageNet's is {wnids[i]!r}: predictions would "
+                f"be scored against the wrong classes"
             )
     else:
-        say(f"{what}: class 0 is {names[0]!r}: the order of ImageNet's classes is taken on trust")
+        say(f"{what}: class 0 is {names[0]!r}: assuming ImageNet's class order, unchecked")
 
 
-def class_indices(names: Sequence[str], what) -> list[int]:
-    """Which of the 1000 classes each name is: a wnid, whose place in their sorted order it is, or
-    a number itself ("10" is class 10, as in ImageNet-V2). Raises UserError."""
+def class_indices(names: Sequence[str], what: object) -> list[int]:
+    """Index among the 1000 classes of each name: a wnid, by its rank among all, or a number ("10"
+    is class 10, as in ImageNet-V2). Raises UserError on other names."""
     if all(re.fullmatch(r"\d{1,3}", name) for name in names):
         return [int(name) for name in names]
-    place = {wnid: i for i, wnid in enumerate(class_labels.imagenet("labels.txt"))}
-    if unknown := [name for name in names if name not in place]:
+    rank = {wnid: i for i, wnid in enumerate(labels.imagenet("labels.txt"))}
+    if unknown := [name for name in names if name not in rank]:
         raise UserError(
             f"{what}: {len(unknown)} class names are neither ImageNet's wnids nor numbers below "
-            f"1000, the first is {unknown[0]!r}"
+            f"1000, first {unknown[0]!r}"
         )
-    return [place[name] for name in names]
+    return [rank[name] for name in names]

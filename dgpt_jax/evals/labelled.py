@@ -1,4 +1,4 @@
-"""Pictures with any number of right classes each: image files, and examples of a TFDS split."""
+"""Images with any number of correct classes each: image files, and examples of a TFDS split."""
 
 import os
 import sys
@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax import bad_records, image_files, image_walk, records, user_images, views
+from dgpt_jax.data import bad_records, image_ops
+from dgpt_jax.data.ingest import directory_walk, discovery, user_images
+from dgpt_jax.data.ingest.image_index import ImageIndex
+from dgpt_jax.errors import UserError
 from dgpt_jax.evals import imagenet
-from dgpt_jax.members import Members
-from dgpt_jax.schema import UserError
+from dgpt_jax.storage import tfds_dataset
 
-# On a network file system a folder takes milliseconds, in which others can be asked for.
+# Directories listed at a time: on a network file system each takes milliseconds.
 THREADS = 8
-LISTED = (*user_images.EXTENSIONS, ".tar")
+EXTENSIONS = (*user_images.EXTENSIONS, ".tar")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class File:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files below a folder, in order, as image_files.Members are; sizes are not asked for."""
+    """Image files below a directory, in order; like image_index.ImageIndex, without file sizes."""
 
     root: Path
     ids: list[str]
@@ -51,15 +53,17 @@ class Files:
         return Files(self.root, [self.ids[i] for i in chosen])
 
 
-class Images:
-    """Image files with any number of right classes each: int32 labels (N, W), padded with -1.
-    `crop` pixels are cut off all around. EXIF orientation and transparency are left alone, as the
-    published numbers' loaders do; an import changes both."""
+class FileImages:
+    """Image files with int32 labels (N, W), any number of correct classes each, padded with -1.
 
-    classes = None
+    crop: pixels removed at every border. EXIF orientation and transparency are ignored, as by the
+    loaders of the published numbers; an import applies both.
+    """
 
-    def __init__(self, path: Path, members: Members | Files, labels: np.ndarray, crop: int = 0):
-        self.path, self._members, self.labels, self._crop = path, members, labels, crop
+    classes: int | None = None
+
+    def __init__(self, path: Path, files: ImageIndex | Files, labels: np.ndarray, crop: int = 0):
+        self.path, self._files, self.labels, self._crop = path, files, labels, crop
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,22 +72,26 @@ class Images:
         return str(self.path)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        member, cut = self._members[index], self._crop
+        file, cut = self._files[index], self._crop
         try:
-            image = views.decode_picture(member.read())
+            image = image_ops.decode_image(file.read())
         except ValueError as e:
-            raise UserError(f"{self.path}: {member.id}: {e}") from None
+            raise UserError(f"{self.path}: {file.id}: {e}") from None
         height, width = image.shape[:2]
         return image[cut : height - cut, cut : width - cut], self.labels[index]
 
 
-class Stored:
-    """Examples of a TFDS split; labels(record) gives the numbers of the right classes, at most
-    `width`."""
+class StoredImages:
+    """Examples of a TFDS split; labels(record) returns the correct classes, at most `width`."""
 
-    classes = None
+    classes: int | None = None
 
-    def __init__(self, split: records.Split, labels: Callable[[dict], Sequence[int]], width: int):
+    def __init__(
+        self,
+        split: tfds_dataset.Split,
+        labels: Callable[[dict], Sequence[int] | np.ndarray],
+        width: int,
+    ):
         self._split, self._labels, self._width = split, labels, width
 
     def __len__(self) -> int:
@@ -94,35 +102,41 @@ class Stored:
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         record = self._split[index]
-        image = bad_records.picture(self._split, index, record)
+        image = bad_records.decode_image(self._split, index, record)
         return image, padded([self._labels(record)], self._width)[0]
 
 
-def folders(path: Path, classes=None, crop: int = 0) -> Images:
-    """A folder or tar of class folders; `classes(names)` gives each class its numbers."""
-    members, names, of = class_folders(path) or _searched(path)
+def folders(
+    path: Path,
+    classes: Callable[[Sequence[str]], list[list[int]]] | None = None,
+    crop: int = 0,
+) -> FileImages:
+    """Images of a directory or tar of class folders; classes(names) maps folders to class numbers.
+    Raises UserError if there are none."""
+    files, names, class_of = class_folders(path) or _discover(path)
     if not names:
-        raise UserError(f"{path} must hold class folders, and no folders of splits")
+        raise UserError(f"{path} must hold class folders and no split folders")
     if classes is None:
         numbers = [[i] for i in imagenet.class_indices(names, path)]
     else:
         numbers = classes(names)
-    counts = np.array([bool(x) for x in numbers])[of]
-    labels = padded(numbers)[of[counts]]
-    return Images(path, members.take(np.flatnonzero(counts)), labels, crop)
+    used = np.array([bool(x) for x in numbers])[class_of]
+    labels = padded(numbers)[class_of[used]]
+    return FileImages(path, files.take(np.flatnonzero(used)), labels, crop)
 
 
-def members_of(path: Path) -> Members | Files:
-    members, _, _ = class_folders(path) or _searched(path)
-    return members
+def list_files(path: Path) -> ImageIndex | Files:
+    """All image files of a directory or tar."""
+    files, _, _ = class_folders(path) or _discover(path)
+    return files
 
 
 def class_folders(path: Path) -> tuple[Files, list[str], np.ndarray] | None:
-    """(files, classes, class of each file), sorted by class and name, of a folder of class folders.
+    """(files, classes, class index of each file), sorted by class and name, of class folders.
 
-    ImageNet-C has 75 of them with 3.75 million files in all, and every process lists them: no file
-    is looked at, but for its name. None where there is anything that image_files.find would look
-    into: images beside the folders, folders in these, splits, tars.
+    Every process lists ImageNet-C's 75 sets, 3.75 million files, so files are not stat'ed. Returns
+    None for anything that needs discovery.discover: images beside the folders, nested folders,
+    splits, tars.
     """
     if not path.is_dir():
         return None
@@ -130,46 +144,46 @@ def class_folders(path: Path) -> tuple[Files, list[str], np.ndarray] | None:
     if files or any(map(_is_split, names)):
         return None
     with ThreadPoolExecutor(THREADS) as pool:
-        inside = list(pool.map(lambda name: _entries(path / name), names))
-    filled = [(name, files) for name, (_, files) in zip(names, inside, strict=True) if files]
-    deeper = any(folders for folders, _ in inside)
-    # ImageNet-C's 75 sets have the same ids, and are held at the same time.
-    ids = [sys.intern(f"{name}/{file}") for name, files in filled for file in files]
-    if deeper or not ids or any(name.endswith(".tar") for name in ids):
+        entries = list(pool.map(lambda name: _entries(path / name), names))
+    classes = [(name, files) for name, (_, files) in zip(names, entries, strict=True) if files]
+    nested = any(folders for folders, _ in entries)
+    # ImageNet-C's 75 sets are in memory together and share their ids.
+    ids = [sys.intern(f"{name}/{file}") for name, files in classes for file in files]
+    if nested or not ids or any(name.endswith(".tar") for name in ids):
         return None
-    counts = [len(files) for _, files in filled]
-    return Files(path, ids), [name for name, _ in filled], np.repeat(np.arange(len(counts)), counts)
+    class_of = np.repeat(np.arange(len(classes)), [len(files) for _, files in classes])
+    return Files(path, ids), [name for name, _ in classes], class_of
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """(folders, images and tars), each sorted as bytes are."""
+    """(folders, images and tars), each sorted by bytes."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            kind = image_walk.kind_of(entry)
-            if kind == "folder" and not image_walk.is_hidden(os.fsencode(entry.name)):
+            kind = directory_walk.kind_of(entry)
+            if kind == "folder" and not directory_walk.is_hidden(os.fsencode(entry.name)):
                 folders.append(entry.name)
-            elif kind in ("file", "lost") and _is_listed(entry.name):
+            elif kind in ("file", "broken") and _is_listed(entry.name):
                 files.append(entry.name)
     return sorted(folders, key=os.fsencode), sorted(files, key=os.fsencode)
 
 
 def _is_listed(file: str) -> bool:
-    return file.lower().endswith(LISTED) and not file.startswith("._")
+    return file.lower().endswith(EXTENSIONS) and not file.startswith("._")
 
 
 def _is_split(folder: str) -> bool:
-    return folder in image_files.SPLITS or bool(image_files.IMAGENET.fullmatch(os.fsencode(folder)))
+    return folder in discovery.SPLITS or bool(discovery.IMAGENET.fullmatch(os.fsencode(folder)))
 
 
-def _searched(path: Path) -> tuple[Members, list[str], np.ndarray]:
-    """The same by image_files.find; no classes where there are none, or several splits."""
-    found = image_files.find(path)
-    members = next(iter(found.splits.values()))
-    return members, found.classes if len(found.splits) == 1 else [], members.label
+def _discover(path: Path) -> tuple[ImageIndex, list[str], np.ndarray]:
+    """The same by discovery.discover; no classes for images without labels or several splits."""
+    images = discovery.discover(path)
+    index = next(iter(images.splits.values()))
+    return index, images.classes if len(images.splits) == 1 else [], index.label
 
 
-def padded(labels: Sequence[Sequence[int]], width: int = 0) -> np.ndarray:
+def padded(labels: Sequence[Sequence[int] | np.ndarray], width: int = 0) -> np.ndarray:
     """int32 (N, W): lists of classes, padded with -1."""
     width = max(width, max(map(len, labels), default=1), 1)
     padded = np.full((len(labels), width), -1, np.int32)

@@ -1,20 +1,25 @@
-"""What is measured while pretraining, the loss on held-out data and a small kNN, and drawn."""
+"""Evaluations while pretraining: loss on held-out data, a small kNN, and figures of predictions."""
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import batching, heads, maps, pictures, records, sharding, vit
-from dgpt_jax.evals import features, knn
+from dgpt_jax.data import loader
+from dgpt_jax.distributed import sharding
+from dgpt_jax.evals import feature_maps, features, figures, knn
+from dgpt_jax.models import classifier, vit
+from dgpt_jax.storage import tfds_dataset
 
-POOLINGS = ("cls", "mean")  # features of kNN
+POOLINGS = ("cls", "mean")  # of kNN's features
 
 
-def periodic(task, mesh) -> list[Callable]:
-    """The evaluators that a config names, each params → {metric: value}."""
+def make_evaluators(task, mesh: jax.sharding.Mesh) -> list[Callable[[Any], dict[str, float]]]:
+    """Evaluators that the config enables, each params → {metric: value}."""
     evaluators = []
     if task.config.evals.heldout:
         evaluators.append(heldout_loss(task, mesh))
@@ -23,36 +28,36 @@ def periodic(task, mesh) -> list[Callable]:
     return evaluators
 
 
-def measured(task) -> list[str]:
-    """The metrics that `periodic` gives."""
+def metric_names(task) -> list[str]:
+    """Names of the metrics of `make_evaluators`."""
     evals = task.config.evals
     losses = [f"heldout/{name}" for name in task.weights] if evals.heldout else []
     return losses + ([f"knn/{pooling}" for pooling in POOLINGS] if evals.knn else [])
 
 
-def recorded(task, workdir) -> list[str]:
-    """Nothing: held-out losses are compared within a run."""
+def save_results(task, workdir: Path | str) -> list[str]:
+    """Writes nothing: held-out losses compare only within a run."""
     return []
 
 
-def heldout_loss(task, mesh) -> Callable:
-    """Mean of each loss part over all held-out examples, each counted once."""
+def heldout_loss(task, mesh: jax.sharding.Mesh) -> Callable[[Any], dict[str, float]]:
+    """Evaluator of each loss term's mean over all held-out examples, each counted once."""
     batch_size = task.config.evals.batch_size
     rows = sharding.process_rows(mesh, batch_size)
     load, length = task.heldout()
-    length = min(length, task.config.evals.most or length)
+    length = min(length, task.config.evals.max_examples or length)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
 
     @jax.jit
     def add(totals, params, frozen, batch):
-        _, parts = task.loss(params, frozen, batch)
-        seen = {name: jnp.where(batch["valid"], x, 0).sum() for name, x in parts.items()}
-        return jax.tree.map(jnp.add, totals, seen)
+        _, losses = task.loss(params, frozen, batch)
+        sums = {name: jnp.where(batch["valid"], x, 0).sum() for name, x in losses.items()}
+        return jax.tree.map(jnp.add, totals, sums)
 
     def evaluate(params) -> dict[str, float]:
         totals = {name: jnp.zeros(()) for name in task.weights}
         threads = task.config.evals.threads
-        for local in batching.eval_batches(load, length, batch_size, rows=rows, threads=threads):
+        for local in loader.eval_batches(load, length, batch_size, rows=rows, threads=threads):
             batch = sharding.global_batch(mesh, batch_size, local)
             totals = add(totals, params, frozen, batch)
         return {f"heldout/{name}": float(x) / length for name, x in totals.items()}
@@ -60,49 +65,56 @@ def heldout_loss(task, mesh) -> Callable:
     return evaluate
 
 
-def painter(task, mesh) -> Callable | None:
-    """params → what to call, later and elsewhere, for {name: picture}: what is predicted of some
-    held-out examples (config.evals.pictures), beside the teacher's tokens."""
+def prediction_figures(
+    task, mesh: jax.sharding.Mesh
+) -> Callable[[Any], Callable[[], dict[str, np.ndarray]]] | None:
+    """Returns draw(params) → a callable, for any thread, of {name: figure}: predictions of some
+    held-out examples (config.evals.figures) beside the teacher's tokens. None if disabled."""
     config = task.config
-    if not (config.evals.heldout and config.evals.pictures) or config.data.targets == "pixels":
+    if not (config.evals.heldout and config.evals.figures) or config.data.targets == "pixels":
         return None
     load, length = task.heldout()
-    count = min(config.evals.pictures, length)
-    examples = [load(i * length // count) for i in range(count)]  # they may be sorted by class
+    count = min(config.evals.figures, length)
+    examples = [
+        load(i * length // count) for i in range(count)
+    ]  # spread: they may be sorted by class
     local = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-    where, shape = sharding.replicated(mesh), config.model.segments
-    batch, frozen = jax.device_put((local, task.frozen), where)
+    replicated, shape = sharding.replicated(mesh), config.model.segments
+    batch, frozen = jax.device_put((local, task.frozen), replicated)
 
-    @partial(jax.jit, out_shardings=where)
+    @partial(jax.jit, out_shardings=replicated)
     def predict(params, frozen, batch):
         tokens, cls = task.tokens(frozen, batch), task.target.cls
-        given = params, batch["image"], tokens, batch["order"]
-        return maps.aligned(task.module, config.model, *given, cls=cls)
+        inputs = batch["image"], tokens, batch["order"]
+        return feature_maps.aligned(task.module, config.model, params, *inputs, cls=cls)
 
     def draw(pairs):
-        found = maps.in_place(pairs, local["order"], shape)
-        rows = pictures.prediction_rows(found, local["image"], local["order"], shape)
-        return {"predictions": pictures.sheet(rows)}
+        maps = feature_maps.in_image_order(pairs, local["order"], shape)
+        rows = figures.prediction_rows(maps, local["image"], local["order"], shape)
+        return {"predictions": figures.sheet(rows)}
 
     return lambda params: partial(draw, predict(params, frozen, batch))
 
 
-def knn_accuracy(task, mesh) -> Callable:
-    """kNN accuracy (k = 20) of frozen CLS and mean features on a labelled image dataset."""
+def knn_accuracy(task, mesh: jax.sharding.Mesh) -> Callable[[Any], dict[str, float]]:
+    """Evaluator of kNN (k = 20) on frozen CLS and mean features of a labeled image dataset."""
     config, model = task.config.evals, task.config.model
-    train = features.Records(records.Split(config.knn, config.knn_train))
-    test = features.Records(records.Split(config.knn, config.knn_test))
-    module = heads.classifier(model, "cls", dtype=task.config.dtype)
+    train = features.RecordSource(tfds_dataset.Split(config.knn, config.knn_train))
+    test = features.RecordSource(tfds_dataset.Split(config.knn, config.knn_test))
+    module = classifier.classifier(model, "cls", dtype=task.config.dtype)
 
-    def encode(encoder_params, pictures):
-        variables = {"params": heads.from_pretrained(encoder_params, model)}
-        images = vit.normalise(pictures)
-        return module.apply(variables, images, POOLINGS, method="pooled")
+    def encode(encoder_params, images):
+        variables = {"params": classifier.classifier_params_from_encoder(encoder_params, model)}
+        return module.apply(variables, vit.normalize(images), POOLINGS, method="pooled")
 
     extract = features.Extractor(
-        encode, mesh, batch_size=config.batch_size, most=config.most, threads=config.threads
+        encode,
+        mesh,
+        batch_size=config.batch_size,
+        max_examples=config.max_examples,
+        threads=config.threads,
     )
-    view = features.centre_view(model.image_size, config.knn_resize, squash=False)
+    view = features.center_view(model.image_size, config.knn_resize, squash=False)
 
     def evaluate(params) -> dict[str, float]:
         banks = [extract(params["encoder"], source, view) for source in (train, test)]

@@ -1,9 +1,9 @@
-"""Results of a model: rows of JSON with intervals, one file a model, as Markdown.
+"""Results of a model: rows with confidence intervals, as one JSON file per model and as Markdown.
 
-A row says what was measured (IDENTITY), the count and the accuracy with its interval, by what it
-was selected, and in `how` the protocol, its source and the preprocessing. Runs add to the file; a
-row that was measured before is replaced. Of a training there are rows of the last evaluation and of
-the best (`epoch`), and of a grid of heads, as a `detail`, one of each.
+A row has identifying fields (IDENTITY), count, accuracy and its interval, the selection, and under
+`how` the protocol's source, parameters and preprocessing. Runs add rows to the file, replacing
+those of the same identity. A training has rows of its last and its best evaluation (`epoch`), and
+for a grid of heads a `detail` row for each.
 """
 
 import contextlib
@@ -12,48 +12,52 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from dgpt_jax import gcs
-from dgpt_jax.convert import layout
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
+from dgpt_jax.monitoring import markdown
+from dgpt_jax.storage import gcs
+from dgpt_jax.weights import mapping
 
 FORMAT = 1
-# Rows that differ in one of these are different results; so are those of datasets at two places,
-# and of a part of one (config.most).
+# Rows that differ in one of these are different results; so are rows of datasets at different paths
+# and of a subset of one (config.max_examples).
 IDENTITY = (
     "protocol", "data", "splits", "features", "k", "shots", "seed", "squash", "resize", "epoch",
     "head", "detail",
 )  # fmt: skip
-NAMES = ("protocol", "data")  # what every row has, as text
-HIDDEN = ("how", "date", "detail", "train")  # of a row, in a table
+NAMES = ("protocol", "data")  # text fields that every row has
+HIDDEN = ("how", "date", "detail", "train")  # fields not shown in tables
 
 
-def wilson(correct: float, of: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a proportion, `correct` of `of`, within 0 and 1."""
+def wilson(correct: float, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of the proportion correct / total, within 0 and 1."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
-    share, scale = correct / of, 1 + z * z / of
-    centre = (share + z * z / (2 * of)) / scale
-    half = z / scale * (share * (1 - share) / of + z * z / (4 * of * of)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    share, scale = correct / total, 1 + z * z / total
+    center = (share + z * z / (2 * total)) / scale
+    half = z / scale * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
+    return max(0.0, center - half), min(1.0, center + half)
 
 
-def row(what: Mapping, correct: float, of: int, *, selection: str, how: Mapping) -> dict:
-    """A row: accuracy, low and high in percent, with 95 % between the last two.
+def row(
+    identity: Mapping[str, Any], correct: float, total: int, *, selection: str, how: Mapping
+) -> dict:
+    """A row; accuracy and its 95 % interval from `low` to `high` are in percent.
 
-    The interval is about the draw of the `of` test examples, not about seeds of training.
-    selection: by what the number was chosen among others ("none" where it was not).
+    The interval covers the sampling of the `total` test examples, not seeds of training. selection:
+    criterion by which the result was chosen among others, or "none".
     """
-    low, high = wilson(correct, of)
+    low, high = wilson(correct, total)
     return {
-        **what,
-        "test": of,
+        **identity,
+        "test": total,
         "correct": correct,
-        "accuracy": 100 * correct / of,
+        "accuracy": 100 * correct / total,
         "low": 100 * low,
         "high": 100 * high,
         "selection": selection,
@@ -63,155 +67,163 @@ def row(what: Mapping, correct: float, of: int, *, selection: str, how: Mapping)
 
 
 def mean_over_seeds(rows: Sequence[Mapping]) -> list[dict]:
-    """A row more for each group of rows that differ in nothing but the seed: mean accuracy, the
-    standard deviation `sd` over the seeds, and the interval of the mean as if of one draw."""
-    found: dict[str, list] = {}
-    for one in rows:
-        found.setdefault(_key(one, without="seed"), []).append(one)
+    """A row for each group of rows that differ in the seed alone: mean accuracy, its interval as
+    for one run, and the standard deviation `sd` over the seeds."""
+    groups: dict[str, list] = {}
+    for r in rows:
+        groups.setdefault(_key(r, without="seed"), []).append(r)
     means = []
-    for group in found.values():
+    for group in groups.values():
         if len(group) > 1:
-            correct = float(np.mean([one["correct"] for one in group]))
-            first, name = group[0], f"mean of {len(group)}"
-            what = {k: first[k] for k in (*IDENTITY, "train") if k in first} | {"seed": name}
-            mean = row(what, correct, first["test"], selection="none", how=first["how"])
-            means.append(mean | {"sd": float(np.std([one["accuracy"] for one in group], ddof=1))})
+            correct = float(np.mean([r["correct"] for r in group]))
+            first, seed = group[0], f"mean of {len(group)}"
+            identity = {k: first[k] for k in (*IDENTITY, "train") if k in first} | {"seed": seed}
+            mean = row(identity, correct, first["test"], selection="none", how=first["how"])
+            means.append(mean | {"sd": float(np.std([r["accuracy"] for r in group], ddof=1))})
     return means
 
 
 def _key(row: Mapping, without: str = "") -> str:
-    found = {name: row.get(name) for name in IDENTITY if name != without}
-    return json.dumps(found | {"path": _place(row), "most": row.get("how", {}).get("most")})
+    fields = {name: row.get(name) for name in IDENTITY if name != without}
+    return json.dumps(fields | {"path": _location(row), "most": row.get("how", {}).get("most")})
 
 
-def _place(row: Mapping) -> str:
-    """Where the dataset lies whose name may be that of others too ("images"). The sets of
-    robustness have names of their own."""
+def _location(row: Mapping) -> str:
+    """Location of a dataset whose name may not be unique ("images"); "" for the robustness sets,
+    whose names are."""
     path = row.get("how", {}).get("path")
     return location(path) if path and row["protocol"] != "robustness" else ""
 
 
 def location(path: str) -> str:
-    """A path that means the same in every directory."""
+    """An absolute path or URL."""
     return path if "://" in path else os.path.abspath(path)
 
 
-def default_path(checkpoint, step: int | None) -> epath.Path:
-    """Where results of a checkpoint go: into a work directory, or beside weights."""
+def default_path(checkpoint: epath.PathLike, step: int | None) -> epath.Path:
+    """Results file of a checkpoint: in a work directory, or beside a weights file."""
     path = epath.Path(checkpoint)
     name = "results.json" if step is None else f"results_step{step}.json"
     return path / name if path.is_dir() else path.with_name(f"{path.stem}.{name}")
 
 
-def read(path) -> dict:
-    """{"format", "weights", "model", "results": rows}. Raises UserError."""
+def read(path: epath.PathLike) -> dict[str, Any]:
+    """{"format", "weights", "model", "results": rows}. Raises UserError on anything else."""
+    content = {}
     try:
-        found = json.loads(epath.Path(path).read_text())
-        good = {"format", "weights", "model", "results"} <= found.keys()
-        good &= all(isinstance(one[name], str) for one in found["results"] for name in NAMES)
+        content = json.loads(epath.Path(path).read_text())
+        valid = {"format", "weights", "model", "results"} <= content.keys()
+        valid &= all(isinstance(r[name], str) for r in content["results"] for name in NAMES)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        good = False
-    if not good:
-        raise UserError(f"{path} is no file of results that `python -m dgpt_jax.evaluate` wrote")
-    if found["format"] > FORMAT:
-        raise UserError(f"{path} has format {found['format']}, this code reads {FORMAT}")
-    return found
+        valid = False
+    if not valid:
+        raise UserError(f"{path} is not a results file of `python -m dgpt_jax.evaluate`")
+    if content["format"] > FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
+    return content
 
 
-def digest(params: Mapping) -> str:
-    """16 hexadecimal digits of nested arrays: their names, shapes, dtypes and bytes."""
+def digest(params: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits, a hash of names, shapes, dtypes and bytes of nested arrays."""
     sha = hashlib.sha256()
-    for name, array in sorted(layout.flatten(params).items()):
+    for name, array in sorted(mapping.flatten(params).items()):
         array = np.ascontiguousarray(array)
         sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
         sha.update(array.data.cast("B"))
     return sha.hexdigest()[:16]
 
 
-def refuse_another(path, weights: str, parameters: str = ""):
-    """Raises UserError where `path` holds results of other weights: of other `parameters` (their
-    digest), or, where one of both does not tell them, of another name."""
+def refuse_another(path: epath.PathLike, weights: str, parameters: str = ""):
+    """Raises UserError if `path` holds results of other weights: the digests of their parameters
+    differ, or, if one is missing, their names."""
     if not epath.Path(path).exists():
         return
-    found = read(path)
-    before, known = found["weights"], found.get("parameters", "")
-    same = known == parameters if known and parameters else before == weights
+    content = read(path)
+    name, saved = content["weights"], content.get("parameters", "")
+    same = saved == parameters if saved and parameters else name == weights
     if not same:
-        other = "other parameters, " if before == weights else ""
+        other = "other parameters, " if name == weights else ""
         raise UserError(
-            f"{path} holds results of {before}, not of {weights} ({other}digests {known or '-'}, "
-            f"{parameters or '-'}): give another --out"
+            f"{path} holds results of {name}, not of {weights} ({other}digests {saved or '-'}, "
+            f"{parameters or '-'}): choose another --out"
         )
 
 
 def merge(
-    path, weights: str, model: Mapping, rows: Sequence[Mapping], parameters: str = ""
+    path: epath.PathLike,
+    weights: str,
+    model: Mapping,
+    rows: Sequence[Mapping],
+    parameters: str = "",
 ) -> list[dict]:
-    """Adds rows to the file, replacing those of the same IDENTITY; all rows that it then holds.
+    """Adds rows to the file, replacing those of the same IDENTITY; returns all of its rows.
 
-    weights: where they come from, with the step; parameters: their digest, if known. Processes that
-    add to a file at the same time wait for each other, if it is near. Raises UserError where the
-    file is of other weights.
+    weights: source and step; parameters: their digest, if known. Concurrent processes take turns by
+    a lock on local disks. Raises UserError if the file is of other weights.
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.parent):
+    with _lock(path.parent):
         refuse_another(path, weights, parameters)
-        before = read(path) if path.exists() else {"results": []}
-        new = {_key(one): dict(one) for one in rows}
-        rows = [one for one in before["results"] if _key(one) not in new] + list(rows)
-        write(path, weights, model, rows, parameters or before.get("parameters", ""))
-    return rows
+        saved: dict[str, Any] = read(path) if path.exists() else {"results": []}
+        new = set(map(_key, rows))
+        merged = [r for r in saved["results"] if _key(r) not in new] + list(rows)
+        write(path, weights, model, merged, parameters or saved.get("parameters", ""))
+    return merged
 
 
-def write(path, weights: str, model: Mapping, rows: Sequence[Mapping], parameters: str = ""):
-    """Writes a file of these rows alone, in place of what `path` was; where that fails it stays
-    what it was. Raises UserError."""
+def write(
+    path: epath.PathLike,
+    weights: str,
+    model: Mapping,
+    rows: Sequence[Mapping],
+    parameters: str = "",
+):
+    """Replaces `path` by a file of these rows alone, atomically. Raises UserError."""
     path = epath.Path(path)
-    found = {"format": FORMAT, "weights": weights, "model": dict(model)}
-    found |= {"parameters": parameters} if parameters else {}
-    half = path.with_name(f".{path.name}.{os.getpid()}")
+    content = {"format": FORMAT, "weights": weights, "model": dict(model)}
+    content |= {"parameters": parameters} if parameters else {}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with gcs.failures(f"{path} cannot be written"):
         try:
-            half.write_text(json.dumps(found | {"results": list(rows)}, indent=1) + "\n")
-            half.replace(path)
+            temporary.write_text(json.dumps(content | {"results": list(rows)}, indent=1) + "\n")
+            temporary.replace(path)
         finally:
-            half.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _alone(directory: epath.Path):
-    """Holds a lock on a local directory."""
+def _lock(directory: epath.Path) -> Iterator[None]:
+    """Holds a lock on a local directory; none on a remote one."""
     if "://" in os.fspath(directory):
         yield
         return
-    opened = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def table(rows: Sequence[Mapping]) -> str:
-    """Rows as Markdown, but for those that are a `detail`."""
-    rows = [one for one in rows if not one.get("detail")]
-    places = {(one["data"], _place(one)) for one in rows}
-    several = {name for name, _ in places if sum(name == other for other, _ in places) > 1}
+    """Markdown of rows without `detail`; datasets of the same name show their location."""
+    rows = [r for r in rows if not r.get("detail")]
+    locations = {(r["data"], _location(r)) for r in rows}
+    ambiguous = {name for name, _ in locations if sum(name == n for n, _ in locations) > 1}
     rows = [
-        {**one, "data": f"{one['data']} ({_place(one)})"} if one["data"] in several else one
-        for one in rows
+        {**r, "data": f"{r['data']} ({_location(r)})"} if r["data"] in ambiguous else r
+        for r in rows
     ]
-    columns = [c for c in dict.fromkeys(c for one in rows for c in one) if c not in HIDDEN]
-    columns = [c for c in columns if any(one.get(c) not in (None, "") for one in rows)]
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[_cell(one.get(c)) for c in columns] for one in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    columns = [c for c in dict.fromkeys(c for r in rows for c in r) if c not in HIDDEN]
+    columns = [c for c in columns if any(r.get(c) not in (None, "") for r in rows)]
+    cells = ([_cell(r.get(c)) for c in columns] for r in rows)
+    return markdown.table(columns, cells, rule=" --- ")
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

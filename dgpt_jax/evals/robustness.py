@@ -1,7 +1,7 @@
-"""Fine-tuned weights on ImageNet's test sets, each by its own rule (see test_sets.py)."""
+"""Fine-tuned weights on ImageNet's test sets, each scored by its own rule (see test_sets.py)."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import config, load, sharding, views
-from dgpt_jax.config import Evaluate
-from dgpt_jax.evals import features, imagenet, results, test_sets
-from dgpt_jax.evals.test_sets import IMAGENET_C, SETS, KnownSet
-from dgpt_jax.schema import UserError
+from dgpt_jax.config import EvaluateConfig, roots
+from dgpt_jax.data import image_ops
+from dgpt_jax.distributed import sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.evals import feature_bank, features, imagenet, results, test_sets
+from dgpt_jax.evals.test_sets import IMAGENET_C, SETS, TestSet, TestSource
+from dgpt_jax.weights import api
 
 SOURCES = {
     "imagenet": "argmax of the 1000 classes",
@@ -32,13 +34,16 @@ SOURCES = {
 
 
 def evaluate(
-    settings: Evaluate, classifier: load.Classifier, preprocessing: dict, say: Callable = print
+    settings: EvaluateConfig,
+    classifier: api.PretrainedClassifier,
+    preprocessing: dict,
+    say: Callable[[str], None] = print,
 ) -> Iterator[list[dict]]:
-    """The rows of each test set that is below `settings.data`, when it is measured; `say` hears of
-    those that are not there.
+    """Yields the rows of each test set below `settings.data` as it is evaluated; `say` receives a
+    line for each missing one.
 
-    Raises UserError where there is none, or where the weights have not ImageNet's 1000 classes; and
-    before any is measured where one cannot be used.
+    Raises UserError if there is none, if the weights lack ImageNet's 1000 classes, or, before the
+    first evaluation, if some set is unusable.
     """
     if classifier.num_classes != imagenet.CLASSES:
         raise UserError(
@@ -49,142 +54,155 @@ def evaluate(
     root = Path(settings.data)
     if not root.is_dir():
         raise UserError(f"no such directory: {root}")
-    sets = {known: test_sets.find(root, known) for known in SETS}
-    for known, source in sets.items():
+    sets = {test_set: test_sets.find(root, test_set) for test_set in SETS}
+    for test_set, source in sets.items():
         if source is None:
-            say(f"absent: {known.name}; {known.how}")
-    sets = {known: source for known, source in sets.items() if source is not None}
+            say(f"absent: {test_set.name}; {test_set.source}")
+    sets = {test_set: source for test_set, source in sets.items() if source is not None}
     corruptions = _corruptions(root, say)
     if not sets and not corruptions:
-        raise UserError(f"{root} holds none of the test sets; the lines above say how to get them")
+        raise UserError(f"{root} holds no test sets; the lines above say how to obtain them")
     predict = Predictor(settings, classifier)
     how = {"path": str(root), **preprocessing}
-    for known in list(sets):
-        yield measure(settings, known, sets.pop(known), predict, how)
+    for test_set in list(sets):
+        yield measure(settings, test_set, sets.pop(test_set), predict, how)
     yield from _corrupted(corruptions, predict, how)
 
 
 class Predictor:
-    """(pictures, view, masks) → predicted classes (N, masks), labels (N, W)."""
+    """Predicts the classes of a source's images; see __call__."""
 
-    def __init__(self, settings: Evaluate, classifier: load.Classifier):
-        mesh = sharding.make_mesh(config.Mesh())
+    def __init__(self, settings: EvaluateConfig, classifier: api.PretrainedClassifier):
+        mesh = sharding.make_mesh(roots.MeshConfig())
         self.size = classifier.model.image_size
-        self.view = features.centre_view(self.size, settings.resize, settings.squash)
+        self.view = features.center_view(self.size, settings.resize, settings.squash)
 
-        def encode(given, pictures):
-            params, masks = given
-            logits = dataclasses.replace(classifier, params=params).logits(pictures)
+        def encode(inputs, images):
+            params, masks = inputs
+            logits = dataclasses.replace(classifier, params=params).logits(images)
             masked = jnp.where(masks[None], logits[:, None], -jnp.inf)
-            found = masked.argmax(axis=-1).astype(jnp.int32)
-            return {"class": jnp.where(jnp.isfinite(logits).all(axis=-1)[:, None], found, -1)}
+            classes = masked.argmax(axis=-1).astype(jnp.int32)
+            return {"class": jnp.where(jnp.isfinite(logits).all(axis=-1)[:, None], classes, -1)}
 
-        self._banks = features.Extractor(
+        self._extractor = features.Extractor(
             encode,
             mesh,
             batch_size=settings.batch_size,
-            most=settings.most,
+            max_examples=settings.max_examples,
             threads=settings.threads,
         )
         self._params = jax.device_put(classifier.params, sharding.replicated(mesh))
-        self._place = partial(jax.device_put, device=sharding.replicated(mesh))
+        self._replicate = partial(jax.device_put, device=sharding.replicated(mesh))
 
-    def __call__(self, source, view: Callable, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """masks: bool (M, 1000): among which classes the M answers are looked for.
+    def __call__(
+        self, source: TestSource, view: Callable, masks: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions (N, M) and labels (N, W). masks: bool (M, 1000), the allowed classes of each
+        of M predictions per image; view: turns an image into the model's input.
 
-        Raises UserError where there are none, and where logits are not finite.
+        Raises UserError if a mask allows no class, and on non-finite logits.
         """
         if not masks.any(axis=1).all():
             raise UserError(f"{source}: none of the model's classes is among its answers")
-        bank = self._banks((self._params, self._place(masks)), source, view)["class"]
+        bank = self._extractor((self._params, self._replicate(masks)), source, view)["class"]
         predicted = bank.gathered()
         bad = int((predicted < 0).any(axis=1).sum())
-        features.refuse_not_finite(bad, len(predicted), f"{source}: logits")
+        feature_bank.refuse_not_finite(bad, len(predicted), f"{source}: logits")
         return predicted, bank.labels
 
 
 def correct(predicted: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
-    """(how many are right, of how many that count): predicted (N,), labels (N, W) padded with -1.
+    """(correct examples, examples that count): predicted (N,), labels (N, W) padded with -1.
 
-    An example is right if its prediction is among its labels; one without labels does not count.
+    An example is correct if its prediction is among its labels; without labels it does not count.
     """
     counted = (labels >= 0).any(axis=1)
     return int((predicted[:, None] == labels)[counted].any(axis=1).sum()), int(counted.sum())
 
 
-def _incomplete(of: int, known: KnownSet) -> dict:
-    return {} if known.examples in (None, of) else {"incomplete": f"{of} of {known.examples}"}
+def _incomplete(total: int, test_set: TestSet) -> dict:
+    expected = test_set.examples
+    return {} if expected in (None, total) else {"incomplete": f"{total} of {expected}"}
 
 
-def _mask(classes) -> np.ndarray:
+def _mask(classes: Iterable[int]) -> np.ndarray:
     mask = np.zeros(imagenet.CLASSES, bool)
     mask[list(classes)] = True
     return mask
 
 
-def measure(settings: Evaluate, known: KnownSet, source, predict: Predictor, how: dict) -> list:
-    """The rows of one test set: one, and for ObjectNet one more of the mapped classes."""
-    answers = {known.name: _mask(known.classes or range(imagenet.CLASSES))}
-    if known.name == "objectnet":
-        answers["objectnet_113"] = _mask(np.unique(source.labels[source.labels >= 0]))
-    # Two answers always, so that one compiled program serves all sets.
+def measure(
+    settings: EvaluateConfig,
+    test_set: TestSet,
+    source: TestSource,
+    predict: Predictor,
+    how: dict,
+) -> list[dict]:
+    """Rows of one test set: one, and for ObjectNet a second among the mapped classes."""
+    answers = {test_set.name: _mask(test_set.classes or range(imagenet.CLASSES))}
+    if test_set.name == "objectnet":
+        labels = source.labels  # pyright: ignore[reportAttributeAccessIssue] # of FileImages
+        answers["objectnet_113"] = _mask(np.unique(labels[labels >= 0]))
+    # Always two masks, so that one compiled program serves all sets.
     masks = np.stack([*answers.values()] * (3 - len(answers)))
     predicted, labels = predict(source, predict.view, masks)
     rows = []
     for i, name in enumerate(answers):
-        right, of = correct(predicted[:, i], labels)
-        what = {
+        hits, total = correct(predicted[:, i], labels)
+        identity = {
             "protocol": "robustness", "data": name, "resize": settings.resize,
             "squash": settings.squash,
         }  # fmt: skip
-        what |= _incomplete(of, known)
-        found = how | {"source": SOURCES[name]}
-        rows.append(results.row(what, right, of, selection="none", how=found))
+        identity |= _incomplete(total, test_set)
+        full_how = how | {"source": SOURCES[name]}
+        rows.append(results.row(identity, hits, total, selection="none", how=full_how))
     return rows
 
 
 def central(image: np.ndarray, size: int) -> np.ndarray:
-    """The central 224 pixels of a picture that is stored as the model is to see it; for a model of
-    another size they are resized."""
+    """Central 224 pixels of an ImageNet-C image, resized for a model of another size."""
     cut = min(224, *image.shape[:2])
     top, left = (round((n - cut) / 2) for n in image.shape[:2])
-    return views.resize(image[top : top + cut, left : left + cut], size, size)
+    return image_ops.resize(image[top : top + cut, left : left + cut], size, size)
 
 
-def _corruptions(root: Path, say: Callable) -> dict[str, object]:
-    """{CORRUPTION/SEVERITY: source} of ImageNet-C's 75 that are below a directory."""
+def _corruptions(root: Path, say: Callable[[str], None]) -> dict[str, TestSource]:
+    """{CORRUPTION/SEVERITY: source} of those of ImageNet-C's 75 sets that exist below `root`."""
     every = {
         f"{corruption}/{severity}": test_sets.find_corrupted(root, corruption, severity)
         for corruption in imagenet.ALEXNET
         for severity in imagenet.SEVERITIES
     }
-    there = {name: source for name, source in every.items() if source is not None}
-    if absent := [name for name in every if name not in there]:
-        some = f" ({len(there)} of 75 are there, so there is no mean)" if there else ""
-        say(f"absent: imagenet_c{some}, first {absent[0]}; {IMAGENET_C.how}")
-    return there
+    present = {name: source for name, source in every.items() if source is not None}
+    if absent := [name for name in every if name not in present]:
+        partly = f" ({len(present)} of 75 exist, so there is no mean)" if present else ""
+        say(f"absent: imagenet_c{partly}, first {absent[0]}; {IMAGENET_C.source}")
+    return present
 
 
-def _corrupted(there: dict[str, object], predict: Predictor, how: dict) -> Iterator[list[dict]]:
-    """ImageNet-C: a row for each corruption and severity, and their mean where all are there.
-    Takes each source out of `there` when it is measured."""
+def _corrupted(
+    sources: dict[str, TestSource], predict: Predictor, how: dict
+) -> Iterator[list[dict]]:
+    """Rows of ImageNet-C: one for each corruption and severity, and their mean if all exist.
+    Removes each source from `sources` when it is evaluated, to free its memory."""
     rows = []
-    for name in list(there):
+    for name in list(sources):
         masks = np.ones((2, imagenet.CLASSES), bool)
-        predicted, labels = predict(there.pop(name), partial(central, size=predict.size), masks)
-        right, of = correct(predicted[:, 0], labels)
-        what = {"protocol": "robustness", "data": f"imagenet_c/{name}"}
-        what |= _incomplete(of, IMAGENET_C)
-        found = how | {"source": SOURCES["imagenet_c"]}
-        rows.append(results.row(what, right, of, selection="none", how=found) | {"detail": True})
+        predicted, labels = predict(sources.pop(name), partial(central, size=predict.size), masks)
+        hits, total = correct(predicted[:, 0], labels)
+        identity = {"protocol": "robustness", "data": f"imagenet_c/{name}"}
+        identity |= _incomplete(total, IMAGENET_C)
+        full_how = how | {"source": SOURCES["imagenet_c"]}
+        row = results.row(identity, hits, total, selection="none", how=full_how)
+        rows.append(row | {"detail": True})
         yield rows[-1:]
     if len(rows) < len(imagenet.ALEXNET) * len(imagenet.SEVERITIES):
         return
     accuracy = {row["data"].removeprefix("imagenet_c/"): row["accuracy"] / 100 for row in rows}
-    plain, normalised = corruption_errors(accuracy)
+    plain, normalized = corruption_errors(accuracy)
     summary = {
         "protocol": "robustness", "data": "imagenet_c", "test": sum(row["test"] for row in rows),
-        "accuracy": 100 - plain, "mean error": plain, "mCE": normalised, "selection": "none",
+        "accuracy": 100 - plain, "mean error": plain, "mCE": normalized, "selection": "none",
         "how": rows[0]["how"], "date": rows[0]["date"],
     }  # fmt: skip
     # No interval: the same images are counted 75 times.
@@ -192,13 +210,13 @@ def _corrupted(there: dict[str, object], predict: Predictor, how: dict) -> Itera
 
 
 def corruption_errors(accuracy: dict[str, float]) -> tuple[float, float]:
-    """(plain mean error, mCE normalised by AlexNet's), in percent, of {corruption/severity}.
+    """(mean error, mCE normalized by AlexNet's) in percent, of {corruption/severity: accuracy}.
 
     mCE: mean over the corruptions of Σ error / Σ AlexNet's error over the severities.
     """
-    plain, normalised = [], []
+    plain, normalized = [], []
     for corruption, alexnet in imagenet.ALEXNET.items():
         errors = [1 - accuracy[f"{corruption}/{severity}"] for severity in imagenet.SEVERITIES]
         plain.append(np.mean(errors))
-        normalised.append(np.mean(errors) / alexnet)
-    return 100 * float(np.mean(plain)), 100 * float(np.mean(normalised))
+        normalized.append(np.mean(errors) / alexnet)
+    return 100 * float(np.mean(plain)), 100 * float(np.mean(normalized))

@@ -1,23 +1,27 @@
-"""What stands on an encoder in use: learned positions, a final norm, pooling, a linear head.
+"""Classifier on the encoder: learned positions, final norm, pooling, linear head.
 
-Heads that are trained on a frozen encoder are in probe_heads.py.
+Heads that are trained on a frozen encoder are in probes.py.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgpt_jax import segments, transformer, vit
+from dgpt_jax.config import ModelConfig
+from dgpt_jax.data import segments
+from dgpt_jax.models import transformer, vit
 
 
 class Classifier(nn.Module):
-    """An encoder with full attention, CLS first, as fine-tuning and timm have it.
+    """Encoder with full attention, CLS first, as in fine-tuning and timm.
 
     pooling "cls": LayerNorm of all tokens, then CLS (timm `norm`, `token`). pooling "mean": mean of
-    the patch tokens, then LayerNorm (timm `fc_norm`, `avg`). num_classes 0: no head; the head
-    begins near zero, as MAE's fine-tuning has it.
+    the patch tokens, then LayerNorm (timm `fc_norm`, `avg`). num_classes 0: no head. The head is
+    initialized near zero, as in MAE's fine-tuning.
     """
 
     encoder: vit.Encoder
@@ -32,50 +36,54 @@ class Classifier(nn.Module):
         if self.num_classes:
             self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5))
 
-    def tokens(self, images):
-        """Normalised images (B, height, width, 3) to tokens (B, 1+N, D), CLS first.
+    def tokens(self, images: jax.Array) -> jax.Array:
+        """Tokens (B, 1+N, D), CLS first, of normalized images (B, height, width, 3).
 
-        Normed with pooling "cls", raw residuals with "mean": what timm's `forward_features` gives.
+        After the norm with pooling "cls", raw residuals with "mean", as timm's `forward_features`.
         """
         residual = self.encoder(images, self.pos_embed)
         return self.norm(residual) if self.pooling == "cls" else residual
 
-    def features(self, images):
-        """(B, D) float32: what is measured and exported."""
+    def features(self, images: jax.Array) -> jax.Array:
+        """Pooled features (B, D) float32."""
         return self._pool(self.encoder(images, self.pos_embed), self.pooling)
 
-    def pooled(self, images, poolings):
-        """{pooling: (B, D) float32} of several poolings, from one pass through the encoder."""
+    def pooled(self, images: jax.Array, poolings: Iterable[str]) -> dict[str, jax.Array]:
+        """{pooling: features (B, D) float32} from one pass through the encoder."""
         residual = self.encoder(images, self.pos_embed)
         return {pooling: self._pool(residual, pooling) for pooling in poolings}
 
-    def last(self, images, blocks: int, normed: bool):
-        """Tokens (blocks, B, 1+N, D) after each of the last blocks, raw or through the norm."""
-        last, inputs = self.encoder.transform(self.enter(images))
+    def last_block_tokens(self, images: jax.Array, blocks: int, normed: bool) -> jax.Array:
+        """Tokens (blocks, B, 1+N, D) after each of the last blocks, raw or after the norm."""
+        last, inputs = self.encoder.forward_blocks(self.embed_tokens(images))
         tokens = jnp.concatenate([inputs[len(inputs) - blocks + 1 :], last[None]])
         return self.norm(tokens) if normed else tokens
 
-    def enter(self, images):
-        """What the first block gets (B, 1+N, D)."""
-        return self.encoder.enter(images, self.pos_embed)
+    def embed_tokens(self, images: jax.Array) -> jax.Array:
+        """Returns the input of the first block (B, 1+N, D)."""
+        return self.encoder.embed_tokens(images, self.pos_embed)
 
-    def leave(self, residual):
-        """What a call gives, from what the last block gives (B, 1+N, D)."""
+    def forward_head(self, residual: jax.Array) -> jax.Array:
+        """Returns the output of a call from the last block's output (B, 1+N, D)."""
         features = self._pool(residual, self.pooling)
         return self.head(features) if self.num_classes else features
 
-    def _pool(self, residual, pooling: str):
+    def _pool(self, residual: jax.Array, pooling: str) -> jax.Array:
         if pooling == "cls":
             return self.norm(residual)[:, 0]
         return self.norm(residual[:, 1:].mean(axis=1))
 
-    def __call__(self, images, paths_LB2=None):
-        """Logits (B, classes), or features where there is no head; vit.drop_paths in training."""
-        return self.leave(self.encoder(images, self.pos_embed, paths_LB2))
+    def __call__(
+        self, images: jax.Array, drop_path_scale_LB2: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits (B, classes), or features without a head; drop_path_scale_LB2 as of Encoder."""
+        return self.forward_head(self.encoder(images, self.pos_embed, drop_path_scale_LB2))
 
 
-def classifier(model, pooling: str, num_classes: int = 0, dtype: Any = jnp.float32) -> Classifier:
-    """The Classifier of a `config.Model`."""
+def classifier(
+    model: ModelConfig, pooling: str, num_classes: int = 0, dtype: Any = jnp.float32
+) -> Classifier:
+    """Returns the Classifier of a config."""
     return Classifier(
         encoder=vit.encoder(model, dtype),
         grid=model.grid,
@@ -84,11 +92,11 @@ def classifier(model, pooling: str, num_classes: int = 0, dtype: Any = jnp.float
     )
 
 
-def from_pretrained(encoder_params, model) -> dict:
-    """Classifier parameters, without a head, of a pretrained encoder's.
+def classifier_params_from_encoder(encoder_params: dict, model: ModelConfig) -> dict:
+    """Returns classifier parameters, without a head, from those of a pretrained encoder.
 
-    Pretraining has fixed positions (none for CLS) and no final norm: the table becomes `pos_embed`
-    and the norm gets scale 1 and bias 0.
+    Pretraining has fixed positions (zero for CLS) and no final norm: `pos_embed` is their table,
+    and the norm has scale 1 and bias 0.
     """
     table = segments.sincos_positions(model.width, model.grid, model.grid)
     table = table.reshape(1, -1, model.width)

@@ -1,41 +1,46 @@
-"""FLOPs of the model, counted from its config: what MFU is measured against.
+"""FLOPs of the model, counted from its config, for MFU.
 
 Only matrix products count; a multiply-add is two. A backward pass costs twice its forward pass.
 """
 
 from collections.abc import Sequence
 
-from dgpt_jax import segments
-from dgpt_jax.config import Model
-from dgpt_jax.towers import Tower
+from dgpt_jax.config import ModelConfig
+from dgpt_jax.data import segments
+from dgpt_jax.models.teacher_vit import TeacherArchitecture
 
 FORMULA = (
     "3 x forward, matrix products only, 2 a multiply-add: an encoder block of N tokens, width D, "
-    "MLP ratio r is 2N(4+2r)D^2 + 4N^2 D, attention counted whole though half of it is masked"
+    "MLP ratio r is 2N(4+2r)D^2 + 4N^2 D, attention counted in full though half of it is masked"
 )
 
 
-def step_flops(model: Model, *, out_width: int, decoders: Sequence[str], teacher: Tower | None):
-    """FLOPs of one image in a training step; `teacher` is one that runs within it."""
+def step_flops(
+    model: ModelConfig,
+    *,
+    out_width: int,
+    decoders: Sequence[str],
+    teacher: TeacherArchitecture | None,
+) -> float:
+    """FLOPs per image of a training step; `teacher` is given if it runs within the step."""
     student = 3 * sum(forward_flops(model, out_width=out_width, decoders=decoders).values())
-    return student + (tower_flops(teacher) if teacher else 0)
+    return student + (teacher_flops(teacher) if teacher else 0)
 
 
 def forward_flops(
-    model: Model, *, out_width: int, decoders: Sequence[str] = ("next", "visible")
+    model: ModelConfig, *, out_width: int, decoders: Sequence[str] = ("next", "visible")
 ) -> dict[str, float]:
-    """FLOPs of one image's forward pass in pretraining, by part.
+    """FLOPs per image of the pretraining forward pass: {component: FLOPs}.
 
     With N tokens of width D and an MLP of r·D, an encoder block has 2·N·(4 + 2r)·D² in its
-    projections and 4·N²·D in its attention, which is counted whole although half of it is masked.
-    N = (S-1)·T + 1: the last segment never enters the encoder, and CLS does. `out_width` is the
-    width of the targets.
+    projections and 4·N²·D in its attention, counted in full although half of it is masked.
+    N = (S-1)·T + 1: all segments but the last, and CLS. `out_width` is the width of the targets.
     """
     width, r = model.width, model.mlp_ratio
     all_patches = model.grid**2
-    places = model.segments[0] * model.segments[1]
-    tokens = segments.visible_count(model.segments) * all_patches // places + 1
-    found = {
+    visible, count = segments.visible_count(model.segments), segments.count(model.segments)
+    tokens = visible * all_patches // count + 1
+    result = {
         "patches": 2 * all_patches * 3 * model.patch**2 * width,
         "encoder": model.depth * block_flops(tokens, width, r * width),
     }
@@ -45,12 +50,12 @@ def forward_flops(
     decoder_block = block_flops(tokens, wide, r * wide) + cross_attention
     decoder = memory + depth * decoder_block + 2 * tokens * wide * out_width
     for name in decoders:
-        found[name] = 2 * tokens * width * out_width if name == "direct" else decoder
-    return found
+        result[name] = 2 * tokens * width * out_width if name == "direct" else decoder
+    return result
 
 
-def classifier_flops(model: Model, classes: int) -> float:
-    """FLOPs of one image in a step of supervised training: all patches, CLS, full attention."""
+def classifier_flops(model: ModelConfig, classes: int) -> float:
+    """FLOPs per image of a supervised training step: all patches, CLS, full attention."""
     patches, width = model.grid**2, model.width
     forward = (
         2 * patches * 3 * model.patch**2 * width
@@ -61,12 +66,12 @@ def classifier_flops(model: Model, classes: int) -> float:
 
 
 def block_flops(tokens: int, width: int, mlp_width: float) -> float:
-    """Self-attention with its projections, and an MLP."""
+    """FLOPs of self-attention with its projections, and an MLP."""
     return 2 * tokens * width * (4 * width + 2 * mlp_width) + 4 * tokens**2 * width
 
 
-def tower_flops(tower: Tower) -> float:
-    """FLOPs of one image's forward pass through a teacher."""
+def teacher_flops(tower: TeacherArchitecture) -> float:
+    """FLOPs per image of a teacher's forward pass."""
     patches = tower.grid[0] * tower.grid[1]
     tokens = patches + tower.cls
     # A gated MLP has three matrices of mlp_width.

@@ -1,4 +1,4 @@
-"""Vision towers that teach: CLIP's, SigLIP's and DINOv2's in one module.
+"""Vision towers of teachers: CLIP's, SigLIP's and DINOv2's in one module.
 
 Sources: CLIP is `clip.py` of the official D-iGPT, after OpenAI's; SigLIP (arXiv 2303.15343) and
 DINOv2 (arXiv 2304.07193, registers 2309.16588) are Hugging Face's SiglipVisionModel, Dinov2Model
@@ -12,18 +12,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgpt_jax import transformer, vit
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from dgpt_jax.data.normalization import CLIP_MEAN, CLIP_STD
+from dgpt_jax.models import transformer, vit
 
 
 @dataclass(frozen=True)
-class Tower:
-    """What a tower is, apart from its weights; the defaults are CLIP's.
+class TeacherArchitecture:
+    """Architecture of a vision tower; the defaults are CLIP's.
 
     Sizes in pixels, widths in channels. `out_width`: None for a tower without a projection.
-    `activation`: a name of transformer.ACTIVATIONS. `registers`: tokens that only the blocks see.
+    `activation`: a name of transformer.ACTIVATIONS. `registers`: tokens that are dropped after the
+    blocks.
     """
 
     image_size: int
@@ -46,28 +45,29 @@ class Tower:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patch tokens."""
-        return (self.image_size // self.patch,) * 2
+        side = self.image_size // self.patch
+        return side, side
 
     @property
     def token_width(self) -> int:
-        """C, the width of its tokens."""
+        """C, the width of the output tokens."""
         return self.width if self.out_width is None else self.out_width
 
 
-class TeacherTower(nn.Module):
-    """Images to all tokens after the final norm, and after CLIP's `proj`, as D-iGPT's targets."""
+class TeacherViT(nn.Module):
+    """Computes all tokens after the final norm, and after CLIP's `proj`, the targets of D-iGPT."""
 
-    tower: Tower
+    tower: TeacherArchitecture
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images):
-        """Normalised images (B, size, size, 3) to tokens (B, cls+N, C) float32, CLS first."""
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Tokens (B, cls+N, C) float32, CLS first, of normalized images (B, size, size, 3)."""
         tower, batch = self.tower, len(images)
         normal = nn.initializers.normal(tower.width**-0.5)
-        whole = tower.grid[0] * tower.patch
-        if whole != tower.image_size:  # a convolution, too, leaves out what is no whole patch
-            images = images[:, :whole, :whole]
+        covered = tower.grid[0] * tower.patch
+        if covered != tower.image_size:  # like a convolution, which ignores incomplete patches
+            images = images[:, :covered, :covered]
         patches = vit.patchify(images.astype(self.dtype), tower.patch)
         embed = nn.Dense(
             tower.width, use_bias=tower.patch_bias, dtype=self.dtype, name="patch_embed"
@@ -103,14 +103,18 @@ class TeacherTower(nn.Module):
         return proj(x.astype(self.dtype)).astype(jnp.float32)
 
 
-def teacher_tokens(tower: Tower, params, pictures, dtype=jnp.float32):
-    """Pictures uint8 (B, size, size, 3) to tokens (B, cls+N, C) float32, CLS first if there is one.
+def teacher_tokens(
+    tower: TeacherArchitecture, params, images: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Tokens (B, cls+N, C) float32, CLS first if the tower has one, of uint8 images (B, …, …, 3).
 
-    Pictures of another size than the tower's are resized first (antialiased bicubic).
+    Images of another size than the tower's are resized first (antialiased bicubic).
     """
-    images = pictures.astype(jnp.float32)
+    images = images.astype(jnp.float32)
     if images.shape[1] != tower.image_size:
         shape = (len(images), tower.image_size, tower.image_size, 3)
         images = jnp.clip(jax.image.resize(images, shape, "cubic"), 0, 255)
-    images = vit.normalise(images, tower.mean, tower.std)
-    return TeacherTower(tower, jnp.dtype(dtype)).apply({"params": params}, images)
+    images = vit.normalize(images, tower.mean, tower.std)
+    module = TeacherViT(tower, jnp.dtype(dtype))
+    # apply returns a tuple only with mutable variables.
+    return module.apply({"params": params}, images)  # pyright: ignore[reportReturnType]

@@ -1,10 +1,9 @@
-"""Pre-LN transformer blocks, once: of the encoder, the decoders and the teachers.
+"""Pre-LN transformer blocks, shared by the encoder, the decoders and the teachers.
 
 Blocks are scanned: their parameters are stacked along a leading layer axis, and the scan returns
-the residual stream before every block, from which callers take what they tap. Names of parameters
-are those of timm, so that a conversion is a renaming. Matmuls run in `dtype`; parameters, LayerNorm
-(two-pass variance), softmax, GELU's Φ and the residual stream are float32, as under the official
-autocast.
+the residual stream before every block, for callers that tap it. Parameter names are timm's, so that
+a conversion is a renaming. Matmuls run in `dtype`; parameters, LayerNorm (two-pass variance),
+softmax, GELU's Φ and the residual stream are float32, as under the official autocast.
 """
 
 from collections.abc import Callable
@@ -15,21 +14,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgpt_jax import attention, norm_gpu, sharding
-from dgpt_jax.remat import kept
+from dgpt_jax.distributed import sharding
+from dgpt_jax.models import attention
+from dgpt_jax.models.kernels import layer_norm_gpu, selection
+from dgpt_jax.models.remat import save_for_backward
 
 xavier = nn.initializers.xavier_uniform()
 
 
-def swiglu(x):
-    """(…, 2H) to (…, H): the first half gates the second."""
+def swiglu(x: jax.Array) -> jax.Array:
+    """SwiGLU, (…, 2H) to (…, H): the first half gates the second."""
     gate, value = jnp.split(x, 2, axis=-1)
     return nn.silu(gate) * value
 
 
-def gelu(x):
-    """x Φ(x), exact; Φ in float32, rounded before the product: in bfloat16 1 + erf would cancel. By
-    erfc, which would not, a step moves more bytes on v5e and takes longer on a CPU (RESULTS.md)."""
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x Φ(x). Φ is computed in float32 and rounded before the product, because 1 + erf
+    cancels in bfloat16. erfc would not, but a step then moves more bytes on v5e and takes longer on
+    a CPU (RESULTS.md)."""
     normal_cdf = 0.5 + 0.5 * jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5)
     return x * normal_cdf.astype(x.dtype)
 
@@ -43,73 +45,76 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, in float32 inside."""
+    """LayerNorm over the last axis, computed in float32."""
 
     eps: float
     dtype: Any = jnp.float32  # of the result
 
     @nn.compact
-    def __call__(self, x):
-        """(…, D) to the same."""
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns an array of the same shape (…, D)."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return normalised(x.astype(jnp.float32), scale, bias, self.eps, self.dtype)
+        return layer_norm(x.astype(jnp.float32), scale, bias, self.eps, self.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalised(x, scale, bias, eps: float, dtype):
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype) -> jax.Array:
     """LayerNorm of x, float32 (…, D), rounded to dtype."""
-    return (_normal(x, eps)[0] * scale + bias).astype(dtype)
+    return (_standardize(x, eps)[0] * scale + bias).astype(dtype)
 
 
-def _normal(x, eps):
-    """x with mean 0 and deviation 1, and 1 over the deviation that it had; a two-pass variance."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
-    return centred * inverse, inverse
+def _standardize(x, eps):
+    """Returns x with mean 0 and variance 1, and 1 / its standard deviation (two-pass)."""
+    centered = x - x.mean(axis=-1, keepdims=True)
+    inverse_std = jax.lax.rsqrt(jnp.square(centered).mean(axis=-1, keepdims=True) + eps)
+    return centered * inverse_std, inverse_std
 
 
-def _normalised_gradient(eps, dtype, residuals, gradient):
+def _layer_norm_bwd(eps, dtype, residuals, dy):
     x, scale = residuals
-    if sharding.platform() == "gpu":
-        like = (x, *[jax.ShapeDtypeStruct((1, 1), jnp.float32)] * 2)
-        d_x, d_scale, d_bias = sharding.per_example(
-            lambda arrays, scale: norm_gpu.backward(*arrays, scale, eps), (x, gradient), scale, like
+    if sharding.platform() == "gpu" and selection.implementation() == "ours":
+        partial_sums = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+        d_x, d_scale, d_bias = sharding.shard_map_batch(
+            lambda arrays, scale: layer_norm_gpu.backward(arrays[0], arrays[1], scale, eps),
+            (x, dy),
+            scale,
+            (x, partial_sums, partial_sums),
         )
         return d_x, d_scale.sum(axis=0), d_bias.sum(axis=0)
-    gradient = gradient.astype(jnp.float32)
-    normal, inverse = _normal(x, eps)
-    inner = gradient * scale
-    along = inner.mean(axis=-1, keepdims=True)
-    across = (inner * normal).mean(axis=-1, keepdims=True)
+    dy = dy.astype(jnp.float32)
+    xhat, inverse_std = _standardize(x, eps)
+    dy_scale = dy * scale
+    mean_dy = dy_scale.mean(axis=-1, keepdims=True)
+    mean_dy_xhat = (dy_scale * xhat).mean(axis=-1, keepdims=True)
     axes = tuple(range(x.ndim - 1))
-    d_x = (inner - along - normal * across) * inverse
-    return d_x, (gradient * normal).sum(axis=axes), gradient.sum(axis=axes)
+    d_x = (dy_scale - mean_dy - xhat * mean_dy_xhat) * inverse_std
+    return d_x, (dy * xhat).sum(axis=axes), dy.sum(axis=axes)
 
 
-normalised.defvjp(
-    lambda x, scale, bias, eps, dtype: (normalised(x, scale, bias, eps, dtype), (x, scale)),
-    _normalised_gradient,
+layer_norm.defvjp(
+    lambda x, scale, bias, eps, dtype: (layer_norm(x, scale, bias, eps, dtype), (x, scale)),
+    _layer_norm_bwd,
 )
 
 
-class Projections(nn.Module):
-    """`parts` projections (B, N, D) → (parts, B, N, width), initialised like one fused matrix."""
+class FusedProjection(nn.Module):
+    """`count` projections (B, N, D) → (count, B, N, width), initialized like one fused matrix."""
 
-    parts: int
+    count: int
     width: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BND):
-        shape = (self.parts, x_BND.shape[-1], self.width)
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        shape = (self.count, x_BND.shape[-1], self.width)
 
         def init(key, shape, dtype=jnp.float32):
             fused = xavier(key, (shape[1], shape[0] * shape[2]), dtype)
             return fused.reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1)
 
         kernel = self.param("kernel", init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.parts, self.width))
+        bias = self.param("bias", nn.initializers.zeros, (self.count, self.width))
         out = jnp.einsum("bnd,pde->bnpe", x_BND.astype(self.dtype), kernel.astype(self.dtype))
         return jnp.moveaxis(out + bias.astype(self.dtype), 2, 0)
 
@@ -121,9 +126,9 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BND, mask_NM=None):
+    def __call__(self, x_BND: jax.Array, mask_NM=None) -> jax.Array:
         width = x_BND.shape[-1]
-        qkv = kept(Projections(3, width, self.dtype, name="qkv")(x_BND))
+        qkv = save_for_backward(FusedProjection(3, width, self.dtype, name="qkv")(x_BND))
         out = attention.attend((qkv,), width // self.heads, mask_NM)
         return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(out)
 
@@ -135,16 +140,16 @@ class CrossAttention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, q_BNE, kv_BME, mask_NM=None):
+    def __call__(self, q_BNE: jax.Array, kv_BME: jax.Array, mask_NM=None) -> jax.Array:
         width = q_BNE.shape[-1]
-        q = kept(Projections(1, width, self.dtype, name="q")(q_BNE))
-        kv = kept(Projections(2, width, self.dtype, name="kv")(kv_BME))
+        q = save_for_backward(FusedProjection(1, width, self.dtype, name="q")(q_BNE))
+        kv = save_for_backward(FusedProjection(2, width, self.dtype, name="kv")(kv_BME))
         out = attention.attend((q, kv), width // self.heads, mask_NM)
         return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(out)
 
 
 class Mlp(nn.Module):
-    """`hidden` units, or width · ratio of them; before a gated activation twice as many."""
+    """MLP of `hidden` units, or width · ratio; twice as many before a gated activation."""
 
     ratio: float
     activation: str
@@ -152,20 +157,20 @@ class Mlp(nn.Module):
     hidden: int | None = None
 
     @nn.compact
-    def __call__(self, x_BND):
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
         width = x_BND.shape[-1]
         units = int(width * self.ratio) if self.hidden is None else self.hidden
         units *= 2 if self.activation == "swiglu" else 1
         dense = {"kernel_init": xavier, "dtype": self.dtype}
-        hidden = kept(nn.Dense(units, name="fc1", **dense)(x_BND))
+        hidden = save_for_backward(nn.Dense(units, name="fc1", **dense)(x_BND))
         return nn.Dense(width, name="fc2", **dense)(ACTIVATIONS[self.activation](hidden))
 
 
 class Block(nn.Module):
     """Pre-LN transformer block: x += ls1 · attn(norm1 x); x += ls2 · mlp(norm2 x).
 
-    paths_B2 weighs the two branches of each example (`drop_paths`). ls1 and ls2 (D,) exist where
-    `layer_scale`. `mlp_width` is exact where a ratio cannot be:
+    drop_path_scale_B2 scales the two branches of each example (vit.sample_drop_path). ls1 and ls2
+    (D,) exist if `layer_scale`. `mlp_width` replaces mlp_ratio where a ratio is inexact:
     int(width * (mlp_width / width)) may be one less.
     """
 
@@ -178,27 +183,33 @@ class Block(nn.Module):
     layer_scale: bool = False
 
     @nn.compact
-    def __call__(self, x_BND, mask_NM=None, paths_B2=None):
+    def __call__(self, x_BND: jax.Array, mask_NM=None, drop_path_scale_B2=None) -> jax.Array:
         def scaled(branch, y_BND):
             if self.layer_scale:
                 name = f"ls{branch + 1}"
                 y_BND = y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:])
-            return y_BND if paths_B2 is None else y_BND * paths_B2[:, branch, None, None]
+            return (
+                y_BND
+                if drop_path_scale_B2 is None
+                else y_BND * drop_path_scale_B2[:, branch, None, None]
+            )
 
         attn = Attention(self.heads, self.dtype, name="attn")
         mlp = Mlp(self.mlp_ratio, self.activation, self.dtype, self.mlp_width, name="mlp")
         y = LayerNorm(self.eps, self.dtype, name="norm1")(x_BND)
-        x_BND = x_BND + scaled(0, kept(attn(y, mask_NM)))
+        x_BND = x_BND + scaled(0, save_for_backward(attn(y, mask_NM)))
         y = LayerNorm(self.eps, self.dtype, name="norm2")(x_BND)
         return x_BND + scaled(1, mlp(y))
 
 
-def scan_blocks(block: nn.Module, depth: int, x, mask_NM, layer_inputs=None, *, trained=True):
+def scan_blocks(
+    block: Callable, depth: int, x: jax.Array, mask_NM, layer_inputs=None, *, trained: bool = True
+) -> tuple[jax.Array, jax.Array]:
     """Runs `depth` stacked copies of `block` on x, called (x, mask, its slice of layer_inputs).
 
-    Returns the last residual stream and those that the blocks got, stacked on axis 0. On GPUs a
-    loop that is differentiated is unrolled: otherwise all that the backward pass reads is copied
-    once more, into arrays that were filled with zeros before (RESULTS.md).
+    Returns the last residual stream and the blocks' inputs, stacked on axis 0. On GPUs a loop that
+    is differentiated is unrolled: otherwise everything that the backward pass reads is copied once
+    more, into zero-filled arrays (RESULTS.md).
     """
 
     def body(block, x, layer_input):

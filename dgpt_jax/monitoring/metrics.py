@@ -1,4 +1,4 @@
-"""Metrics: CLU collections on the device; JSONL, TensorBoard and W&B; traces."""
+"""CLU metrics on devices; a writer for JSONL, TensorBoard and W&B; profiler traces."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,141 +18,150 @@ from clu import metrics as clu_metrics
 from clu import profiler
 from etils import epath
 
-from dgpt_jax import boards, mirror, run_log, sharding
-from dgpt_jax.schema import UserError
+from dgpt_jax.distributed import sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.monitoring import metrics_log, trackers
+from dgpt_jax.storage import remote_sync
 
 Metrics = clu_metrics.Collection
-MOST_WAITING = 4  # steps whose pictures are not drawn yet; each keeps arrays on a device
+MAX_PENDING = 4  # steps whose images are not drawn yet; each holds arrays on a device
 
 
 def averages(names: Iterable[str]) -> type[Metrics]:
-    """A CLU collection that averages each of the named outputs of a step."""
+    """Returns a CLU collection that averages each of the named outputs of a step."""
     return Metrics.create(**{n: clu_metrics.Average.from_output(n) for n in names})
 
 
-class Interval:
-    """The averages of the steps since the last log line, as they run on the devices.
+class MetricAccumulator:
+    """Averages of the steps since the last log line, accumulated on the devices in `running`.
 
-    What is logged of an interval is fetched when the next one ends: the host waits for no step.
+    The values of an interval are fetched when the next one ends, so the host waits for no step.
     """
 
-    def __init__(self, names: Iterable[str], mesh):
+    def __init__(self, names: Iterable[str], mesh: jax.sharding.Mesh):
         self._empty = jax.device_get(averages(names).empty())
-        self._place = sharding.replicated(mesh)
-        self._ended: tuple[int, dict, dict] | None = None
-        self._begin()
+        self._sharding = sharding.replicated(mesh)
+        self._closed: tuple[int, dict, dict] | None = None
+        self._reset()
 
-    def _begin(self):  # placed as the step leaves it; from the host, which waits for no step
-        self.running = jax.tree.map(lambda x: sharding.placed(x, self._place), self._empty)
+    def _reset(self):  # from host arrays, without waiting for a step; sharded like its results
+        self.running = jax.tree.map(
+            lambda x: sharding.make_global_array(x, self._sharding), self._empty
+        )
 
-    def end(self, step: int, values: dict[str, float], counts: dict[str, jax.Array]):
-        """Ends it after `step`, with values of the host and more from the device; the next begins.
-        What ended before must have been taken."""
-        self._ended = step, values, self.running.compute() | counts
-        self._begin()
+    def close(self, step: int, values: dict[str, float], counts: dict[str, jax.Array]):
+        """Ends the interval after `step` and starts the next one.
 
-    def take(self) -> tuple[int, dict[str, float]] | None:
-        """(step, all values) of the interval that ended last, once; waits for its last step."""
-        ended, self._ended = self._ended, None
-        if ended is None:
+        values, counts: more values to log, from host and device. The previous interval must have
+        been fetched.
+        """
+        self._closed = step, values, self.running.compute() | counts
+        self._reset()
+
+    def fetch(self) -> tuple[int, dict[str, float]] | None:
+        """Returns (step, values) of the last closed interval, once; waits for its last step."""
+        closed, self._closed = self._closed, None
+        if closed is None:
             return None
-        step, values, computed = ended
+        step, values, computed = closed
         return step, values | {name: float(v) for name, v in jax.device_get(computed).items()}
 
 
 class Writer:
-    """Scalars to `metrics.jsonl` (always), TensorBoard in the work directory, and W&B where a
-    project is named, on process 0. Pictures are drawn by a thread."""
+    """Writes `metrics.jsonl`, TensorBoard files and, if `project` is set, W&B, in process 0 only.
+    Images are drawn in a thread."""
 
-    def __init__(self, workdir, project: str = ""):
+    def __init__(self, workdir: epath.Path | Path | str, project: str = ""):
         self._active = jax.process_index() == 0
-        self._boards: list[boards.Board] = []
+        self._trackers: list[trackers.Tracker] = []
         if self._active:
-            self._mirror = mirror.Mirror(workdir, (run_log.FILE, boards.WANDB_ID))
-            near = self._mirror.near
-            # Unbuffered: closing is not to write, and fail, once more on a full disk.
-            self._file = (near / run_log.FILE).open("ab", buffering=0)
-            self._boards.append(boards.TensorBoard(near / "tensorboard"))
+            self._sync = remote_sync.RemoteSync(workdir, (metrics_log.FILE, trackers.WANDB_ID))
+            local = self._sync.local
+            # Unbuffered, so that closing does not write, and fail again, on a full disk.
+            self._file = (local / metrics_log.FILE).open("ab", buffering=0)
+            self._trackers.append(trackers.TensorBoard(local / "tensorboard"))
             if project:
                 name = epath.Path(workdir).name
-                self._boards.append(boards.Wandb(project, name, near))
-            self._draughtsman = ThreadPoolExecutor(1)
-            self._waiting = threading.BoundedSemaphore(MOST_WAITING)
+                self._trackers.append(trackers.Wandb(project, name, local))
+            self._image_executor = ThreadPoolExecutor(1)
+            self._pending = threading.BoundedSemaphore(MAX_PENDING)
 
     def scalars(self, step: int, values: dict[str, float]):
-        """Raises UserError where the disk is full."""
+        """Writes scalars. Raises UserError if the log cannot be written (a full disk)."""
         if not self._active:
             return
         values = {name: float(value) for name, value in values.items()}
-        # JSON has no NaN; a reader should not need a special parser to find one.
-        shown = {n: v if math.isfinite(v) else str(v) for n, v in values.items()}
+        # JSON has no NaN or infinities: they are strings, which any parser reads.
+        encoded = {n: v if math.isfinite(v) else str(v) for n, v in values.items()}
         try:
-            self._file.write(f"{json.dumps({'step': step} | shown)}\n".encode())
+            self._file.write(f"{json.dumps({'step': step} | encoded)}\n".encode())
         except OSError as e:
             raise UserError(
-                f"{self._file.name} cannot be written: {e.strerror}: mend that, then the same "
-                f"command continues"
+                f"{self._file.name} cannot be written: {e.strerror}: fix that and run the same "
+                f"command again to resume"
             ) from e
-        for board in self._boards:
-            board.scalars(step, values)
-        self._mirror.copy_sometimes()
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
+        self._sync.sync_if_due()
 
-    def pictures(self, step: int, draw: Callable[[], dict[str, np.ndarray]]):
-        """{name: uint8 (height, width, 3)} of `draw`, which is called in a thread: nothing waits
-        for it. What goes wrong there is said, and no more; so is a step that is left out, because
-        drawing does not keep up."""
+    def images(self, step: int, draw: Callable[[], dict[str, np.ndarray]]):
+        """Writes the images of `draw`, {name: uint8 (height, width, 3)}.
+
+        `draw` is called in a thread, for which nothing waits. Its errors are only printed. If
+        MAX_PENDING steps are pending, this one is skipped, with a line.
+        """
         if not self._active:
             return
-        if self._waiting.acquire(blocking=False):
-            self._draughtsman.submit(self._draw, step, draw)
+        if self._pending.acquire(blocking=False):
+            self._image_executor.submit(self._draw, step, draw)
         else:
-            print(f"no pictures of step {step}: those before are still drawn", file=sys.stderr)
+            print(f"no images of step {step}: {MAX_PENDING} steps are pending", file=sys.stderr)
 
-    def _draw(self, step: int, draw):
+    def _draw(self, step: int, draw: Callable[[], dict[str, np.ndarray]]):
         try:
-            for name, picture in draw().items():
-                for board in self._boards:
-                    board.picture(step, name, picture)
+            for name, image in draw().items():
+                for tracker in self._trackers:
+                    tracker.image(step, name, image)
         except Exception as e:
-            print(f"no pictures of step {step}: {type(e).__name__}: {e}", file=sys.stderr)
+            print(f"no images of step {step}: {type(e).__name__}: {e}", file=sys.stderr)
         finally:
-            self._waiting.release()
+            self._pending.release()
 
-    def config(self, resolved: dict):
-        """The resolved config: config.json, and a text in TensorBoard."""
+    def config(self, resolved: dict[str, Any]):
+        """Writes the resolved config to config.json and as text to the trackers."""
         if self._active:
             text = json.dumps(resolved, indent=1)
-            (self._mirror.near / "config.json").write_text(text + "\n")
-            for board in self._boards:
-                board.config(resolved, text)
+            (self._sync.local / "config.json").write_text(text + "\n")
+            for tracker in self._trackers:
+                tracker.config(resolved, text)
 
     def copy(self):
-        """Sees to it that all until now is in the work directory, if that is on gs://."""
+        """Copies the files to a work directory on gs://; nothing to do for a local one."""
         if self._active:
-            self._mirror.copy()
+            self._sync.sync()
 
     def close(self):
-        """Raises UserError where the files cannot be copied to gs://; they are kept."""
+        """Closes and copies all files. Raises UserError if they cannot be copied to gs://; the
+        local files stay."""
         if self._active:
-            with contextlib.closing(self._mirror):  # whatever a board raises
-                self._draughtsman.shutdown()
+            with contextlib.closing(self._sync):  # even if a tracker raises
+                self._image_executor.shutdown()
                 self._file.close()
-                for board in self._boards:
-                    board.close()
+                for tracker in self._trackers:
+                    tracker.close()
 
 
-def best_and_last(workdir, best: str) -> list[str]:
-    """A line for every metric of the evaluations of a run that keeps its `best`: its best value,
-    its last."""
-    if not best or not (epath.Path(workdir) / run_log.FILE).is_file():
+def best_and_last(workdir: epath.Path | Path | str, best: str) -> list[str]:
+    """Returns a line per evaluation metric with its best and last value; none if `best`, the
+    metric of config.checkpoint.best, is empty."""
+    if not best or not (epath.Path(workdir) / metrics_log.FILE).is_file():
         return []
     lines = []
-    for name, curve in run_log.read(workdir).curves.items():
+    for name, curve in metrics_log.read(workdir).curves.items():
         finite = curve.finite()
-        # knn/cls: what an evaluation has measured
-        if "/" in name and not run_log.is_detail(name) and len(finite):
-            top = finite.values.argmin() if run_log.is_loss(name) else finite.values.argmax()
-            (value, step), (last, last_step) = finite.point(top), finite.point(-1)
+        if "/" in name and not metrics_log.is_detail(name) and len(finite):
+            index = finite.values.argmin() if metrics_log.is_loss(name) else finite.values.argmax()
+            (value, step), (last, last_step) = finite.point(int(index)), finite.point(-1)
             lines.append(
                 f"{name}: best {value:.4f} at step {step}, last {last:.4f} at step {last_step}"
             )
@@ -159,19 +169,21 @@ def best_and_last(workdir, best: str) -> list[str]:
 
 
 class Profile:
-    """A trace of the steps that `config.profile` names, in TensorBoard's layout; a context.
+    """Context that traces the steps of `config.profile`, in TensorBoard's layout.
 
-    Every process traces the same steps, into a file of its own (number and host) under
-    WORKDIR/profile/plugins/profile/step_N. A process that traced alone would hold up the others.
+    Every process traces the same steps, since one that traces alone would stall the others, and
+    writes its own file (process index and host) to WORKDIR/profile/plugins/profile/step_N.
     """
 
-    def __init__(self, workdir, steps: tuple[int, int] | None, first: int):
+    def __init__(self, workdir: epath.Path | Path | str, steps: tuple[int, int] | None, first: int):
         self._start, self._stop = (first + n for n in steps) if steps else (None, None)
-        self._to = epath.Path(workdir) / f"profile/plugins/profile/step_{self._start}"
-        self._local = None  # where JAX writes: processes of one host would take the same name
+        self._out = epath.Path(workdir) / f"profile/plugins/profile/step_{self._start}"
+        # JAX's output: processes of one host would write to the same file.
+        self._local: tempfile.TemporaryDirectory | None = None
 
-    def reached(self, step: int, state) -> bool:
-        """Starts or stops before `step`, once the steps until then are done; whether it did."""
+    def reached(self, step: int, state: Any) -> bool:
+        """Starts or stops tracing before `step`, if due, after `state` is ready; returns whether it
+        did."""
         if step not in (self._start, self._stop):
             return False
         jax.block_until_ready(state)
@@ -186,13 +198,13 @@ class Profile:
         if self._local is None:
             return
         profiler.stop()
-        with self._local as traced, mirror.written(self._to) as near:
-            for file in Path(traced).glob("plugins/profile/*/*"):
-                shutil.copyfile(file, near / f"{jax.process_index():04}.{file.name}")
+        with self._local as local, remote_sync.output_directory(self._out) as out:
+            for file in Path(local).glob("plugins/profile/*/*"):
+                shutil.copyfile(file, out / f"{jax.process_index():04}.{file.name}")
         self._local = None
 
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object):
         self._finish()

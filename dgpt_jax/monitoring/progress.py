@@ -1,38 +1,40 @@
-"""What a command says while it works: how far it is, how fast, how long still."""
+"""Progress of a command on stderr: throughput, time left, time spent waiting for data."""
 
 import math
 import sys
 import time
+from collections.abc import Callable
+from typing import TextIO
 
-import jax
+import psutil
+from tqdm import tqdm
 
-# Counts of pipeline.Examples, in the files but not on the progress line.
+from dgpt_jax.distributed import multihost
+
+# Counters of dataset.ExampleDataset: logged, not on the progress line.
 COUNTERS = ("bad_records", "fetched_bytes", "fetch_wait_seconds")
-MOST_WAIT = 0.1  # of the time, for data, before there is a warning
+MAX_WAIT = 0.1  # share of time spent waiting for data above which to warn
 
 
 class Clock:
-    """Throughput and time left, without the compile: it starts when the first step is done."""
+    """Throughput and time left. Call `restart` after the first step, which includes compilation."""
 
     def __init__(self, start_step: int, total: int, batch_size: int):
         self.total, self.batch_size = total, batch_size
-        self._step, self._waited = start_step, 0.0
-        self._time = time.monotonic()
         self._rate = None
+        self.restart(start_step)
 
     def restart(self, step: int):
-        """Forgets what has passed: after the compile, an evaluation, a checkpoint."""
+        """Starts a new interval: after the compilation, an evaluation or a checkpoint."""
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
 
-    def waited(self, seconds: float):
-        """Adds time that the loop stood waiting for data."""
+    def add_wait(self, seconds: float):
+        """Adds time in which the training loop waited for data."""
         self._waited += seconds
 
     def read(self, step: int) -> dict[str, float]:
-        """images/s, share of time waiting for data, and seconds left, since the last reading.
-
-        Empty where no step has been done since.
-        """
+        """Returns images/s, share of time waiting for data and seconds left, and starts a new
+        interval. Empty if there was no step since the last reading."""
         if step == self._step:
             return {}
         elapsed = max(time.monotonic() - self._time, 1e-9)
@@ -47,8 +49,13 @@ class Clock:
         return values
 
 
+def seconds_since_start() -> float:
+    """Returns the age of this process in seconds, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
 def duration(seconds: float) -> str:
-    """3725 as 1h02m."""
+    """Formats seconds: 3725 as "1h02m"."""
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(int(seconds + 0.5), 60)
@@ -58,50 +65,85 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread: each update is drawn at once
+
+
 class Progress:
-    """One line on stderr: a live bar in a terminal, plain lines elsewhere. On process 0."""
+    """Reports on stderr, in process 0 only: a live bar in a terminal, plain lines elsewhere."""
 
-    def __init__(self, stream=None):
-        self._stream = stream or sys.stderr
-        self._active = jax.process_index() == 0
+    def __init__(
+        self,
+        unit: str = "step",
+        interval: float = 0.0,
+        *,
+        say: Callable[[str], None] | None = None,
+        stream: TextIO | None = None,
+    ):
+        """unit: prefix of the counts. interval: seconds between updates, for `is_due`.
+        say: replaces the stream for plain lines of `show`."""
+        self._unit, self._interval = unit, interval
+        self._stream, self._show_line = stream or sys.stderr, say or self.say
+        self._active = multihost.is_main_process()
         self._live = self._active and self._stream.isatty()
-        self._waits = 0  # intervals in a row in which the loop waited too long for data
+        self._bar: _Bar | None = None
+        self._shown = time.monotonic()
 
-    def show(self, step: int, total: int, values: dict[str, float]):
+    def is_due(self) -> bool:
+        """True if the last update is at least one interval ago."""
+        return time.monotonic() - self._shown >= self._interval
+
+    def show(self, done: int, total: int, text: str):
+        """Shows "UNIT done/total text"."""
+        self._shown = time.monotonic()
+        line = f"{self._unit} {done}/{total} {text}"
         if not self._active:
             return
-        known = ("eta_seconds", "images_per_second", "data_wait", "learning_rate", *COUNTERS)
-        losses = " ".join(f"{n} {v:.4f}" for n, v in values.items() if n not in known)
-        line = (
-            f"step {step}/{total} eta {duration(values.get('eta_seconds', math.inf))} "
-            f"{values.get('images_per_second', 0):.0f} img/s wait {values.get('data_wait', 0):.0%} "
-            f"{losses} lr {values['learning_rate']:.2e}"
-        )
-        if self._live:
-            filled = 20 * step // total
-            bar = "█" * filled + "·" * (20 - filled)
-            self._stream.write(f"\r\x1b[K{bar} {line}")
+        if not self._live:
+            self._show_line(line)
+        elif self._bar is None:
+            self._bar = _Bar(
+                total=total, initial=done, desc=line, file=self._stream, dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {desc}",
+            )  # fmt: skip
         else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
-        self._warn(values.get("data_wait", 0))
-
-    def _warn(self, data_wait: float):
-        """Says so where the input does not keep up; one interval may be an accident."""
-        self._waits = self._waits + 1 if data_wait > MOST_WAIT else 0
-        if self._waits == 2:
-            self.say(
-                f"warning: {data_wait:.0%} of the time the devices wait for data: "
-                f"tools/bench_input.py measures what the input gives here; config.data.threads and "
-                f"config.data.workers are what reads"
-            )
+            self._bar.total, self._bar.n, self._bar.desc = total, done, line
+            self._bar.refresh()
 
     def say(self, text: str):
-        """A line of its own, above the bar."""
+        """Prints a line, above the bar if there is one, also that of another Progress."""
         if self._active:
-            self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
+            _Bar.write(text, file=self._stream, nolock=True)
             self._stream.flush()
 
     def close(self):
-        if self._live:
-            self._stream.write("\n")
+        """Ends the line of the bar; the last update stays visible."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class TrainingProgress(Progress):
+    """Progress of a training run, with a warning if the input pipeline is too slow."""
+
+    _slow_intervals = 0  # in a row
+
+    def show_step(self, step: int, total: int, values: dict[str, float]):
+        """Shows the metrics of the interval that ended with `step`."""
+        formatted = ("eta_seconds", "images_per_second", "data_wait", "learning_rate", *COUNTERS)
+        losses = " ".join(f"{n} {v:.4f}" for n, v in values.items() if n not in formatted)
+        data_wait = values.get("data_wait", 0)
+        self.show(
+            step,
+            total,
+            f"eta {duration(values.get('eta_seconds', math.inf))} "
+            f"{values.get('images_per_second', 0):.0f} img/s wait {data_wait:.0%} {losses} "
+            f"lr {values['learning_rate']:.2e}",
+        )
+        self._slow_intervals = self._slow_intervals + 1 if data_wait > MAX_WAIT else 0
+        if self._slow_intervals == 2:  # a single one may be an accident
+            self.say(
+                f"warning: {data_wait:.0%} of the time is spent waiting for data: "
+                f"tools/benchmarks/bench_input.py measures the input pipeline; config.data.threads "
+                f"and config.data.workers set its parallelism"
+            )

@@ -1,34 +1,32 @@
-"""What accelerators can do, by their data sheets, and how clouds name slices of them."""
+"""Peak rates of accelerators, from data sheets, and names of TPU slices."""
 
 import math
 import re
 from dataclasses import dataclass
 
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip. FLOP/s are dense bfloat16's; hbm is what a program can use of it, in bytes; rates
-    are bytes/s; ici is what a chip sends over all links to its neighbours, dcn its share of the
-    network between slices or hosts. A slice is named after its number of cores or of chips."""
+    """Data sheet of a chip."""
 
     name: str
-    flops: float
-    hbm: float
-    hbm_rate: float
-    ici: float
-    dcn: float
-    cores_in_name: int = 1
-    options: tuple = ()  # of jax's topology description
+    flops: float  # FLOP/s, dense bfloat16
+    hbm: float  # bytes that a program can use
+    hbm_rate: float  # bytes/s
+    ici: float  # bytes/s sent over all links to neighbors
+    dcn: float  # bytes/s, the chip's share of the network between slices or hosts
+    cores_in_name: int = 1  # per chip: slices are named by cores or by chips
+    options: tuple[tuple[str, str], ...] = ()  # of JAX's topology description
 
 
 # FLOP/s, HBM rate, ICI (half of "bidirectional"): cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. v4's
-# six links of 50 GB/s each way: Jouppi et al. 2023 (arXiv 2304.01433), table 4. HBM that a program
-# can use: what libtpu's compiler says is available. DCN: 50 Gbit/s a v5p chip, 6.4 Tbit/s a v5e pod
-# of 256 (the same pages); the others are taken to be as v5e.
+# six links of 50 GB/s each way: Jouppi et al. 2023 (arXiv 2304.01433), table 4. Usable HBM: as
+# reported by libtpu's compiler. DCN: 50 Gbit/s per v5p chip, 6.4 Tbit/s per v5e pod of 256 (same
+# pages); assumed equal to v5e for the others.
 TPUS = {
     chip.name: chip
     for chip in (
@@ -40,8 +38,8 @@ TPUS = {
     )
 }  # fmt: skip
 
-# Data sheets of the SXM forms: nvidia.com/en-us/data-center/{h100,h200}. NVLink one way; a 400
-# Gbit/s network card a GPU.
+# SXM data sheets: nvidia.com/en-us/data-center/{h100,h200}. NVLink one way; one 400 Gbit/s network
+# card per GPU.
 GPUS = {
     chip.name: chip
     for chip in (
@@ -50,7 +48,7 @@ GPUS = {
     )
 }
 
-# How JAX names the kinds of devices; v5p before v5, of which it is a part.
+# By substring of jax.Device.device_kind; v5p before its prefix v5.
 KINDS = {
     "TPU v4": TPUS["v4"], "TPU v5 lite": TPUS["v5e"], "TPU v5e": TPUS["v5e"],
     "TPU v5p": TPUS["v5p"], "TPU v5": TPUS["v5p"], "TPU v6": TPUS["v6e"],
@@ -59,13 +57,13 @@ KINDS = {
 
 
 def of(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`, or None where it is not known."""
+    """Returns the chip of a jax.Device.device_kind, or None."""
     return next((chip for kind, chip in KINDS.items() if kind in device_kind), None)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """`slices` slices of a TPU generation, each of a shape in chips: "v5e:4x4", "4*v5e:16x16"."""
+    """Slices of a TPU generation and their shape in chips: "v5e:4x4", "4*v5e:16x16"."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -73,24 +71,25 @@ class Topology:
 
     @property
     def chips(self) -> int:
+        """Number of chips in all slices."""
         return self.slices * math.prod(self.shape)
 
     def __str__(self) -> str:
-        """Shape, chips and the name that clouds give a slice: v4 and v5p count cores."""
+        """Shape, number of chips and Google Cloud's name, which counts cores of v4 and v5p."""
         shape = "x".join(map(str, self.shape))
         cores = math.prod(self.shape) * self.chip.cores_in_name
-        times = f"{self.slices}*" if self.slices > 1 else ""
+        prefix = f"{self.slices}*" if self.slices > 1 else ""
         name = f"{self.chip.name}-{cores}"
-        return f"{times}{self.chip.name}:{shape} = {self.chips} chips = {times}{name}"
+        return f"{prefix}{self.chip.name}:{shape} = {self.chips} chips = {prefix}{name}"
 
 
 def topology(text: str) -> Topology:
-    """Reads "v5e:4x4" or, of several slices, "2*v5e:16x16". Raises UserError."""
-    found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
-    if not found or found[2] not in TPUS:
+    """Parses "v5e:4x4" or, for several slices, "2*v5e:16x16". Raises UserError if invalid."""
+    match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
+    if not match or match[2] not in TPUS:
         raise UserError(
-            f"cannot read the topology {text!r}: write v5e:4x4, v4:2x2x4 or 2*v5e:16x16; known are "
+            f"invalid topology {text!r}: write v5e:4x4, v4:2x2x4 or 2*v5e:16x16; TPUs: "
             f"{', '.join(TPUS)}"
         )
-    shape = tuple(int(n) for n in found[3].split("x"))
-    return Topology(TPUS[found[2]], shape, int(found[1] or 1))
+    shape = tuple(int(n) for n in match[3].split("x"))
+    return Topology(TPUS[match[2]], shape, int(match[1] or 1))

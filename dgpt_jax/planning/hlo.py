@@ -1,4 +1,4 @@
-"""An optimised HLO program, read from its text (`compiled.as_text()`)."""
+"""Parser of optimized HLO text (`compiled.as_text()`)."""
 
 import math
 import re
@@ -16,21 +16,23 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 @dataclass(frozen=True)
 class Array:
+    """Type, shape and layout of an array: f32[16,128]{1,0:T(8,128)}."""
+
     dtype: str
     dims: tuple[int, ...]
     layout: str
 
     @property
     def in_hbm(self) -> bool:
-        """S(1) and above are on-chip memory and semaphores."""
+        """True unless the memory space is S(1) or above: on-chip memory and semaphores."""
         return "S(" not in self.layout
 
     @property
     def bytes(self) -> float:
-        """Size in memory: the dimensions of the first tile are padded to multiples of it."""
+        """Size in memory, with dimensions padded to multiples of the first tile."""
         order, _, tiles = self.layout.partition(":")
-        minor_first = [int(i) for i in order.split(",")] if order else range(len(self.dims))
-        sizes = [self.dims[i] for i in minor_first]
+        minor_to_major = [int(i) for i in order.split(",")] if order else range(len(self.dims))
+        sizes = [self.dims[i] for i in minor_to_major]
         tile = re.match(r"T\(([\d,]+)\)", tiles)
         for i, t in enumerate(reversed([int(t) for t in tile[1].split(",")]) if tile else ()):
             if i < len(sizes):
@@ -40,6 +42,8 @@ class Array:
 
 @dataclass(frozen=True)
 class Instruction:
+    """One line of a computation. results: arrays, tuples flattened. operands: names."""
+
     name: str
     opcode: str
     results: tuple[Array, ...]
@@ -47,14 +51,18 @@ class Instruction:
     text: str
     is_root: bool
 
-    def attribute(self, name: str) -> str | None:
-        """`%body` of `body=%body`, without the percent sign."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
-        return found[1] if found else None
+    def attribute(self, name: str) -> str:
+        """Returns "loop" for the attribute body=%loop. Raises ValueError if it is absent."""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
+        if match is None:
+            raise ValueError(f"{self.name} has no attribute {name}")
+        return match[1]
 
 
 @dataclass
 class Computation:
+    """Instructions by name, in order."""
+
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Instruction]:
@@ -62,18 +70,19 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
+        """The instruction with the result."""
         return next(i for i in self if i.is_root)
 
     def operands(self, instruction: Instruction) -> list[Array]:
-        """What an instruction of this computation reads; of tuples, all their arrays."""
+        """Operand arrays of an instruction, tuples flattened."""
         return [a for name in instruction.operands for a in self.instructions[name].results]
 
     def parameter(self, number: int) -> str:
-        """The name of a parameter."""
+        """Returns the name of a parameter."""
         return next(i.name for i in self if f" parameter({number})" in i.text)
 
     def users(self, name: str) -> Iterator[tuple[Instruction, int]]:
-        """Instructions that read `name`, and as which operand."""
+        """Yields (instruction, operand index) for each use of `name`."""
         for instruction in self:
             for i, operand in enumerate(instruction.operands):
                 if operand == name:
@@ -81,7 +90,7 @@ class Computation:
 
 
 class Program:
-    """Computations by name, and which of them is the entry."""
+    """Computations by name, and the name of the entry computation."""
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
@@ -91,58 +100,58 @@ class Program:
                 current = self.computations[header[2]] = Computation()
                 if header[1]:
                     self.entry = header[2]
-            elif current is not None and (found := _instruction(line)):
-                current.instructions[found.name] = found
+            elif current is not None and (instruction := _parse_instruction(line)):
+                current.instructions[instruction.name] = instruction
 
-    def times(self) -> dict[str, int]:
-        """How often each computation outside of fusions runs in a call of the program."""
-        times: dict[str, int] = defaultdict(int)
+    def execution_counts(self) -> dict[str, int]:
+        """Returns the executions of each computation outside fusions per call of the program."""
+        counts: dict[str, int] = defaultdict(int)
 
         def visit(name: str, count: int):
-            times[name] += count
+            counts[name] += count
             for instruction in self.computations[name].instructions.values():
                 if instruction.opcode == "while":
-                    visit(instruction.attribute("body"), count * self._rounds(instruction))
+                    visit(instruction.attribute("body"), count * self._trip_count(instruction))
                 elif instruction.opcode == "call":
                     visit(instruction.attribute("to_apply"), count)
 
         visit(self.entry, 1)
-        return dict(times)
+        return dict(counts)
 
-    def _rounds(self, loop: Instruction) -> int:
-        """Rounds of a loop that counts from 0 to a constant, as jax.lax.scan makes them."""
+    def _trip_count(self, loop: Instruction) -> int:
+        """Trip count of a loop from 0 to a constant, the form of jax.lax.scan."""
         condition = self.computations[loop.attribute("condition")]
-        found = [re.search(r" s32\[\]\S* constant\((\d+)\)", i.text) for i in condition]
-        bounds = [int(match[1]) for match in found if match]
+        matches = [re.search(r" s32\[\]\S* constant\((\d+)\)", i.text) for i in condition]
+        bounds = [int(match[1]) for match in matches if match]
         if len(bounds) != 1:
-            raise ValueError(f"the loop {loop.name} does not count up to one constant")
+            raise ValueError(f"loop {loop.name} does not count up to a constant")
         return bounds[0]
 
 
-def _instruction(line: str) -> Instruction | None:
+def _parse_instruction(line: str) -> Instruction | None:
     head = INSTRUCTION.match(line)
     if not head:
         return None
     rest = re.sub(r"/\*.*?\*/", "", line[head.end() :])
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
+    end = _closing_parenthesis(rest) + 1 if rest.startswith("(") else rest.index(" ")
+    types, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
-    inner = rest[: _closing("(" + rest) - 1]
+    operands = rest[: _closing_parenthesis("(" + rest) - 1]
     return Instruction(
         name=head[2],
         opcode=opcode,
         results=tuple(
             Array(dtype, tuple(map(int, filter(None, dims.split(",")))), layout or "")
-            for dtype, dims, layout in ARRAY.findall(kind)
+            for dtype, dims, layout in ARRAY.findall(types)
         ),
-        operands=tuple(re.findall(r"%([\w.\-]+)", inner)),
+        operands=tuple(re.findall(r"%([\w.\-]+)", operands)),
         text=line,
         is_root=bool(head[1]),
     )
 
 
-def _closing(text: str) -> int:
-    """Where the parenthesis closes that the text begins with."""
+def _closing_parenthesis(text: str) -> int:
+    """Index of the parenthesis that closes the one at index 0."""
     depth = 0
     for i, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)

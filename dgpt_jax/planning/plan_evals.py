@@ -1,27 +1,35 @@
-"""What an evaluation on frozen features will need on TPUs that are not there.
+"""Memory of an evaluation on frozen features on absent TPUs.
 
-The search of kNN, or the fit of the linear probe, is compiled as `plan.py` compiles a training
-step. Features of both splits, of all kinds (config.features), are on the chips at the same time.
-The encoder is not counted: it is done before the first fit.
+The kNN search or the fit of the linear probe is compiled ahead of time, like a training step in
+plan.py. Features of both splits and of all kinds (config.features) are on the chips at the same
+time. The encoder is not counted: it finishes before the first fit.
 """
 
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
-from dgpt_jax import config, plan, sharding
-from dgpt_jax.chips import GIB, Topology
-from dgpt_jax.config import Evaluate
-from dgpt_jax.evals import features, knn, probe
-from dgpt_jax.schema import UserError
+from dgpt_jax.config import EvaluateConfig, roots
+from dgpt_jax.distributed import sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.evals import feature_bank, knn, probe
+from dgpt_jax.planning.chips import GIB, Topology
+from dgpt_jax.planning.plan import (
+    DoesNotFit,
+    compile_for,
+    devices_of,
+    libtpu_version,
+    sharded_bytes,
+)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the data, by default ImageNet-1K's, and of a feature."""
+    """Sizes of the data (default: ImageNet-1K) and width of the features."""
 
     width: int
     examples: int = 1_281_167
@@ -31,7 +39,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """A protocol on a topology; bytes of one chip."""
+    """Memory of a protocol on a topology, in bytes per chip."""
 
     topology: Topology
     bank_bytes: float  # features
@@ -41,10 +49,11 @@ class EvalPlan:
 
     @property
     def peak_bytes(self) -> float:
+        """Features, temporaries and code."""
         return self.bank_bytes + self.temporary_bytes + self.code_bytes
 
-    def report(self) -> dict:
-        """Plain numbers for JSON."""
+    def report(self) -> dict[str, Any]:
+        """Returns the plan as plain numbers for JSON."""
         return {
             "topology": str(self.topology),
             "chips": self.topology.chips,
@@ -55,7 +64,7 @@ class EvalPlan:
                 "available": self.topology.chip.hbm,
             },
             "compile_seconds": self.compile_seconds,
-            "libtpu": plan.libtpu_version(),
+            "libtpu": libtpu_version(),
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -63,67 +72,70 @@ class EvalPlan:
         return (
             f"{self.topology}\n  fits: {hbm['sum']} of {hbm['available']} GiB per chip: features "
             f"{hbm['features']}, temporaries {hbm['temporaries']}, code {hbm['code']}\n  compiled "
-            f"in {self.compile_seconds:.0f} s by libtpu {plan.libtpu_version()}"
+            f"in {self.compile_seconds:.0f} s by libtpu {libtpu_version()}"
         )
 
 
-def plan_evaluation(settings: Evaluate, sizes: Sizes, topology: Topology) -> EvalPlan:
-    """Compiles the search or fit of a protocol. Raises plan.DoesNotFit, or UserError."""
-    if settings.protocol == "robustness":
-        raise UserError("robustness keeps no features: there is nothing to plan for it")
-    mesh = sharding.make_mesh(config.Mesh(), plan.devices_of(topology))
-    sharding.process_rows(mesh, settings.batch_size, process=0)  # says so where it cannot be split
-    batch_size, width = settings.batch_size, sizes.width
-    lengths = [min(n, settings.most or n) for n in (sizes.examples, sizes.test_examples)]
-    train, test = (_rows(length, batch_size, width, mesh) for length in lengths)
-    banks = len(settings.features) * (plan.sharded_bytes(train) + plan.sharded_bytes(test))
-    rows = train
-    if settings.protocol != "knn" and 0 not in settings.shots:  # they are a bank of their own
-        rows = _rows(max(settings.shots) * sizes.classes, batch_size, width, mesh)
-        banks += plan.sharded_bytes(rows)
-    began = time.monotonic()
+def plan_evaluation(config: EvaluateConfig, sizes: Sizes, topology: Topology) -> EvalPlan:
+    """Compiles the search or fit of a protocol. Raises DoesNotFit or UserError."""
+    if config.protocol == "robustness":
+        raise UserError("config.protocol=robustness stores no features: there is nothing to plan")
+    mesh = sharding.make_mesh(roots.MeshConfig(), devices_of(topology))
+    sharding.process_rows(mesh, config.batch_size, process=0)  # UserError if not divisible
+    batch_size, width = config.batch_size, sizes.width
+    lengths = [min(n, config.max_examples or n) for n in (sizes.examples, sizes.test_examples)]
+    train, test = (_bank(length, batch_size, width, mesh) for length in lengths)
+    bank_bytes = len(config.features) * (sharded_bytes(train) + sharded_bytes(test))
+    fitted = train
+    if config.protocol != "knn" and 0 not in config.shots:  # copied to their own bank
+        fitted = _bank(max(config.shots) * sizes.classes, batch_size, width, mesh)
+        bank_bytes += sharded_bytes(fitted)
+    start = time.monotonic()
     temporary_bytes, code_bytes = 0.0, 0.0
-    if settings.protocol != "fewshot":  # which is solved on the hosts
-        lowered = _search(settings, rows) if settings.protocol == "knn" else _fit(sizes, rows)
-        memory = plan.compile_for(lowered, topology).memory_analysis()
-        temporary_bytes = memory.peak_memory_in_bytes - plan.sharded_bytes(rows)
+    if config.protocol != "fewshot":  # solved on the hosts
+        knn_search = config.protocol == "knn"
+        lowered = _search(config, fitted, mesh) if knn_search else _fit(sizes, fitted, mesh)
+        memory: Any = compile_for(lowered, topology).memory_analysis()
+        temporary_bytes = memory.peak_memory_in_bytes - sharded_bytes(fitted)
         code_bytes = memory.generated_code_size_in_bytes
-    seconds = time.monotonic() - began
-    made = EvalPlan(topology, banks, temporary_bytes, code_bytes, seconds)
-    if made.peak_bytes > topology.chip.hbm:
-        raise plan.DoesNotFit(made.peak_bytes, topology.chip.hbm)
-    return made
+    seconds = time.monotonic() - start
+    plan = EvalPlan(topology, bank_bytes, temporary_bytes, code_bytes, seconds)
+    if plan.peak_bytes > topology.chip.hbm:
+        raise DoesNotFit(plan.peak_bytes, topology.chip.hbm)
+    return plan
 
 
-def _rows(length: int, batch_size: int, width: int, mesh) -> jax.ShapeDtypeStruct:
-    shape = features.bank_steps(length, batch_size, mesh), batch_size, width
+def _bank(
+    length: int, batch_size: int, width: int, mesh: jax.sharding.Mesh
+) -> jax.ShapeDtypeStruct:
+    """Abstract feature bank: (steps, batch, width)."""
+    shape = feature_bank.bank_steps(length, batch_size, mesh), batch_size, width
     return jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding.microbatch_sharding(mesh))
 
 
-def _beside(rows) -> jax.ShapeDtypeStruct:
-    """Labels or folds of rows."""
-    return jax.ShapeDtypeStruct(rows.shape[:2], np.int32, sharding=rows.sharding)
+def _labels(bank: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Abstract labels or folds of a bank."""
+    return jax.ShapeDtypeStruct(bank.shape[:2], np.int32, sharding=bank.sharding)
 
 
-def _search(settings: Evaluate, rows):
-    mesh = rows.sharding.mesh
-    everywhere = sharding.replicated(mesh)
-    queries = jax.ShapeDtypeStruct(rows.shape[1:], np.float32, sharding=everywhere)
-    most = min(max(settings.k), math.prod(rows.shape[:2]))
-    return knn.nearest.lower(queries, (rows, _beside(rows)), most, mesh)
+def _search(
+    config: EvaluateConfig, bank: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh
+) -> jax.stages.Lowered:
+    queries = jax.ShapeDtypeStruct(bank.shape[1:], np.float32, sharding=sharding.replicated(mesh))
+    k = min(max(config.k), math.prod(bank.shape[:2]))
+    return knn.nearest_neighbors.lower(queries, (bank, _labels(bank)), k, mesh)
 
 
-def _fit(sizes: Sizes, rows):
-    mesh = rows.sharding.mesh
-    width, everywhere = rows.shape[-1], sharding.replicated(mesh)
-    scale = (jax.ShapeDtypeStruct((width,), np.float32, sharding=everywhere),) * 2
-    problem = rows, _beside(rows), _beside(rows)
+def _fit(sizes: Sizes, bank: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    width, replicated = bank.shape[-1], sharding.replicated(mesh)
+    scale = (jax.ShapeDtypeStruct((width,), np.float32, sharding=replicated),) * 2
+    problem = bank, _labels(bank), _labels(bank)
     return probe.fit.lower(problem, scale, 0, 1.0, 1, classes=sizes.classes, mesh=mesh)
 
 
-def advice(settings: Evaluate) -> str:
-    """What to change where it does not fit."""
-    if len(settings.features) > 1:
-        name = settings.features[0]
+def advice(config: EvaluateConfig) -> str:
+    """Returns what to change if an evaluation does not fit."""
+    if len(config.features) > 1:
+        name = config.features[0]
         return f"try --config.features={name}, one kind at a time, or more chips"
-    return "take more or larger chips"
+    return "use more or larger chips"

@@ -1,4 +1,4 @@
-"""What it takes to read from thousands of shards at once: files, and memory."""
+"""Process limits for reading from thousands of shards: open files and malloc."""
 
 import ctypes
 import functools
@@ -6,38 +6,37 @@ import os
 import resource
 import threading
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
 
-# For what else a process opens: checkpoints, libraries, sockets.
+# File descriptors for everything else: checkpoints, libraries, sockets.
 SPARE = 200
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def allow(count: int, what):
-    """Raises the limit of open files, where it is too low, to `count` more than are open now.
+def raise_fd_limit(count: int, what: object) -> None:
+    """Raises the soft limit of open files, if necessary, to `count` more than are open now.
 
-    Raises UserError where the hard limit forbids it; `what` needs them.
+    what: the object that needs them, for the message. Raises UserError if the hard limit is lower.
     """
     needed = len(os.listdir("/dev/fd")) + count + SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
-            f"{what} needs {needed} open files, and a process may have {hard} here: raise that "
-            f"limit (ulimit -Hn)"
+            f"{what} needs {needed} open files, the hard limit is {hard}: raise it (ulimit -Hn)"
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @functools.cache
-def keep_memory():
-    """Tells glibc's malloc to keep what is freed, up to a GiB, instead of handing it back.
+def tune_malloc() -> None:
+    """Makes glibc's malloc keep up to 1 GiB of freed memory instead of returning it.
 
-    Records of some 100 kB come and go by the thousand; getting their pages anew from the kernel
-    each time is a third of what reading costs.
+    Thousands of records of some 100 kB are allocated and freed; fetching their pages from the
+    kernel each time takes a third of the time of reading.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -46,11 +45,11 @@ def keep_memory():
 
 
 @functools.cache
-def return_memory():
-    """Tells glibc's malloc to hand back what is freed, from 1 MiB on, instead of keeping it.
+def trim_malloc() -> None:
+    """Makes glibc's malloc return freed blocks of 1 MiB or more at once.
 
-    Conversions hold few arrays at a time, of any size: left to itself it keeps those of up to 32 MB
-    and a checkpoint's average takes 1.5 times its bytes more.
+    Conversions hold few arrays at a time, of any size. By default malloc keeps freed blocks of up
+    to 32 MB, and averaging checkpoints takes 1.5 times their bytes more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -58,29 +57,32 @@ def return_memory():
 
 
 class Closable(Protocol):
-    def close(self): ...
+    def close(self) -> None: ...
 
 
-class TwoOpen:
-    """Splits, the views of a store, of which the two that were begun last have open files.
+S = TypeVar("S", bound=Closable)
 
-    Two, because threads that read ahead are in the next view while others are in this one.
+
+class RecentSplits(Generic[S]):
+    """Splits (views of a token store) of which only the last two activated have open files.
+
+    Two, because prefetching threads may be in the next view while others are still in this one.
     """
 
-    def __init__(self, splits: Iterable[Closable]):
+    def __init__(self, splits: Iterable[S]):
         self.splits = tuple(splits)
-        self._begun: tuple[int, ...] = ()
+        self._active: tuple[int, ...] = ()
         self._lock = threading.Lock()
 
-    def begin(self, view: int):
-        """The split of a view, to read from now; closes what was begun before the last one."""
-        if view not in self._begun:
+    def activate(self, view: int) -> S:
+        """Returns the split of a view, after closing all but the previously activated one."""
+        if view not in self._active:
             with self._lock:
-                if view not in self._begun:
-                    for passed in self._begun[:-1]:
-                        self.splits[passed].close()
-                    self._begun = (*self._begun[-1:], view)
+                if view not in self._active:
+                    for old in self._active[:-1]:
+                        self.splits[old].close()
+                    self._active = (*self._active[-1:], view)
         return self.splits[view]
 
     def __reduce__(self):
-        return TwoOpen, (self.splits,)
+        return RecentSplits, (self.splits,)

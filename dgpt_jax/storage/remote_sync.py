@@ -1,5 +1,8 @@
-"""Work directories on gs://, whose objects cannot grow: files are written on a local disk, and
-copied there whole. Checkpoints take another way: Orbax writes them there itself."""
+"""Work directories on gs://: files are written to a local disk and uploaded from time to time.
+
+Objects cannot be appended to, so every upload is of a complete file. Checkpoints are not synced:
+Orbax writes them to gs:// itself.
+"""
 
 import contextlib
 import os
@@ -12,127 +15,130 @@ from pathlib import Path
 
 from etils import epath
 
-from dgpt_jax import gcs, shards
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import gcs
+from dgpt_jax.storage.gcs import AnyPath
 
-COPY_EVERY = 60  # seconds, at the least
-# Bytes per second, on average: an object cannot grow, so a copy is of the whole file, and a million
-# lines of metrics with their TensorBoard events are 1 GB.
-COPY_RATE = 1e6
+MIN_INTERVAL = 60  # seconds between syncs
+# Mean bytes per second at most: a million lines of metrics and their TensorBoard events are 1 GB,
+# and all of it is uploaded each time.
+MAX_RATE = 1e6
 
 
-class Mirror:
-    """A work directory's files but for checkpoints: `near` is where this process writes them.
+class RemoteSync:
+    """Syncs a work directory's files, except checkpoints, from `local` to the work directory.
 
-    Near and far are the same where the work directory is on a local disk.
+    For a work directory on a local disk `local` is that directory, and nothing is copied.
     """
 
-    def __init__(self, workdir, names: tuple[str, ...] = ()):
-        """`names`: of files that are to go on, and not to begin anew. Raises UserError."""
-        self._far, self._scratch = epath.Path(workdir), None
-        self._copied: dict[Path, tuple[int, int]] = {}
-        self._due = time.monotonic() + COPY_EVERY
-        self._said = False
-        if not shards.is_remote(workdir):
-            self.near = Path(workdir)
-            self.near.mkdir(parents=True, exist_ok=True)
+    def __init__(self, workdir: AnyPath, names: tuple[str, ...] = ()):
+        """Downloads the files `names`, which this process will append to. Raises UserError."""
+        self._remote, self._scratch = epath.Path(workdir), None
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # (mtime, size) when last uploaded
+        self._due = time.monotonic() + MIN_INTERVAL
+        self._warned = False
+        if not gcs.is_remote(workdir):
+            self.local = Path(workdir)
+            self.local.mkdir(parents=True, exist_ok=True)
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="dgpt_jax_run_")
-        self.near = Path(self._scratch.name)
+        self.local = Path(self._scratch.name)
         for name in names:
-            gcs.get(self._far / name, self.near / name)
+            gcs.get(self._remote / name, self.local / name)
 
-    def copy_sometimes(self):
-        """Copies, if that was not done for a minute, or longer where the files are large."""
+    def sync_if_due(self) -> None:
+        """Syncs unless the last sync was less than a minute ago, or longer for large files."""
         if self._scratch and time.monotonic() > self._due:
-            self.copy()
+            self.sync()
 
-    def copy(self):
-        """Copies what has changed. What cannot be copied is said, once, and is tried again."""
+    def sync(self) -> None:
+        """Uploads changed files. Warns at the first failure only; the next sync tries again."""
         if not self._scratch:
             return
         try:
-            self._copy()
+            self._upload_changed()
         except (UserError, OSError) as e:
-            if not self._said:
-                print(f"not copied, later again: {e}", file=sys.stderr)
-            self._said = True
+            if not self._warned:
+                print(f"warning: not uploaded, will be tried again: {e}", file=sys.stderr)
+            self._warned = True
 
-    def _copy(self):
-        """Copies what has changed; then raises what the first file failed with."""
-        copied, failed = 0, []
-        self._due = time.monotonic() + COPY_EVERY
-        for file in _files(self.near):
+    def _upload_changed(self) -> None:
+        """Uploads all changed files, then raises the first error."""
+        uploaded, errors = 0, []
+        self._due = time.monotonic() + MIN_INTERVAL
+        for file in _files(self.local):
             state = (file.stat().st_mtime_ns, file.stat().st_size)
-            if self._copied.get(file) != state:
+            if self._uploaded.get(file) != state:
                 try:
                     self._upload(file)
                 except (UserError, OSError) as e:
-                    failed.append(e)
+                    errors.append(e)
                     continue
-                self._copied[file] = state
-                copied += state[1]
-        self._due = time.monotonic() + max(COPY_EVERY, copied / COPY_RATE)
-        if failed:
-            raise failed[0]
+                self._uploaded[file] = state
+                uploaded += state[1]
+        self._due = time.monotonic() + max(MIN_INTERVAL, uploaded / MAX_RATE)
+        if errors:
+            raise errors[0]
 
-    def _upload(self, file: Path):
-        """As it is now: a thread of TensorBoard's may be writing on."""
+    def _upload(self, file: Path) -> None:
+        """Uploads a snapshot of a file, since TensorBoard's thread may be writing to it."""
         with tempfile.TemporaryDirectory() as scratch:
-            still = Path(shutil.copyfile(file, Path(scratch) / file.name))
-            gcs.put(still, self._far / file.relative_to(self.near))
+            snapshot = Path(shutil.copyfile(file, Path(scratch) / file.name))
+            gcs.put(snapshot, self._remote / file.relative_to(self.local))
 
-    def close(self):
-        """Copies for the last time. Where that fails the local files are kept, and a UserError
-        names them; on the way out of another error it is printed, and that error stays."""
+    def close(self) -> None:
+        """Syncs for the last time. If that fails, the local files are kept and a UserError names
+        their directory; while another exception propagates, it is printed instead."""
         if not self._scratch:
             return
-        on_the_way_out = sys.exception() is not None
+        propagating = sys.exception() is not None
         try:
-            with _deleted_when_copied(self._scratch, self._far):
-                self._copy()
+            with _delete_if_uploaded(self._scratch, self._remote):
+                self._upload_changed()
         except UserError as e:
-            if not on_the_way_out:
+            if not propagating:
                 raise
             print(f"error: {e}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def written(directory) -> Iterator[Path]:
-    """A context: a local directory to write into, whose files lie in `directory` afterwards.
+def output_directory(directory: AnyPath) -> Iterator[Path]:
+    """Context that yields a local directory, whose files are in `directory` afterwards.
 
-    Raises UserError, and keeps the local files, where they cannot be copied there.
+    Raises UserError, and keeps the local files, if they cannot be uploaded.
     """
-    far = epath.Path(directory)
-    if not shards.is_remote(directory):
-        far.mkdir(parents=True, exist_ok=True)
+    remote = epath.Path(directory)
+    if not gcs.is_remote(directory):
+        remote.mkdir(parents=True, exist_ok=True)
         yield Path(directory)
         return
     scratch = tempfile.TemporaryDirectory()
-    near = Path(scratch.name)
+    local = Path(scratch.name)
     try:
-        yield near
+        yield local
     except BaseException:
         scratch.cleanup()
         raise
-    with _deleted_when_copied(scratch, far):
-        for file in _files(near):
-            gcs.put(file, far / file.relative_to(near))
+    with _delete_if_uploaded(scratch, remote):
+        for file in _files(local):
+            gcs.put(file, remote / file.relative_to(local))
 
 
 @contextlib.contextmanager
-def _deleted_when_copied(scratch: tempfile.TemporaryDirectory, far: epath.Path) -> Iterator[None]:
-    """A context that copies the files of `scratch` to `far`, and removes them at its end. Where it
-    fails they are moved to a directory that stays, and a UserError names it; an interruption stays
-    one, after the same line."""
+def _delete_if_uploaded(scratch: tempfile.TemporaryDirectory, remote: epath.Path) -> Iterator[None]:
+    """Context for an upload of `scratch` to `remote`, after which `scratch` is deleted.
+
+    If it fails, the files are moved to a permanent directory, which a UserError names; on
+    KeyboardInterrupt the same line is printed.
+    """
     try:
         yield
     except BaseException as e:
-        kept = f"{scratch.name}_not_copied"
-        os.replace(scratch.name, kept)
+        saved = f"{scratch.name}_not_uploaded"
+        os.replace(scratch.name, saved)
         line = (
-            f"{far}: not all files were copied there; they are kept in {kept}: copy them with "
-            f"`gcloud storage cp -r {kept}/* {far}/` ({e or type(e).__name__})"
+            f"{remote}: not all files were uploaded; they are kept in {saved}: copy them with "
+            f"`gcloud storage cp -r {saved}/* {remote}/` ({e or type(e).__name__})"
         )
         if isinstance(e, Exception):
             raise UserError(line) from e

@@ -1,8 +1,7 @@
-"""Shards of a store far away, whole on a local disk while they are read.
+"""Local cache of remote shards while they are read.
 
-ArrayRecord asks for a far record by itself, one request each. So whole shards are fetched: ahead of
-the reading where it is told what comes (`ShardCache.keep`), else when their first record is asked
-for.
+ArrayRecord sends one request per remote record. This cache downloads complete shards instead: in
+advance those of `ShardCache.set_prefetch`, any other when its first record is read.
 """
 
 import dataclasses
@@ -15,29 +14,32 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, Protocol
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from dgpt_jax import gcs, scratch, shards
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError, one_line
+from dgpt_jax.storage import array_record_shards, disk_space, gcs, scratch_dir
 
-FETCHERS = 8
+DOWNLOADS = 8  # threads
 CHUNK = 1 << 24
-# gcsfs tries six times itself, where a server answers with an error that may pass.
+# gcsfs itself tries six times if a server answers with a transient error.
 TRIES = 4
-FIRST_DELAY = 1.0  # seconds before the second try; then twice as long each time
-STALLED = 120  # seconds after which a request for a chunk is given up
-# Shards that stay, of those that nobody announced.
-UNANNOUNCED = 4
+FIRST_DELAY = 1.0  # seconds before the second try; doubles with each further one
+STALLED = 120  # timeout in seconds of a request for a chunk
+# Shards kept of those that are read without being in the prefetch list.
+MAX_UNPLANNED = 4
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A far file, its bytes, and which of its records belong to the split: as TFDS's
-    FileInstruction has it, so that array_record takes it for one."""
+    """A remote file, its size, and the range of its records that belongs to a split.
+
+    Fields are named as in TFDS's FileInstruction, so that array_record accepts it as one.
+    """
 
     filename: str
     bytes: int
@@ -46,49 +48,60 @@ class Shard:
     examples_in_shard: int
 
 
+class Records(Protocol):
+    """Random access to serialized examples."""
+
+    def __getitem__(self, index: int, /) -> bytes: ...
+
+
 class _Dropped(Exception):
-    """What a fetch ends with when its shard is not wanted any more."""
+    """Result of a download whose shard is no longer needed."""
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A shard that is here, or on its way; `task` gives its records."""
+    """A shard that is cached or in flight; `task` returns its records."""
 
     shard: Shard
     path: Path
-    task: Future | None = None
+    task: Future = field(default_factory=Future)
     dropped: bool = False
 
 
 class ShardCache:
-    """Fetched shards, in a directory of this process below `parent` (default: the system's for
-    temporary files). It goes when the process ends; what a killed process left goes when another
-    begins. Thread-safe."""
+    """Cached shards, in a directory of this process below `parent` (default: the system's temporary
+    directory). Thread-safe.
+
+    The directory is removed when the process exits; that of a killed process, when the next cache
+    is opened.
+    """
 
     def __init__(self, parent: str = ""):
         self.parent = parent or tempfile.gettempdir()
         self.fetched_bytes = 0
-        self.waited_seconds = 0.0  # of all reading threads together
+        self.waited_seconds = 0.0  # sum over all reading threads
         self._lock = threading.RLock()
         self._entries: dict[str, _Entry] = {}
-        self._unannounced: list[str] = []
+        self._unplanned: list[str] = []
         self._stopped = False
         self._files = 0
         self._directory: Path | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(DOWNLOADS, "fetch")  # starts threads when needed
 
-    def records(self, shard: Shard) -> Sequence[bytes]:
-        """The records of a shard, as soon as it is here. Raises UserError where it cannot be had,
-        and tries again when it is asked for again."""
+    def records(self, shard: Shard) -> Records:
+        """Returns the records of a shard, after downloading it if necessary.
+
+        Raises UserError if the download fails; the next call tries again.
+        """
         entry = self._entries.get(shard.filename)
         if entry is None or not entry.task.done():
-            began = time.monotonic()
-            entry = self._begun(shard)
+            start = time.monotonic()
+            entry = self._fetch_now(shard)
             try:
                 entry.task.exception()
             finally:
                 with self._lock:
-                    self.waited_seconds += time.monotonic() - began
+                    self.waited_seconds += time.monotonic() - start
         try:
             return entry.task.result()
         except (_Dropped, CancelledError):
@@ -99,55 +112,46 @@ class ShardCache:
                     del self._entries[shard.filename]
             raise
 
-    def keep(self, wanted: Iterable[Shard]):
-        """Fetches these in the background, in this order, and removes all that were kept before,
-        but for a few that somebody reads without a word."""
-        named = {shard.filename: shard for shard in wanted}
+    def set_prefetch(self, shards: Iterable[Shard]) -> None:
+        """Downloads these shards in the background, in this order, and removes all others but the
+        most recent unplanned ones."""
+        planned = {shard.filename: shard for shard in shards}
         with self._lock:
             self._stopped = False
-            self._unannounced = [name for name in self._unannounced if name not in named]
-            for name in self._entries.keys() - named.keys() - set(self._unannounced):
+            self._unplanned = [name for name in self._unplanned if name not in planned]
+            for name in self._entries.keys() - planned.keys() - set(self._unplanned):
                 self._drop(name)
-            if named and self._pool is None:
-                self._pool = ThreadPoolExecutor(FETCHERS, "fetch")
-            for name, shard in named.items():
+            for name, shard in planned.items():
                 if name not in self._entries:
-                    entry = self._entry(shard)
+                    self._entries[name] = entry = self._new_entry(shard)
                     entry.task = self._pool.submit(self._fetch, entry)
-                    self._entries[name] = entry
 
-    def stop(self):
-        """Removes all shards, and fetches none until `keep` is called: threads that read ahead of
-        what was wanted do not come to their end at once."""
+    def stop(self) -> None:
+        """Removes all shards, and refuses downloads until the next `set_prefetch`: prefetching
+        threads do not end at once."""
         with self._lock:
-            self._unannounced.clear()
-            self.keep([])
+            self._unplanned.clear()
+            self.set_prefetch([])
             self._stopped = True
 
-    def refuse_unless_it_fits(self, count: int, largest: int, why: str):
-        """Raises UserError where the disk has no room for `count` shards that are kept."""
-        needed = (count + UNANNOUNCED) * largest
+    def refuse_unless_it_fits(self, count: int, largest: int, why: str) -> None:
+        """Raises UserError if the disk lacks space for `count` shards of up to `largest` bytes."""
         with self._lock:
-            free = shutil.disk_usage(self._own_directory()).free
-        if needed > free:
-            raise UserError(
-                f"{self.parent} has {free / 1e9:.1f} GB free, and shards that are fetched ahead "
-                f"may need {needed / 1e9:.1f} GB there ({why}, up to {largest / 1e9:.2f} GB "
-                f"each): choose a smaller config.data.window, fewer config.data.lanes or another "
-                f"config.data.cache"
-            )
+            directory = self._own_directory()
+        remedy = (
+            f"shards are prefetched to it ({why}, up to {disk_space.size(largest)} each): choose a "
+            f"smaller config.data.window, fewer config.data.lanes or another config.data.cache"
+        )
+        disk_space.require(directory, (count + MAX_UNPLANNED) * largest, remedy)
 
     def files(self) -> list[Path]:
-        """What lies in the directory now."""
-        return (
-            [p for p in self._directory.iterdir() if p.name != scratch.LOCK]
-            if self._directory
-            else []
-        )
+        """Returns the paths of cached and partial shards."""
+        directory = self._directory
+        return [p for p in directory.iterdir() if p.name != scratch_dir.LOCK] if directory else []
 
-    def _begun(self, shard: Shard) -> _Entry:
-        """The entry of a shard. If nobody has begun to fetch it, this thread does: it is not to
-        wait behind shards that are needed later."""
+    def _fetch_now(self, shard: Shard) -> _Entry:
+        """The entry of a shard. If its download has not started, this thread does it, rather than
+        wait for shards that are needed later."""
         with self._lock:
             entry = self._entries.get(shard.filename)
             if entry is not None and not entry.task.cancel():
@@ -155,34 +159,32 @@ class ShardCache:
             if self._stopped:
                 raise InterruptedError(f"{shard.filename} is read after its batches were closed")
             if entry is None:
-                self._unannounced.append(shard.filename)
-                if len(self._unannounced) > UNANNOUNCED:
-                    self._drop(self._unannounced.pop(0))
-            entry = self._entry(shard)
-            entry.task = Future()
+                self._unplanned.append(shard.filename)
+                if len(self._unplanned) > MAX_UNPLANNED:
+                    self._drop(self._unplanned.pop(0))
+            self._entries[shard.filename] = entry = self._new_entry(shard)
             entry.task.set_running_or_notify_cancel()
-            self._entries[shard.filename] = entry
         try:
             entry.task.set_result(self._fetch(entry))
         except BaseException as e:
             entry.task.set_exception(e)
         return entry
 
-    def _entry(self, shard: Shard) -> _Entry:
-        # The file's name is the entry's own: the same shard may be on its way out.
+    def _new_entry(self, shard: Shard) -> _Entry:
+        # A number makes the file name unique: an older download of the shard may still be running.
         self._files += 1
         name = f"{self._files:08d}.{os.path.basename(shard.filename)}"
         return _Entry(shard, self._own_directory() / name)
 
-    def _drop(self, name: str):
-        """Forgets a shard. Its file goes; who is reading from it reads on."""
+    def _drop(self, name: str) -> None:
+        """Removes a shard and its file. Readers that have it open can continue."""
         entry = self._entries.pop(name, None)
         if entry is not None:
             entry.dropped = True
             entry.task.cancel()
             entry.path.unlink(missing_ok=True)
 
-    def _fetch(self, entry: _Entry) -> Sequence[bytes]:
+    def _fetch(self, entry: _Entry) -> Records:
         partial = entry.path.with_name(f"{entry.path.name}.partial")
         try:
             with partial.open("wb") as file:
@@ -192,71 +194,76 @@ class ShardCache:
                 if entry.dropped:
                     raise _Dropped
                 partial.replace(entry.path)
-            records = _open(entry)
+            return _open(entry)
         except BaseException:
             for path in (partial, entry.path):
                 path.unlink(missing_ok=True)
             if entry.dropped:
                 raise _Dropped from None
             raise
-        return records
 
     def _chunk(self, entry: _Entry, start: int, stop: int) -> bytes:
         url = entry.shard.filename
         system, name = gcs.filesystem(url)
         options = {"timeout": STALLED} if system.async_impl else {}
+        error: Exception | None = None
         for attempt in range(TRIES):
             if entry.dropped:
                 raise _Dropped
             if attempt:
                 time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
             try:
-                data = system.cat_file(name, start, stop, **options)
+                data: Any = system.cat_file(name, start, stop, **options)
                 if len(data) == stop - start:
                     with self._lock:
                         self.fetched_bytes += len(data)
                     return data
-                error: Exception = OSError(f"{len(data)} bytes came instead of {stop - start}")
-            except Exception as e:  # what a network may do comes in the words of many libraries
+                error = OSError(f"received {len(data)} bytes instead of {stop - start}")
+            except Exception as e:  # network errors have the types of many libraries
                 error = e
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{url} cannot be fetched (tried {TRIES} times): {reason}")
 
     def _own_directory(self) -> Path:
         if self._directory is None:
             try:
-                self._directory = scratch.directory(Path(self.parent))
+                self._directory = scratch_dir.create(Path(self.parent))
             except OSError as e:
                 raise UserError(f"{self.parent} (config.data.cache) cannot be written: {e}") from e
             weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         return self._directory
 
 
-def _open(entry: _Entry) -> Sequence[bytes]:
-    """The records of a file that has been fetched. Raises UserError where it is not whole."""
+def open_shards(shards: Sequence[Shard]) -> Records:
+    """Returns the records of local shards; opens each file when it is first read."""
+    return ArrayRecordDataSource(shards)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def _open(entry: _Entry) -> Records:
+    """Records of a downloaded file. Raises UserError if it is incomplete."""
     shard = entry.shard
     try:
-        found = shards.count(entry.path)
+        records = array_record_shards.count(entry.path)
     except UserError as e:
         raise UserError(f"{shard.filename}, fetched: {e}") from None
-    if found != shard.examples_in_shard:
+    if records != shard.examples_in_shard:
         raise UserError(
-            f"{shard.filename} holds {found} records, the metadata say {shard.examples_in_shard}"
+            f"{shard.filename} has {records} records, the metadata say {shard.examples_in_shard}"
         )
-    here = dataclasses.replace(shard, filename=os.fspath(entry.path))
-    records = ArrayRecordDataSource([here])
-    records[0]  # opens the file, so that it can be read when it has been dropped
-    return records
+    local = dataclasses.replace(shard, filename=os.fspath(entry.path))
+    source = open_shards([local])
+    source[0]  # opens the file, so that it can be read after it is removed
+    return source
 
 
-class FarRecords:
-    """Records of many shards by their index, through a cache."""
+class RemoteRecords:
+    """Records of consecutive remote shards by index, read through a cache."""
 
-    def __init__(self, files: Sequence[Shard], cache: ShardCache):
-        self._files, self._cache = files, cache
-        self._ends = list(accumulate(shard.take for shard in files))
+    def __init__(self, shards: Sequence[Shard], cache: ShardCache):
+        self._shards, self._cache = shards, cache
+        self._ends = list(accumulate(shard.take for shard in shards))
 
     def __getitem__(self, index: int) -> bytes:
         number = bisect_right(self._ends, index)
-        shard = self._files[number]
+        shard = self._shards[number]
         return self._cache.records(shard)[index - (self._ends[number] - shard.take)]

@@ -1,7 +1,7 @@
 """TFDS directories of ArrayRecord shards, without TensorFlow: image datasets and token stores.
 
-Both are opened by `tfds.builder_from_directory` as well. An image dataset has {id, image (encoded
-bytes), label if there are classes}, splits as imported; for the other see token_store.py.
+`tfds.builder_from_directory` opens both. Image datasets have {id, image (encoded bytes), label if
+there are classes}; for token stores see data/token_store.py.
 """
 
 import contextlib
@@ -12,23 +12,22 @@ import shlex
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any, SupportsInt
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from tensorflow_datasets.core import example_serializer, naming, splits
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dgpt_jax import gcs, open_files, shard_cache, shards
-from dgpt_jax.bad_records import bad_record, one_line
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError, bad_record, one_line
+from dgpt_jax.storage import array_record_shards, file_limits, gcs, shard_cache
+from dgpt_jax.storage.gcs import AnyPath
 
 UNDECODED = {"image": tfds.decode.SkipDecoding()}
 
 
 def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesDict:
-    """Schema of an image dataset; with a label where there are classes."""
+    """Returns the schema of an image dataset, with a label if there are classes."""
     features = {
         "id": tfds.features.Text(),
         "image": tfds.features.Image(shape=(None, None, 3)),
@@ -39,9 +38,12 @@ def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesD
 
 
 def serializer(features: tfds.features.FeaturesDict) -> Callable[[Mapping], bytes]:
-    """The function from examples to the bytes stored of them, the same bytes in every process: by
-    itself protobuf writes the fields in an order that each process draws anew."""
-    protos = example_serializer.ExampleSerializer(features.get_serialized_info())
+    """Returns a function from examples to their serialized bytes.
+
+    Serialization is deterministic: by default protobuf orders fields differently in each process.
+    """
+    info: Any = features.get_serialized_info()
+    protos = example_serializer.ExampleSerializer(info)
 
     def serialize(example: Mapping) -> bytes:
         proto = protos.get_tf_example(features.encode_example(example))
@@ -50,68 +52,73 @@ def serializer(features: tfds.features.FeaturesDict) -> Callable[[Mapping], byte
     return serialize
 
 
-def dataset_name(directory) -> str:
-    """A valid TFDS name from the last part of a path."""
+def dataset_name(directory: AnyPath) -> str:
+    """Returns a valid TFDS name derived from the last component of a path."""
     name = re.sub(r"\W+", "_", epath.Path(directory).name.lower(), flags=re.ASCII).strip("_")
     return name if name[:1].isalpha() else f"d_{name}"
 
 
-def shard_path(directory, split: str, shard: int, of: int, name: str = "") -> epath.Path:
-    """A shard's path; `name`: the dataset's, where the directory may have been renamed since."""
+def shard_path(
+    directory: AnyPath, split: str, shard: int, num_shards: int, name: str = ""
+) -> epath.Path:
+    """Returns a shard's path; name: of the dataset, in case its directory was renamed."""
     name = name or dataset_name(directory)
-    return epath.Path(directory) / f"{name}-{split}.array_record-{shard:05d}-of-{of:05d}"
+    return epath.Path(directory) / f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
 
 
 def write_metadata(
-    directory, features, written: Mapping[str, Sequence[shards.Receipt]], name: str = ""
-):
-    """TFDS's metadata (dataset_info.json, features.json) for shards that are all there: those of
-    every split, in order."""
+    directory: AnyPath,
+    features: tfds.features.FeaturesDict,
+    shards: Mapping[str, Sequence[array_record_shards.ShardInfo]],
+    name: str = "",
+) -> None:
+    """Writes TFDS's metadata (dataset_info.json, features.json) for the complete shards of every
+    split, in order."""
     directory = epath.Path(directory)
-    infos = []
-    for split, receipts in written.items():
+    split_infos = []
+    for split, shard_infos in shards.items():
         template = naming.ShardedFileTemplate(
             data_dir=directory,
             dataset_name=name or dataset_name(directory),
             split=split,
             filetype_suffix="array_record",
         )
-        infos.append(
+        split_infos.append(
             splits.SplitInfo(
                 name=split,
-                shard_lengths=[receipt.records for receipt in receipts],
-                num_bytes=sum(receipt.bytes for receipt in receipts),
+                shard_lengths=[info.records for info in shard_infos],
+                num_bytes=sum(info.bytes for info in shard_infos),
                 filename_template=template,
             )
         )
     tfds.folder_dataset.write_metadata(
-        data_dir=directory, features=features, split_infos=infos, check_data=False
+        data_dir=directory, features=features, split_infos=split_infos, check_data=False
     )
 
 
 @contextlib.contextmanager
-def _metadata(directory, of: str = ""):
-    """Whatever TFDS finds wrong with its metadata, in its parsers or later, as UserError."""
+def _metadata_errors(directory: AnyPath, split: str = "") -> Iterator[None]:
+    """Context that turns TFDS's errors about its metadata into UserError."""
     try:
         yield
     except Exception as e:
         raise UserError(
-            f"{directory}{of}: dataset_info.json or features.json cannot be read: {one_line(e)}"
+            f"{directory}{split}: dataset_info.json or features.json cannot be read: {one_line(e)}"
         ) from None
 
 
-def open_builder(directory):
-    """The TFDS builder of a directory, or UserError that says what is wrong with it."""
+def open_builder(directory: AnyPath) -> tfds.core.DatasetBuilder:
+    """Returns the TFDS builder of a directory. Raises UserError if it is no readable dataset."""
     path = epath.Path(directory)
     if not path.exists():
         raise UserError(f"no such directory: {directory}")
     if not (path / "dataset_info.json").exists():
         raise UserError(f"{directory} is not a TFDS dataset: it has no dataset_info.json")
-    with _metadata(directory):
+    with _metadata_errors(directory):
         builder = tfds.builder_from_directory(directory)
-    if (file_format := builder.info.file_format.value) != "array_record":
+    if (file_format := getattr(builder.info.file_format, "value", None)) != "array_record":
         raise UserError(
-            f"{directory} is stored as {file_format}, training needs array_record: convert it with "
+            f"{directory} is stored as {file_format}, array_record is needed: convert it with "
             f"`python -m tensorflow_datasets.scripts.convert_format --only_log_errors "
             f"--in_dir={shlex.quote(str(directory))} --out_dir=OUT --out_file_format=array_record`"
         )
@@ -119,27 +126,27 @@ def open_builder(directory):
 
 
 class Opened:
-    """A TFDS directory as it is found: its builder, one listing, and what its manifest says.
+    """A TFDS directory: its builder, file sizes from one listing, and manifest.
 
-    `cache` is where shards of a far directory go while they are read.
+    cache: directory for the shards of a remote one while they are read.
     """
 
-    def __init__(self, directory: str | Path, cache: str = ""):
+    def __init__(self, directory: AnyPath, cache: str = ""):
         gcs.require(directory)
         self.directory = os.fspath(directory)
         self.builder = open_builder(directory)
-        self.sizes = shards.sizes(directory)
-        self.cache = shard_cache.ShardCache(cache) if shards.is_remote(directory) else None
-        self.manifest = shards.manifest(directory)
+        self.sizes = array_record_shards.sizes(directory)
+        self.cache = shard_cache.ShardCache(cache) if gcs.is_remote(directory) else None
+        self.manifest = array_record_shards.manifest(directory)
 
-    def check(self, split: str):
-        """Raises UserError unless every shard of a split is there and whole.
+    def check(self, split: str) -> None:
+        """Raises UserError unless every shard of a split exists and is complete.
 
-        Its size tells, where a manifest has it. Other files are opened; those that are far, not
-        before they are fetched.
+        Sizes are compared with the manifest. Shards not in it are opened; remote ones, only once
+        they are fetched.
         """
         info = self.builder.info.splits[split]
-        with _metadata(self.directory):
+        with _metadata_errors(self.directory):
             names = [path.name for path in info.filepaths]
         for name in names:
             if name not in self.sizes:
@@ -147,39 +154,39 @@ class Opened:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(self._check_shard, names, info.shard_lengths))
 
-    def _check_shard(self, name: str, length: int):
+    def _check_shard(self, name: str, length: int) -> None:
         path, size = f"{self.directory}/{name}", self.sizes[name]
-        written = self.manifest.get(name)
-        same = written is not None and written.bytes == size
-        if same or self.cache is None:
-            found = written.records if same else shards.count(path)
-            if found != length:
-                raise UserError(f"{path} holds {found} records, the metadata say {length}")
-        if written is not None and not same:
+        info = self.manifest.get(name)
+        if info is not None and info.bytes == size:
+            records = info.records
+        else:
+            records = length if self.cache is not None else array_record_shards.count(path)
+        if records != length:
+            raise UserError(f"{path} has {records} records, the metadata say {length}")
+        if info is not None and info.bytes != size:
             raise UserError(
-                f"{path} has {size} bytes, and {written.bytes} were written "
-                f"({shards.MANIFEST}): it is another file"
+                f"{path} has {size} bytes, {array_record_shards.MANIFEST} says {info.bytes}: the "
+                f"file was replaced"
             )
 
 
 class Split:
-    """Random access to the examples of one split, image bytes undecoded. Picklable if near.
+    """Random access to the examples of one split, with encoded images. Picklable if local.
 
-    Opening checks that every shard is whole; `opened` spares looking at the directory again. Files
-    are opened when they are first read from. `digest` tells other contents, also of the same
-    length. Raises UserError, about one example a BadRecord.
+    Checks that every shard is complete; opened: avoids listing the directory again. Files are
+    opened at the first read. `digest` identifies the contents. Raises UserError, and BadRecord
+    for a single example.
     """
 
-    def __init__(self, directory: str | Path, split: str, opened: Opened | None = None):
+    def __init__(self, directory: AnyPath, split: str, opened: Opened | None = None):
         self.directory, self.split = os.fspath(directory), split
         opened = opened or Opened(directory)
         info = opened.builder.info
         base = split.partition("[")[0]
         if base not in info.splits:
-            have = ", ".join(info.splits)
-            raise UserError(f"{directory} has no split {base!r}; it has {have}")
+            raise UserError(f"{directory} has no split {base!r}; it has {', '.join(info.splits)}")
         opened.check(base)
-        with _metadata(directory, f", split {split}"):
+        with _metadata_errors(directory, f", split {split}"):
             files = info.splits[split].file_instructions
         self.shards = tuple(
             shard_cache.Shard(bytes=opened.sizes[os.path.basename(file.filename)], **vars(file))
@@ -189,7 +196,7 @@ class Split:
         if not self._length:
             raise UserError(f"{directory} has no examples in split {split}")
         self.digest = _digest(self.shards, opened.manifest)
-        self.features = info.features
+        self.features: Any = info.features
         self.label = self.features["label"] if "label" in self.features else None
         self.cache = opened.cache
         self._source = None
@@ -201,46 +208,46 @@ class Split:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index) -> dict:
+    def __getitem__(self, index: SupportsInt) -> dict:
         record = self.raw(index := int(index))
         try:
             return self.parse(record)
-        except Exception as e:  # of TFDS, protobuf and NumPy
-            reason = f"it is not as features.json has it: {one_line(e)}"
+        except Exception as e:  # from TFDS, protobuf or NumPy
+            reason = f"it does not match features.json: {one_line(e)}"
             raise bad_record(self, index, _id_in(record), reason) from None
 
     def raw(self, index: int) -> bytes:
-        """An example as it is stored."""
+        """Returns a serialized example. Raises BadRecord."""
         source = self._source
         if source is None:
             source = self._source = self._open()
         try:
             return source[index]
-        except RuntimeError as e:  # ArrayRecord's: a chunk's hash is another
+        except RuntimeError as e:  # from ArrayRecord: wrong hash of a chunk
             raise bad_record(self, index, "", e) from None
 
     def parse(self, record: bytes) -> dict:
-        """Raises various where the bytes are not what the features say."""
+        """Returns an example. Raises various exceptions if it does not match the features."""
         example = self.features.deserialize_example_np(record, decoders=UNDECODED)
         if empty := [name for name, value in example.items() if value is None]:
             raise ValueError(f"no value of {', '.join(empty)}")
         example["id"] = example_id(example)
         return example
 
-    def close(self):
-        """Closes the files as soon as nobody reads from them; the next reading opens them again."""
+    def close(self) -> None:
+        """Closes the files once no thread reads from them; the next read opens them again."""
         self._source = None
 
-    def _open(self):
-        open_files.keep_memory()
+    def _open(self) -> shard_cache.Records:
+        file_limits.tune_malloc()
         if self.cache is not None:
-            return shard_cache.FarRecords(self.shards, self.cache)
+            return shard_cache.RemoteRecords(self.shards, self.cache)
         self._allow_files()
-        return ArrayRecordDataSource(self.shards)
+        return shard_cache.open_shards(self.shards)
 
-    def _allow_files(self):
+    def _allow_files(self) -> None:
         if self.cache is None:
-            open_files.allow(2 * len(self.shards), self)
+            file_limits.raise_fd_limit(2 * len(self.shards), self)
 
     def __getstate__(self):
         return self.__dict__ | {"_source": None}
@@ -249,19 +256,21 @@ class Split:
         return f"Split({self.directory!r}, {self.split!r})"
 
 
-def _digest(parts: Sequence[shard_cache.Shard], manifest: Mapping[str, shards.Receipt]) -> str:
-    """16 hexadecimal digits of the contents of shards, in order: of their checksums, or of their
-    sizes where no manifest has any."""
+def _digest(
+    shards: Sequence[shard_cache.Shard], manifest: Mapping[str, array_record_shards.ShardInfo]
+) -> str:
+    """16 hexadecimal digits that identify the contents of shards, in order: from their checksums,
+    or from their sizes if they are not in the manifest."""
     sha = hashlib.sha256()
-    for part in parts:
-        receipt = manifest.get(os.path.basename(part.filename))
-        content = receipt.crc32 if receipt else part.bytes
-        sha.update(f"{part.skip} {part.take} {content}\n".encode())
+    for shard in shards:
+        info = manifest.get(os.path.basename(shard.filename))
+        content = info.crc32 if info else shard.bytes
+        sha.update(f"{shard.skip} {shard.take} {content}\n".encode())
     return sha.hexdigest()[:16]
 
 
 def example_id(example: Mapping) -> str:
-    """`id` or `file_name` of an example, else the CRC32 of its encoded image."""
+    """Returns `id` or `file_name` of an example, else the CRC32 of its encoded image."""
     for key in ("id", "file_name"):
         if key in example:
             value = example[key]
@@ -270,9 +279,9 @@ def example_id(example: Mapping) -> str:
 
 
 def _id_in(record: bytes) -> str:
-    """The id in a record of which other parts cannot be read; "" where it cannot either."""
+    """The id in a record whose other fields are damaged, "" if it cannot be read either."""
     try:
-        fields = tf_example_pb2.Example.FromString(record).features.feature
+        fields = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
         return fields["id"].bytes_list.value[0].decode()
     except Exception:
         return ""

@@ -1,69 +1,80 @@
-"""Whether a token store holds what it says: the teacher is run again on stored pictures."""
+"""Verifies token stores by running the teacher again on stored images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from dgpt_jax import bad_records, config, records, token_codec, token_store, token_writer, views
-from dgpt_jax.schema import UserError
-from dgpt_jax.teacher import Teacher
-from dgpt_jax.token_store import StoreInfo
+from dgpt_jax.config import roots
+from dgpt_jax.data import bad_records, image_ops, token_codec, token_store
+from dgpt_jax.data.token_store import StoreInfo
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import tfds_dataset
+from dgpt_jax.tokens import writer
+from dgpt_jax.tokens.teacher import Teacher
 
-# What a sound store's cosines lose beyond its codec: matmuls that add in another order elsewhere.
+# Loss of cosine beyond the codec's: matmuls sum in another order on other hardware.
 SLACK = {"float32": 1e-4, "bfloat16": 3e-3}
-PIXELS = 2.0  # mean difference of 255 to the view rendered again: libraries round differently
+MAX_PIXEL_DIFFERENCE = 2.0  # of 255, mean: libraries round differently
 
 
 @dataclass(frozen=True)
-class Found:
-    """One stored example: `least` and `median` of its tokens' cosines to the live teacher's, and
-    what of it is not as its source has it ("" where all is, or no source was given)."""
+class TokenReport:
+    """One stored example: `least` and `median` cosine of its tokens to the live teacher's, and how
+    it differs from its source ("" if it does not, or without a source)."""
 
     id: str
-    view: views.View
+    view: image_ops.View
     least: float
     median: float
     differs: str = ""
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was found in one shard of a view."""
+class ShardReport:
+    """Sampled examples of one shard of a view."""
 
     split: str
     shard: int
-    found: tuple[Found, ...]
+    examples: tuple[TokenReport, ...]
 
     @property
-    def worst(self) -> Found:
-        return min(self.found, key=lambda found: (not found.differs, found.median))
+    def worst(self) -> TokenReport:
+        """The example that differs from its source, or that of the smallest median."""
+        return min(self.examples, key=lambda example: (not example.differs, example.median))
 
     def is_sound(self, least: float, median: float) -> bool:
+        """True if all examples reach the thresholds and match the source."""
         return all(
-            found.least >= least and found.median >= median and not found.differs
-            for found in self.found
+            example.least >= least and example.median >= median and not example.differs
+            for example in self.examples
         )
 
 
 def thresholds(info: StoreInfo) -> tuple[float, float]:
-    """(least, median) cosine of the tokens of a sound example, from what the codec was measured to
-    lose when the store was begun, and the teacher's dtype."""
+    """Returns the minimum (least, median) cosine of a sound example, from the codec's measured loss
+    and the teacher's dtype."""
     slack = SLACK[info.teacher["dtype"]]
     least, mean = info.cosine
     return 1 - 4 * (1 - least) - slack, 1 - 2 * (1 - mean) - slack
 
 
 def verify(
-    store, settings: config.Teacher, *, samples: int = 4, batch_size: int = 16, source: str = ""
-) -> Iterator[Row]:
-    """Re-runs the teacher on `samples` examples of every shard; a Row a shard, as they come.
+    store: Path | str,
+    settings: roots.TeacherConfig,
+    *,
+    samples: int = 4,
+    batch_size: int = 16,
+    source: str = "",
+) -> Iterator[ShardReport]:
+    """Re-runs the teacher on `samples` examples of every shard; yields a report per shard.
 
-    `source`: the image dataset; its views are drawn and rendered again, too. Raises UserError where
-    the weights or the source are others than the store's.
+    `source`: the image dataset; its views are drawn and rendered again, too. Raises UserError if
+    the weights or the source are not those of the store.
     """
-    token_store.refuse_unfinished(store)
+    token_store.require_finished(store)
     info = StoreInfo.load(store)
     codec = info.load_codec(store)
     teacher = Teacher(settings, batch_size)
@@ -72,57 +83,72 @@ def verify(
             f"{store} was built with the teacher {info.teacher['hash']}, these weights are "
             f"{teacher.hash}"
         )
-    original = None
-    if source:
-        original = records.Split(source, info.source["split"])
-        if len(original) != info.source["examples"]:
-            raise UserError(
-                f"{store} was built from {info.source['examples']} examples, {original} has "
-                f"{len(original)}"
-            )
-        if info.source.get("digest", original.digest) != original.digest:
-            raise UserError(
-                f"{store} was built from other contents (digest {info.source['digest']}) than "
-                f"{original} has now ({original.digest}): its source was imported anew"
-            )
-    for view, (name, split) in enumerate(records.open_builder(store).info.splits.items()):
-        examples = records.Split(store, name)
+    original = _open_source(store, info, source) if source else None
+    for view, (name, split) in enumerate(tfds_dataset.open_builder(store).info.splits.items()):
+        examples = tfds_dataset.Split(store, name)
         start = 0
         for shard, length in enumerate(split.shard_lengths):
-            chosen = start + np.unique(np.linspace(0, length - 1, samples).astype(int))
+            indices = start + np.unique(np.linspace(0, length - 1, samples).astype(int))
             start += length
-            stored = [examples[i] for i in chosen]
-            pictures = np.stack(
+            stored = [examples[i] for i in indices]
+            images = np.stack(
                 [
-                    bad_records.picture(examples, i, example)
-                    for i, example in zip(chosen, stored, strict=True)
+                    bad_records.decode_image(examples, i, example)
+                    for i, example in zip(indices, stored, strict=True)
                 ]
             )
-            live = codec.project(teacher(pictures))
+            live = codec.project(teacher(images))
             decoded = codec.decode(np.stack([example["tokens"] for example in stored]))
-            found = []
+            reports = []
             for i, example, cosines in zip(
-                chosen, stored, token_codec.cosines(decoded, live), strict=True
+                indices, stored, token_codec.cosines(decoded, live), strict=True
             ):
-                box = views.View(*(int(n) for n in example["box"]), bool(example["flip"]))
+                top, left, height, width = map(int, example["box"])
+                box = image_ops.View(top, left, height, width, bool(example["flip"]))
                 differs = ""
                 if original:
                     differs = _difference(info, original, view, int(i), example, box)
                 least, median = float(cosines.min()), float(np.median(cosines))
-                found.append(Found(example["id"], box, least, median, differs))
-            yield Row(name, shard, tuple(found))
+                reports.append(TokenReport(example["id"], box, least, median, differs))
+            yield ShardReport(name, shard, tuple(reports))
 
 
-def _difference(info: StoreInfo, source, view: int, index: int, example, box: views.View) -> str:
-    """In what a stored example differs from its view, drawn and rendered again."""
+def _open_source(store: Path | str, info: StoreInfo, source: str) -> tfds_dataset.Split:
+    """Opens the source of a store. Raises UserError if its contents have changed."""
+    original = tfds_dataset.Split(source, info.source["split"])
+    if len(original) != info.source["examples"]:
+        raise UserError(
+            f"{store} was built from {info.source['examples']} examples, {original} has "
+            f"{len(original)}"
+        )
+    if info.source.get("digest", original.digest) != original.digest:
+        raise UserError(
+            f"{store} was built from other contents (digest {info.source['digest']}) than "
+            f"{original} has now ({original.digest}): its source was imported again"
+        )
+    return original
+
+
+def _difference(
+    info: StoreInfo,
+    source: tfds_dataset.Split,
+    view: int,
+    index: int,
+    example: dict,
+    box: image_ops.View,
+) -> str:
+    """Describes how a stored example differs from its view, drawn and rendered again."""
     record = source[index]
     if record["id"] != example["id"]:
         return f"id: the source has {record['id']}"
-    image = bad_records.picture(source, index, record)
-    drawn = token_writer.draw(SimpleNamespace(**info.views), index, view, *image.shape[:2])
+    image = bad_records.decode_image(source, index, record)
+    drawn = writer.draw(SimpleNamespace(**info.views), index, view, *image.shape[:2])
     if drawn != box:
-        return f"box: drawn again it is {drawn.box} flip {int(drawn.flip)}"
-    rendered = views.encode_picture(views.render(image, drawn, info.picture_size), info.picture)
-    pictures = (views.decode_picture(data) for data in (rendered, example["image"]))
-    off = np.abs(np.subtract(*(picture.astype(int) for picture in pictures))).mean()
-    return f"picture: {off:.1f} of 255 off the view rendered again" if off > PIXELS else ""
+        return f"box: redrawn as {drawn.box} flip {int(drawn.flip)}"
+    crop = image_ops.render(image, drawn, info.image_size)
+    rendered = image_ops.decode_image(image_ops.encode_image(crop, info.image_encoding))
+    stored = image_ops.decode_image(example["image"])
+    difference = np.abs(rendered.astype(int) - stored.astype(int)).mean()
+    if difference > MAX_PIXEL_DIFFERENCE:
+        return f"image: mean difference {difference:.1f} of 255 from the re-rendered view"
+    return ""

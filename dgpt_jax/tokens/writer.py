@@ -1,8 +1,8 @@
-"""Shards of a token store: pictures, teacher and disk at work at the same time.
+"""Writes the shards of a token store as a pipeline of rendering, teacher and disk.
 
-Threads decode, crop and encode the pictures of the next batches; the devices work on two batches
-and send their tokens to the host; another thread serialises and writes what has landed, while the
-shard before it gets its checksum.
+Threads decode, crop and encode the images of the next batches; the devices compute two batches and
+transfer the tokens to the host; another thread serializes and writes the finished examples, while
+the checksum of the previous shard is computed.
 """
 
 import contextlib
@@ -10,30 +10,35 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from dgpt_jax import bad_records, examples, progress, records, shards, token_store, views
-from dgpt_jax.config import Tokens
-from dgpt_jax.schema import UserError
-from dgpt_jax.teacher import Teacher
-from dgpt_jax.token_codec import Codec
-from dgpt_jax.token_store import StoreInfo
+from dgpt_jax.config import TokensConfig
+from dgpt_jax.data import bad_records, image_ops, token_store, transforms
+from dgpt_jax.data.prefetch import prefetch
+from dgpt_jax.data.token_codec import Codec
+from dgpt_jax.data.token_store import StoreInfo
+from dgpt_jax.errors import BadRecord, UserError
+from dgpt_jax.monitoring import progress
+from dgpt_jax.storage import array_record_shards, tfds_dataset
+from dgpt_jax.tokens.teacher import Teacher
 
-AHEAD = 2  # batches that are rendered before the teacher asks, and that it is ahead of the disk
-QUEUED = 512  # examples on their way to the disk
-SAY_SECONDS = 10
-OVERHEAD = 250  # bytes of an example beside picture and tokens: names, box, ArrayRecord's chunk
+PREFETCH = 2  # batches rendered ahead of the teacher, and encoded ahead of the disk
+MAX_QUEUED = 512  # examples waiting for the disk
+SAY_EVERY = 10  # seconds
+OVERHEAD = 250  # bytes of an example besides image and tokens: names, box, ArrayRecord's chunk
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One file of the store: a view of some examples."""
+class ShardPlan:
+    """One shard of the store: a view of a range of examples."""
 
     path: epath.Path
     view: int
@@ -41,32 +46,34 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """One example on its way into the store."""
+class RenderedView:
+    """An example without its tokens; `image` is decoded from `encoded`."""
 
     id: str
     label: int | None
-    view: views.View
-    data: bytes
-    picture: np.ndarray
+    view: image_ops.View
+    encoded: bytes
+    image: np.ndarray
 
     def example(self, tokens: np.ndarray) -> dict:
-        """As token_store.features has it."""
-        stored = {
+        """Returns the example with its tokens, in the format of token_store.features."""
+        example = {
             "id": self.id,
-            "image": self.data,
+            "image": self.encoded,
             "tokens": tokens,
             "box": np.asarray(self.view.box, np.int32),
             "flip": np.int32(self.view.flip),
         }
-        return stored if self.label is None else stored | {"label": self.label}
+        return example if self.label is None else example | {"label": self.label}
 
 
-def draw(config, index: int, view: int, height: int, width: int) -> views.View:
-    """View number `view` of the example `index`, an image of height×width: a function of these and
-    of the config's seed, crop_scale, crop_ratio and flip."""
-    return views.draw(
-        examples.generator(config.seed, examples.VIEW, index, view),
+def draw(
+    config: TokensConfig | SimpleNamespace, index: int, view: int, height: int, width: int
+) -> image_ops.View:
+    """Draws view number `view` of example `index`, an image of height×width: a function of these
+    and of the config's seed, crop_scale, crop_ratio and flip."""
+    return image_ops.draw_view(
+        transforms.generator(config.seed, transforms.VIEW, index, view),
         height,
         width,
         scale=config.crop_scale,
@@ -75,126 +82,126 @@ def draw(config, index: int, view: int, height: int, width: int) -> views.View:
     )
 
 
-def render(config: Tokens, source: records.Split, view: int, index: int) -> Rendered:
-    """A view of an example as it is stored. Raises UserError where it cannot be decoded."""
+def render(config: TokensConfig, source: tfds_dataset.Split, view: int, index: int) -> RenderedView:
+    """Renders a view of an example. Raises UserError if its image cannot be decoded."""
     try:
         record = source[index]
-        image = bad_records.picture(source, index, record)
-    except bad_records.BadRecord as e:
+        image = bad_records.decode_image(source, index, record)
+    except BadRecord as e:
         raise UserError(
-            f"{e}. A store has the examples of its source, so none can be left out here: import "
-            f"the images with tools/import_images.py, which leaves out unreadable files"
+            f"{e}. A store needs all examples of its source: import the images with "
+            f"tools/import_images.py, which skips unreadable files"
         ) from None
     drawn = draw(config, index, view, *image.shape[:2])
-    data = views.encode_picture(views.render(image, drawn, config.picture_size), config.picture)
-    return Rendered(record["id"], record.get("label"), drawn, data, views.decode_picture(data))
+    crop = image_ops.render(image, drawn, config.image_size)
+    encoded = image_ops.encode_image(crop, config.image_encoding)
+    decoded = image_ops.decode_image(encoded)
+    return RenderedView(record["id"], record.get("label"), drawn, encoded, decoded)
 
 
 def write(
-    config: Tokens,
-    source: records.Split,
+    config: TokensConfig,
+    source: tfds_dataset.Split,
     teacher: Teacher,
     info: StoreInfo,
     codec: Codec,
-    todo: Sequence[Shard],
+    todo: Sequence[ShardPlan],
     pool: ThreadPoolExecutor,
-    say,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Writes the shards `todo`, one after the other; images_per_second and the shares of time spent
-    waiting for pictures, teacher and disk, without the first batch, which compiles.
-
-    Raises UserError.
-    """
-    serialize = records.serializer(token_store.features(info, source.label))
-    watch = _Watch(sum(len(shard.indices) for shard in todo), info.example_bytes, say)
-    rendered = _rendered(config, source, teacher.batch_size, todo, pool)
-    examples = _examples(rendered, teacher.encoder(codec), watch)
-    with _Writer(serialize) as writer:
+    """Writes the shards `todo` in order. Returns images_per_second and the fractions of time spent
+    waiting for images, teacher and disk, after the first batch, which compiles. Raises
+    UserError."""
+    serialize = tfds_dataset.serializer(token_store.features(info, source.label))
+    timer = StageTimer(sum(len(shard.indices) for shard in todo), info.example_bytes, say)
+    rendered = _render_batches(config, source, teacher.batch_size, todo, pool)
+    examples = _encode(rendered, teacher.encoder(codec), timer)
+    with _ShardWriter(serialize) as writer:
         for shard in todo:
             writer.begin(shard)
             for example in islice(examples, len(shard.indices)):
-                watch.waits("disk", writer.add, example)
+                timer.timed("disk", writer.add, example)
             writer.end()
-    return watch.summary()
+    return timer.summary()
 
 
-def _rendered(config, source, batch_size: int, todo, pool) -> Iterator[list[Rendered]]:
-    """Batches within each shard, rendered by the pool while the caller is busy with others."""
-    ahead: deque = deque()
-    for shard in todo:
-        for start in range(0, len(shard.indices), batch_size):
-            batch = shard.indices[start : start + batch_size]
-            ahead.append([pool.submit(render, config, source, shard.view, i) for i in batch])
-            if len(ahead) > AHEAD:
-                yield [future.result() for future in ahead.popleft()]
-    while ahead:
-        yield [future.result() for future in ahead.popleft()]
+def _render_batches(config, source, batch_size: int, todo, pool) -> Iterator[list[RenderedView]]:
+    """Yields batches within each shard, rendered by the pool PREFETCH batches ahead."""
+    batches = (
+        [
+            pool.submit(render, config, source, shard.view, i)
+            for i in shard.indices[start : start + batch_size]
+        ]
+        for shard in todo
+        for start in range(0, len(shard.indices), batch_size)
+    )
+    for futures in prefetch(batches, PREFETCH):
+        yield [future.result() for future in futures]
 
 
-def _examples(rendered: Iterator[list[Rendered]], start, watch: "_Watch") -> Iterator[dict]:
-    """Stored examples in order; the teacher is ahead of the caller by AHEAD batches."""
-    flying: deque = deque()
-    while batch := watch.waits("pictures", next, rendered, None):
-        flying.append((batch, start(np.stack([r.picture for r in batch]))))
-        if len(flying) > AHEAD:
-            yield from _landed(*flying.popleft(), watch)
-    while flying:
-        yield from _landed(*flying.popleft(), watch)
+def _encode(rendered: Iterator, start: Callable, timer: "StageTimer") -> Iterator[dict]:
+    """Yields stored examples in order; the teacher runs PREFETCH batches ahead."""
+    batches = iter(lambda: timer.timed("images", next, rendered, None), None)
+    in_flight = ((batch, start(np.stack([view.image for view in batch]))) for batch in batches)
+    for batch, results in prefetch(in_flight, PREFETCH):
+        yield from _fetch_results(batch, results, timer)
 
 
-def _landed(batch: list[Rendered], results, watch: "_Watch") -> Iterator[dict]:
-    tokens, finite = watch.waits("teacher", lambda: [np.asarray(result) for result in results])
-    refuse_unless(finite)
-    watch.done(len(batch))
-    for rendered, stored in zip(batch, tokens[: len(batch)], strict=True):
-        yield rendered.example(stored)
+def _fetch_results(batch: list[RenderedView], results, timer: "StageTimer") -> Iterator[dict]:
+    tokens, finite = timer.timed("teacher", lambda: [np.asarray(result) for result in results])
+    require_finite(finite)
+    timer.done(len(batch))
+    for view, stored in zip(batch, tokens[: len(batch)], strict=True):
+        yield view.example(stored)
 
 
-def refuse_unless(finite):
-    """Raises UserError about tokens that are not finite."""
+def require_finite(finite: bool | np.bool_):
+    """Raises UserError if the teacher's tokens are not all finite."""
     if not finite:
-        raise UserError("the teacher gave tokens that are not finite: check its weights and dtype")
+        raise UserError(
+            "the teacher's tokens are not finite: check config.teacher.weights and its dtype"
+        )
 
 
-class _Writer:
-    """Writes shards in two threads, in order: one is written while the one before is finished.
+class _ShardWriter:
+    """Writes shards in two threads, in order: one is written while the previous one is completed.
 
-    A context; what a thread raises, `add`, `end` and the exit raise. Left by an exception, it lets
-    no shard come to its end.
+    A context manager; `add`, `end` and the exit raise the errors of the threads. On an exception,
+    unfinished shards are discarded.
     """
 
-    def __init__(self, serialize):
+    def __init__(self, serialize: Callable[[dict], bytes]):
         self._serialize = serialize
         self._threads = ThreadPoolExecutor(2)
         self._writing: deque[Future] = deque()
-        self._queue: queue.Queue = queue.Queue(QUEUED)
+        self._queue: queue.Queue = queue.Queue(MAX_QUEUED)
 
-    def begin(self, shard: Shard):
-        self._queue = queue.Queue(QUEUED)
+    def begin(self, shard: ShardPlan):
+        self._queue = queue.Queue(MAX_QUEUED)
         while len(self._writing) > 1:
             self._writing.popleft().result()
-        of_shard = map(self._serialize, self._taken(self._queue))
-        self._writing.append(self._threads.submit(shards.write, shard.path, of_shard))
+        records = map(self._serialize, self._drain(self._queue))
+        self._writing.append(self._threads.submit(array_record_shards.write, shard.path, records))
 
     @staticmethod
-    def _taken(items: queue.Queue) -> Iterator[dict]:
+    def _drain(items: queue.Queue) -> Iterator[dict]:
         while (item := items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
-    def add(self, example):
+    def add(self, example: dict | None):
         while True:
             try:
                 return self._queue.put(example, timeout=1)
             except queue.Full:
-                if self._writing[-1].done():  # it has failed: nobody takes anything any more
+                if self._writing[-1].done():  # it has failed, and the queue stays full
                     self._writing[-1].result()
 
     def end(self):
         self.add(None)
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "_ShardWriter":
         return self
 
     def __exit__(self, kind, error, _):
@@ -202,7 +209,7 @@ class _Writer:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._queue.get_nowait()
-            self._queue.put(InterruptedError("the shard was given up"))
+            self._queue.put(InterruptedError("the shard was abandoned"))
             self._threads.shutdown()
             return
         for writing in self._writing:
@@ -210,40 +217,43 @@ class _Writer:
         self._threads.shutdown()
 
 
-class _Watch:
-    """How far this process is and what it waits for, from the end of the first batch on."""
+class StageTimer:
+    """Progress of this process, and the time it waits for each stage after the first batch."""
 
-    def __init__(self, total: int, example_bytes: float, say):
+    def __init__(self, total: int, example_bytes: float, say: Callable[[str], None]):
         self._total, self._bytes, self._say = total, example_bytes, say
         self._done = self._first = 0
-        self._began = self._said = time.monotonic()
-        self._waited = {"pictures": 0.0, "teacher": 0.0, "disk": 0.0}
+        self._start = self._last_said = time.monotonic()
+        self._waited = {"images": 0.0, "teacher": 0.0, "disk": 0.0}
 
-    def waits(self, what: str, function, *args):
-        began = time.monotonic()
+    def timed(self, stage: str, function: Callable, *args) -> Any:
+        """Returns function(*args); adds its time to a stage."""
+        start = time.monotonic()
         result = function(*args)
-        self._waited[what] += time.monotonic() - began
+        self._waited[stage] += time.monotonic() - start
         return result
 
     def done(self, examples: int):
+        """Counts examples; logs the progress every SAY_EVERY seconds."""
         self._done += examples
         now = time.monotonic()
-        if not self._first:  # what came before was the compile
-            self._first, self._began, self._said = examples, now, now
+        if not self._first:  # the time so far was the compile
+            self._first, self._start, self._last_said = examples, now, now
             self._waited = dict.fromkeys(self._waited, 0.0)
-        if self._done == self._total or now - self._said > SAY_SECONDS:
-            self._said = now
-            found = self.summary()
-            rate = found.pop("images_per_second")
-            left = (self._total - self._done) / rate if rate else math.inf
+        if self._done == self._total or now - self._last_said > SAY_EVERY:
+            self._last_said = now
+            shares = self.summary()
+            rate = shares.pop("images_per_second")
+            remaining = (self._total - self._done) / rate if rate else math.inf
             self._say(
                 f"{self._done}/{self._total} examples ({self._done / self._total:.1%}), "
                 f"{self._done * self._bytes / 1e9:.2f} GB, {rate:.0f} img/s, waiting for "
-                f"{', '.join(f'{what} {share:.0%}' for what, share in found.items())}, "
-                f"eta {progress.duration(left)}"
+                f"{', '.join(f'{stage} {share:.0%}' for stage, share in shares.items())}, "
+                f"eta {progress.duration(remaining)}"
             )
 
     def summary(self) -> dict[str, float]:
-        elapsed = max(time.monotonic() - self._began, 1e-9)
-        shares = {what: seconds / elapsed for what, seconds in self._waited.items()}
+        """Returns images_per_second and the fraction of time waited for each stage."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        shares = {stage: seconds / elapsed for stage, seconds in self._waited.items()}
         return {"images_per_second": (self._done - self._first) / elapsed} | shares

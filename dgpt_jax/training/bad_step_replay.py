@@ -1,149 +1,174 @@
-"""Writes a step whose numbers went bad to disk, and runs it again alone.
+"""Dumps a step with non-finite numbers to disk, and replays it on one device.
 
-WORKDIR/bad_step_N/ holds step.json (config, targets, losses of the examples, norms of every layer),
-params.safetensors and, of each process, a batch_P.npz: its rows of the batch as they were loaded.
+WORKDIR/bad_step_N/ holds step.json (config, targets, losses per example, norms per layer),
+params.safetensors and, per process, batch_P.npz with its rows of the batch as they were loaded.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dgpt_jax import mirror, param_rules, schema, sharding, shards, step, tasks
-from dgpt_jax.config import Train
-from dgpt_jax.convert import files, layout
-from dgpt_jax.schema import UserError
+from dgpt_jax.config import TrainConfig, renamed_keys, schema
+from dgpt_jax.distributed import param_rules, sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import gcs, remote_sync
+from dgpt_jax.training import tasks, train_step
+from dgpt_jax.training.tasks.base import Task
+from dgpt_jax.weights import files, mapping
 
 
-def layer_norms(tree) -> dict[str, list[float]]:
-    """L2 norm of every array of a tree by path; of stacked blocks, one a layer."""
-    found = {}
+def layer_norms(tree: Any) -> dict[str, jax.Array]:
+    """{path: L2 norms (L,)} of the arrays of a tree: L layers for stacked blocks, else 1."""
+    norms = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = param_rules.path_of(path)
         stacked = "blocks/" in name
         axes = tuple(range(int(stacked), leaf.ndim))
         squares = jnp.square(leaf.astype(jnp.float32)).sum(axis=axes)
-        found[name] = jnp.sqrt(jnp.atleast_1d(squares))
-    return found
+        norms[name] = jnp.sqrt(jnp.atleast_1d(squares))
+    return norms
 
 
-def accumulator(task, mesh, params) -> Callable:
+def accumulator(task: Task, mesh: jax.sharding.Mesh, params: Any) -> jax.stages.Wrapped:
     """Jitted (totals, params, frozen, microbatch, weight) → (totals, {decoder: (b,) losses}).
 
-    `totals`: (loss, gradients) in float32, which are donated. `weight` times those of the
-    micro-batch are added to them. `params` may be shapes.
+    totals: float32 (loss, gradients), donated, to which `weight` times those of the micro-batch are
+    added. `params` here may be abstract.
     """
-    gradient = sharding.on_mesh(jax.value_and_grad(task.loss, has_aux=True), mesh)
+    value_and_grad = sharding.on_mesh(jax.value_and_grad(task.loss, has_aux=True), mesh)
 
     def add(totals, params, frozen, microbatch, weight):
-        (loss, parts), grads = gradient(params, frozen, microbatch)
-        return jax.tree.map(lambda total, x: total + weight * x, totals, (loss, grads)), parts
+        (loss, losses), grads = value_and_grad(params, frozen, microbatch)
+        return jax.tree.map(lambda total, x: total + weight * x, totals, (loss, grads)), losses
 
     replicated = sharding.replicated(mesh)
     out = (replicated, sharding.shard_state(mesh, params)), replicated
     return jax.jit(add, donate_argnums=0, out_shardings=out)
 
 
-def measure(task, params, number: int, local, mesh, *, microbatches: int, rows=None) -> dict:
-    """{"loss", "losses": {decoder: an example's}, "params", "grads": layer_norms}, plain numbers.
+def measure(
+    task: Task,
+    params: Any,
+    number: int,
+    local: Mapping[str, np.ndarray],
+    mesh: jax.sharding.Mesh,
+    *,
+    microbatches: int,
+    rows: slice | None = None,
+) -> dict[str, Any]:
+    """{"loss", "losses": {decoder: per example}, "params", "grads": layer_norms} as JSON.
 
-    `local`: host arrays of this process's rows of the batch of step `number`. Only one micro-batch
-    at a time lies on the devices, and each takes every `microbatches`-th row, as in the train step.
-    Every process of the mesh calls it. `rows`: a slice of the batch, for a single process.
+    local: this process's rows of the batch of step `number`, host arrays. One micro-batch at a time
+    is on the devices, of every `microbatches`-th row as in the train step. Every process of the
+    mesh calls it. rows: of the batch, in a single process; default: all.
     """
-    places, replicated = sharding.shard_state(mesh, params), sharding.replicated(mesh)
-    params, frozen = jax.device_put((params, task.frozen), (places, replicated))
-    local, size = _prepared(task, number, local, mesh), task.config.batch_size
+    shardings, replicated = sharding.shard_state(mesh, params), sharding.replicated(mesh)
+    params, frozen = jax.device_put((params, task.frozen), (shardings, replicated))
+    local, size = _prepare(task, number, local, mesh), task.config.batch_size
     if rows is not None:
         local, size = {name: x[rows] for name, x in local.items()}, rows.stop - rows.start
-    add, losses = accumulator(task, mesh, params), {}
+    add, example_losses = accumulator(task, mesh, params), {}
     totals = jax.jit(
         lambda params: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
-        out_shardings=(replicated, places),
+        out_shardings=(replicated, shardings),
     )(params)
     for first in range(microbatches):
         every = slice(first, size, microbatches)
         count = len(range(size)[every])
         microbatch = {name: x[every] for name, x in local.items()}
         microbatch = sharding.global_batch(mesh, count, microbatch)
-        totals, parts = add(totals, params, frozen, microbatch, np.float32(count / size))
-        for name, values in parts.items():
-            losses.setdefault(name, np.empty(size, np.float32))[every] = values
+        totals, losses = add(totals, params, frozen, microbatch, np.float32(count / size))
+        for name, values in losses.items():
+            example_losses.setdefault(name, np.empty(size, np.float32))[every] = values
     loss, grads = totals
     norms = jax.jit(lambda *trees: [*map(layer_norms, trees)], out_shardings=replicated)
     measured = dict(zip(("params", "grads"), jax.device_get(norms(params, grads)), strict=True))
-    measured |= {"loss": jax.device_get(loss), "losses": losses}
+    measured |= {"loss": jax.device_get(loss), "losses": example_losses}
     return jax.tree.map(lambda x: np.asarray(x).tolist(), measured)
 
 
-def _prepared(task, number: int, local, mesh):
-    """This process's rows as `task.loss` gets them, host arrays. Examples may be mixed with others
-    of the batch, so the whole batch is prepared at once."""
-    if task.prepare is None:
+def _prepare(task: Task, number: int, local, mesh):
+    """This process's rows of the input of `task.loss`, host arrays. The full batch is prepared at
+    once, because examples may be mixed with any others of it."""
+    if (prepare_batch := task.prepare) is None:
         return local
 
     def prepare(batch):
-        return task.prepare(step.step_key(task.config.seed, number), batch)
+        return prepare_batch(train_step.step_key(task.config.seed, number), batch)
 
     batch = sharding.global_batch(mesh, task.config.batch_size, local)
     batch = jax.jit(prepare, out_shardings=sharding.batch_sharding(mesh))(batch)
-    return jax.tree.map(_rows_of_process, batch)
+    return jax.tree.map(_local_rows, batch)
 
 
-def _rows_of_process(array: jax.Array) -> np.ndarray:
-    """The rows of a global batch that this process holds, ascending, each once."""
-    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of a global batch, ascending, without duplicates."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def write(workdir, task, params, number: int, ids: list[str], local, mesh) -> epath.Path:
-    """Writes step `number` to disk, whose batch (this process's rows `local`, examples `ids`) the
-    parameters met. Every process calls it; returns the directory."""
+def write(
+    workdir: epath.Path | Path | str,
+    task: Task,
+    params: Any,
+    number: int,
+    ids: list[str],
+    local: Mapping[str, np.ndarray],
+    mesh: jax.sharding.Mesh,
+) -> epath.Path:
+    """Dumps step `number` and returns the directory. Every process calls it.
+
+    params: before the step. ids, local: example ids and host arrays of this process's rows of its
+    batch. Raises UserError if the directory is not writable.
+    """
     config, process = task.config, jax.process_index()
     microbatches = _microbatches(config, mesh)
     measured = measure(task, params, number, local, mesh, microbatches=microbatches)
-    whole = _on_first_process(params, mesh)
+    host_params = _gather_to_first_process(params, mesh)
     rows = sharding.process_rows(mesh, config.batch_size)
     directory = epath.Path(workdir) / f"bad_step_{number:06d}"
-    with mirror.written(directory) as near:
-        np.savez(near / f"batch_{process:04d}.npz", ids=np.array(ids), rows=rows, **local)
+    with remote_sync.output_directory(directory) as staging:
+        arrays: dict[str, Any] = {"ids": np.array(ids), "rows": rows, **local}
+        np.savez(staging / f"batch_{process:04d}.npz", **arrays)
         if process == 0:
-            files.write_safetensors(near / "params.safetensors", whole, {})
-            metadata = {"step": number, "config": schema.to_dict(config)} | task.told()
+            files.write_safetensors(staging / "params.safetensors", host_params, {})
+            metadata = {"step": number, "config": schema.to_dict(config)} | task.replay_metadata()
             metadata["batch_shards"] = sharding.batch_shards(mesh)
             text = json.dumps(metadata | measured, indent=1, default=str)
-            (near / "step.json").write_text(text + "\n")
+            (staging / "step.json").write_text(text + "\n")
     return directory
 
 
-def _microbatches(config: Train, mesh) -> int:
-    """The number of micro-batches of the train step. Where these do not divide by the devices, the
-    step pads them; here they are more and smaller, at least one row for each device."""
+def _microbatches(config: TrainConfig, mesh: jax.sharding.Mesh) -> int:
+    """The number of micro-batches of the train step, or more where the devices do not divide them:
+    there the step pads, here micro-batches are smaller, with at least one row per device."""
     rows = config.batch_size // sharding.batch_shards(mesh)
     return next((n for n in range(config.accum_steps, rows + 1) if rows % n == 0), rows)
 
 
-def _on_first_process(params, mesh) -> dict[str, np.ndarray]:
-    """{path: array} on process 0, nothing on others. Devices hold one array whole at a time."""
+def _gather_to_first_process(params: Any, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+    """{path: array} on process 0, {} on others. Devices hold one replicated array at a time."""
     replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     arrays = {}
-    for name, leaf in layout.flatten(params).items():
-        whole = replicate(leaf).block_until_ready()
+    for name, leaf in mapping.flatten(params).items():
+        replicated = replicate(leaf).block_until_ready()
         if jax.process_index() == 0:
-            arrays[name] = np.asarray(whole)
+            arrays[name] = np.asarray(replicated)
     return arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """One step run again. `before` and `now` are what `measure` gives: `before` of the whole batch
-    in the run, `now` of its `rows`, whose examples are `ids`."""
+    """Results of `measure`: `before` in the run, of the full batch of `batch_size`; `now` of the
+    replay, of its `rows` with example ids `ids`."""
 
     step: int
     batch_size: int
@@ -153,14 +178,13 @@ class Replayed:
     now: dict
 
     def bad_examples(self) -> list[str]:
-        """Ids of the examples that alone have a loss that is not finite."""
-        parts = np.array(list(self.now["losses"].values()))
-        return [
-            id_ for id_, bad in zip(self.ids, ~np.isfinite(parts).all(axis=0), strict=True) if bad
-        ]
+        """Ids of the examples with a non-finite loss."""
+        losses = np.array(list(self.now["losses"].values()))
+        return [self.ids[i] for i in np.flatnonzero(~np.isfinite(losses).all(axis=0))]
 
     def layers(self) -> list[tuple[str, float, float]]:
-        """(array and layer, norm of its parameters, of its gradient), the bad ones first."""
+        """(array and layer, norm of the parameters, norm of the gradient): non-finite ones first,
+        then by decreasing gradient norm."""
         layers = []
         for name, norms in self.now["params"].items():
             for layer, (norm, grad) in enumerate(zip(norms, self.now["grads"][name], strict=True)):
@@ -172,65 +196,68 @@ class Replayed:
         )
 
 
-def replay(directory, *, dtype: str | None = None, rows: slice | None = None) -> Replayed:
-    """Runs a step again on this machine's first device, without its data, in micro-batches of at
-    most what a device had in the run. Raises UserError.
+def replay(
+    directory: Path | str, *, dtype: str | None = None, rows: slice | None = None
+) -> Replayed:
+    """Replays a dumped step on the first local device, with micro-batches of at most the size that
+    a device had in the run. The dataset is not needed. Raises UserError.
 
-    dtype: of the matmuls, where it should not be the run's. rows: of the batch; default: all.
+    dtype: of matrix multiplications; default: the run's. rows: of the batch; default: all.
     """
-    if shards.is_remote(directory):
-        raise UserError(f"{directory} is read from a local disk: copy it to one")
+    if gcs.is_remote(directory):
+        raise UserError(f"{directory} is remote: copy it to a local disk")
     directory = Path(directory)
     if not (directory / "step.json").is_file():
-        raise UserError(f"{directory} has no step.json: give a bad_step_… directory of a run")
+        raise UserError(f"{directory} has no step.json: choose a bad_step_… directory of a run")
     metadata = json.loads((directory / "step.json").read_text())
-    config = schema.parse(Train, metadata["config"])
+    config = schema.parse(TrainConfig, renamed_keys.translate(metadata["config"]))
     config = dataclasses.replace(
         config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
         dtype=dtype or config.dtype,
     )  # fmt: skip
-    task = tasks.replayed(config, metadata)
-    rows = _rows_of_batch(task, rows)
+    task = tasks.task_from_dump(config, metadata)
+    rows = _check_rows(task, rows)
     batch = _read_batch(directory, config.batch_size)
     ids = [str(id_) for id_ in batch.pop("ids")[rows]]
-    params = layout.unflatten(files.read_state(directory / "params.safetensors"))
+    params = mapping.unflatten(files.read_state(directory / "params.safetensors"))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    share = config.batch_size // config.accum_steps
+    microbatch_size = config.batch_size // config.accum_steps
     if task.independent:
-        share = max(1, share // _batch_shards(directory, metadata))
+        microbatch_size = max(1, microbatch_size // _batch_shards(directory, metadata))
     now = measure(
         task, params, metadata["step"], batch, mesh, rows=rows,
-        microbatches=math.ceil(len(ids) / share),
+        microbatches=math.ceil(len(ids) / microbatch_size),
     )  # fmt: skip
     return Replayed(metadata["step"], config.batch_size, rows, ids, metadata, now)
 
 
-def _rows_of_batch(task, rows: slice | None) -> slice:
-    """The rows to run, checked. Raises UserError."""
+def _check_rows(task: Task, rows: slice | None) -> slice:
+    """The rows to replay. Raises UserError if they are out of range, or not the full batch of a
+    task whose examples depend on each other."""
     size = task.config.batch_size
     if rows is None:
         return slice(0, size)
     if not 0 <= rows.start < rows.stop <= size:
         raise UserError(
-            f"rows {rows.start}:{rows.stop} are not within the batch: choose START:STOP with "
+            f"rows {rows.start}:{rows.stop} are out of range: choose START:STOP with "
             f"0 <= START < STOP <= {size}"
         )
     if not task.independent and rows != slice(0, size):
         raise UserError(
             f"rows {rows.start}:{rows.stop}: config.classify.head={task.config.classify.head} "
-            f"normalises over all examples of a micro-batch: replay all {size} rows"
+            f"normalizes over all examples of a micro-batch: replay all {size} rows"
         )
     return rows
 
 
 def _batch_shards(directory: Path, metadata: dict) -> int:
-    """Devices that the batch was split over; of older directories, at least so many."""
+    """Devices that the batch was split over, or for old dumps a lower bound."""
     return metadata.get("batch_shards") or len(list(directory.glob("batch_*.npz")))
 
 
 def _read_batch(directory: Path, size: int) -> dict[str, np.ndarray]:
-    """The whole batch, read array by array. Older files do not name their rows: they follow each
-    other. Some rows may be in several files, where a mesh splits a layer between processes."""
+    """The full batch, read array by array. In old dumps without `rows` files are in order. Rows are
+    in several files where a mesh splits layers across processes."""
     batch: dict[str, np.ndarray] = {}
     end = 0
     for path in sorted(directory.glob("batch_*.npz")):
@@ -239,7 +266,7 @@ def _read_batch(directory: Path, size: int) -> dict[str, np.ndarray]:
             rows = arrays["rows"] if "rows" in arrays else np.arange(end, end + count)
             for name in arrays.keys() - {"rows"}:
                 values = arrays[name]
-                whole = batch.setdefault(name, np.empty((size, *values.shape[1:]), values.dtype))
-                whole[rows] = values
+                batch.setdefault(name, np.empty((size, *values.shape[1:]), values.dtype))
+                batch[name][rows] = values
         end += count
     return batch

@@ -1,40 +1,38 @@
-"""The steps of a run, and what is done between them: logging, evaluating, saving."""
+"""The train loop: runs the steps, and logs, evaluates and saves between them."""
 
 import contextlib
 import dataclasses
 import shlex
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from etils import epath
 
-from dgpt_jax import (
-    STARTED,
-    batching,
-    compile_cache,
-    metrics,
-    optim,
-    pictures,
-    replay,
-    run_log,
-    saving,
-    schema,
-    sharding,
-    signals,
-)
-from dgpt_jax.config import Train
-from dgpt_jax.evals import classification, pretraining
-from dgpt_jax.progress import Clock, Progress
-from dgpt_jax.schema import UserError
-from dgpt_jax.state import TrainState
+from dgpt_jax.config import TrainConfig, schema
+from dgpt_jax.data import loader
+from dgpt_jax.distributed import compilation_cache, preemption, sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.evals import classification, figures, pretraining
+from dgpt_jax.monitoring import metrics, metrics_log
+from dgpt_jax.monitoring.progress import Clock, TrainingProgress, seconds_since_start
+from dgpt_jax.training import bad_step_replay, checkpointing, optimizer
+from dgpt_jax.training.tasks.base import Task
+from dgpt_jax.training.train_step import TrainState
+
+Evaluator = Callable[[Any], dict[str, float]]  # params → {metric: value}
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The durations of a config as optimizer steps."""
+    """The durations of a config in optimizer steps."""
 
     total: int
     warmup: int
@@ -43,193 +41,204 @@ class Schedule:
     eval_every: int
 
 
-def evaluations_of(task):
-    """The module with what is measured while a task trains."""
+def evaluations_of(task: Task) -> ModuleType:
+    """The module in evals/ with the evaluators of a task."""
     return classification if task.config.task == "classify" else pretraining
 
 
-def periodic_evaluators(task, mesh) -> list[Callable]:
-    """What is called every config.evals.every: each params → {metric: value}.
+def periodic_evaluators(task: Task, mesh: jax.sharding.Mesh) -> list[Evaluator]:
+    """The evaluators to run every config.evals.every.
 
-    Raises UserError where its data do not fit the task, and where none of it gives the metric
-    config.checkpoint.best ("": none is asked for).
+    Raises UserError if their data do not match the task, or if no evaluator returns the metric
+    config.checkpoint.best ("": none required).
     """
-    best, measured = task.config.checkpoint.best, evaluations_of(task).measured(task)
-    if best and best not in measured:
-        known = f"name one of {', '.join(measured)}" if measured else "config.evals names no data"
-        raise UserError(f"config.checkpoint.best={best} is not measured: {known}")
-    return evaluations_of(task).periodic(task, mesh)
+    best, names = task.config.checkpoint.best, evaluations_of(task).metric_names(task)
+    if best and best not in names:
+        remedy = f"choose one of {', '.join(names)}" if names else "set config.evals.heldout"
+        raise UserError(f"config.checkpoint.best={best} is not evaluated in this run: {remedy}")
+    return evaluations_of(task).make_evaluators(task, mesh)
 
 
 class Loop:
-    """Where a run is: `state` after `step` steps."""
+    """A run in progress: `state` is the training state after `step` steps."""
 
     def __init__(
         self,
-        task,
+        task: Task,
         schedule: Schedule,
-        rate: Callable,
+        rate: optax.Schedule,
         state: TrainState,
-        first: int,
+        start_step: int,
         *,
-        mesh,
+        mesh: jax.sharding.Mesh,
         workdir: epath.Path,
-        evaluators: list[Callable],
-        checkpoints: saving.Checkpoints,
+        evaluators: list[Evaluator],
+        checkpoints: checkpointing.Checkpoints,
         writer: metrics.Writer,
-        progress: Progress,
+        progress: TrainingProgress,
     ):
-        """rate: steps to learning rates; first: how many steps the state has behind it."""
+        """state: after `start_step` steps."""
         self.task, self.config, self.schedule, self.rate = task, task.config, schedule, rate
         self.mesh, self.workdir = mesh, workdir
         self.checkpoints, self.writer, self.progress = checkpoints, writer, progress
-        self.state, self.step, self._first = state, first, first
+        self.state, self.step, self._start_step = state, start_step, start_step
         self._rows = sharding.process_rows(mesh, self.config.batch_size)
         self._metadata = {
             "config": schema.to_dict(self.config), "data": task.examples.identity()
         }  # fmt: skip
-        self._interval = metrics.Interval(task.metric_names, mesh)
+        self._accumulator = metrics.MetricAccumulator(task.metric_names, mesh)
         self._in_flight: deque[jax.Array] = deque()
-        self._clock = Clock(first, schedule.total, self.config.batch_size)
+        self._clock = Clock(start_step, schedule.total, self.config.batch_size)
         self._evaluators = evaluators
-        pretrains = self.config.task == "pretrain"
-        self._painter = pretraining.painter(task, mesh) if pretrains else None
+        self._prediction_figures = None
+        if self.config.task == "pretrain":
+            self._prediction_figures = pretraining.prediction_figures(task, mesh)
 
-    def run(self, step_fn: Callable, stop: signals.StopOnSignal):
-        """To the last step, or to the next one after a signal; what it leaves is saved."""
+    def run(self, step_fn: Callable, stop: preemption.StopOnSignal):
+        """Runs to the last step, or to the end of the current one after a signal, and saves.
+
+        Implicit transfers between host and devices are errors while steps run: each would make the
+        host wait for the steps in flight. Raises UserError after too many steps in a row with
+        non-finite numbers.
+        """
         config, schedule = self.config, self.schedule
         batches = self._batches(self.step)
-        batches = batching.ahead(
+        batches = loader.prefetch_to_device(
             batches, partial(sharding.global_batch, self.mesh, config.batch_size)
         )
         profile = metrics.Profile(self.workdir, config.profile, self.step)
         results = {}
         self._stream = batches
         with stop, profile, contextlib.closing(batches):
-            while self.step < schedule.total and not stop.asked(self.step):
+            while self.step < schedule.total and not stop.should_stop(self.step):
                 if profile.reached(self.step, self.state):
                     self._clock.restart(self.step)
-                self._advance(step_fn, batches)
-                last = self.step == schedule.total
-                failed = False
-                if self.step % config.log_every == 0 or last:
-                    self._log()
-                    failed = self._has_failed_to_save()
+                last = self.step + 1 == schedule.total
+                log = (self.step + 1) % config.log_every == 0 or last
+                with jax.transfer_guard("disallow"):
+                    with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+                        self._advance(step_fn, batches)
+                    if log:
+                        self._log()
+                failed = log and self._last_save_failed()
                 results = {}
                 if self._evaluators and (self.step % schedule.eval_every == 0 or last):
                     results = self._evaluate()
-                measured = config.checkpoint.best in results
-                due = self.step % schedule.checkpoint_every == 0 or measured or last
+                has_best = config.checkpoint.best in results
+                due = self.step % schedule.checkpoint_every == 0 or has_best or last
                 if due or failed:
-                    self._flush()  # a run killed right after has logged all that it does not repeat
+                    self._flush()  # a run killed after the save has logged all steps until then
                     self._save(results or None)
             self._flush()
             if stop.exit_code is not None and self.checkpoints.latest() != self.step:
                 self._save()
-            while self.checkpoints.failed(wait=True):
-                self.progress.say("the last checkpoint could not be written: once more")
+            while self.checkpoints.last_save_failed(wait=True):
+                self.progress.say("the last checkpoint could not be written, trying again")
                 self._save(results or None)
 
-    def _batches(self, start: int):
+    def _batches(self, start: int) -> Generator[dict[str, np.ndarray], None, None]:
         size = self.config.batch_size
-        return batching.train_batches(self.task.examples, size, rows=self._rows, start_step=start)
+        return loader.train_batches(self.task.examples, size, rows=self._rows, start_step=start)
 
     def _advance(self, step_fn: Callable, batches):
-        """One step, which is not waited for, unless it is the first: that one was compiled."""
-        asked = time.monotonic()
+        """Dispatches one step; waits for it only if it is the first, which is compiled."""
+        start = time.monotonic()
         batch = next(batches)
-        self._clock.waited(time.monotonic() - asked)
-        begins = self.step == self._first
-        if begins and self.config.evals.pictures:
-            self.writer.pictures(self.step, partial(crops, self.config, batch))
-        self.state, self._interval.running = step_fn(
-            self.state, self._interval.running, batch, self.task.frozen
+        self._clock.add_wait(time.monotonic() - start)
+        is_first = self.step == self._start_step
+        if is_first and self.config.evals.figures:
+            self.writer.images(self.step, partial(crops, self.config, batch))
+        self.state, self._accumulator.running = step_fn(
+            self.state, self._accumulator.running, batch, self.task.frozen
         )
         self.step += 1
-        # By itself JAX lets 32 steps wait in line, each with its batch in the device's memory.
-        self._in_flight.append(self.state.step + 0)  # the state itself is given to the next step
+        # JAX itself allows 32 steps in flight, each with its batch in device memory.
+        self._in_flight.append(jnp.copy(self.state.step))  # the next step is donated the state
         if len(self._in_flight) > 1:
             jax.block_until_ready(self._in_flight.popleft())
-        if begins:
+        if is_first:
             jax.block_until_ready(self.state)
             now = time.monotonic()
             self.progress.say(
-                f"first step {now - STARTED:.0f} s after the start, {now - asked:.0f} s of them "
-                f"for this step: {compile_cache.told()}"
+                f"first step {seconds_since_start():.0f} s after the start, {now - start:.0f} s "
+                f"of them for this step: {compilation_cache.cache_summary()}"
             )
             self._clock.restart(self.step)
 
     def _log(self):
-        """Ends an interval, and writes down the one before."""
+        """Ends a log interval and writes the one before."""
         self._flush()
-        values = {"learning_rate": float(self.rate(self.step - 1).max())}
-        values |= self._clock.read(self.step) | self.task.examples.counters()
-        self._interval.end(self.step, values, optim.counts(self.state.opt_state))
+        values = self._clock.read(self.step) | self.task.examples.counters()
+        with jax.transfer_guard("allow"):  # Python scalars of the schedule
+            arrays = {"learning_rate": jnp.max(self.rate(self.step - 1))}
+        arrays |= optimizer.skip_counters(self.state.opt_state)
+        self._accumulator.close(self.step, values, arrays)
 
     def _flush(self):
-        """Writes down the interval that has ended, if that is not done. Raises UserError after bad
-        numbers."""
-        if (ended := self._interval.take()) is None:
+        """Writes the log interval that ended last, once. Raises UserError after too many steps in a
+        row with non-finite numbers."""
+        if (interval := self._accumulator.fetch()) is None:
             return
-        step, values = ended
+        step, values = interval
         in_a_row = values.pop("in_a_row")
         self.writer.scalars(step, values)
-        self.progress.show(step, self.schedule.total, values)
-        if in_a_row >= self.config.optim.bad_steps:
-            self._stop_at_bad_numbers()
+        self.progress.show_step(step, self.schedule.total, values)
+        if in_a_row >= self.config.optim.max_skipped_in_a_row:
+            with jax.transfer_guard("allow"):
+                self._raise_bad_step()
 
     def _evaluate(self) -> dict[str, float]:
         self._flush()
-        params, results = optim.measured(self.state), {}
+        params, results = optimizer.eval_params(self.state), {}
         for evaluate in self._evaluators:
             results |= evaluate(params)
         self.writer.scalars(self.step, results)
-        told = (name for name in results if not run_log.is_detail(name))
-        shown = " ".join(f"{name} {results[name]:.4f}" for name in told)
-        self.progress.say(f"step {self.step}: {shown}")
-        if self._painter:
-            self.writer.pictures(self.step, self._painter(params))
+        names = (name for name in results if not metrics_log.is_detail(name))
+        summary = " ".join(f"{name} {results[name]:.4f}" for name in names)
+        self.progress.say(f"step {self.step}: {summary}")
+        if self._prediction_figures:
+            self.writer.images(self.step, self._prediction_figures(params))
         self._clock.restart(self.step)
         return results
 
-    def _has_failed_to_save(self) -> bool:
-        if failed := self.checkpoints.failed():
-            self.progress.say("a checkpoint could not be written: once more")
+    def _last_save_failed(self) -> bool:
+        if failed := self.checkpoints.last_save_failed():
+            self.progress.say("a checkpoint could not be written, trying again")
         return failed
 
-    def _save(self, results=None):
+    def _save(self, results: dict[str, float] | None = None):
         self.writer.copy()
         self.checkpoints.save(self.state, self._metadata, results)
 
-    def _stop_at_bad_numbers(self):
-        """Writes down the first of the steps in a row whose update was left out. Raises UserError.
+    def _raise_bad_step(self):
+        """Dumps the first of the steps in a row whose updates were skipped. Raises UserError.
 
-        The parameters are those that it met, because none of these steps has changed them.
+        The parameters are still those of that step, because none of these steps changed them.
         """
         in_a_row = int(self.state.opt_state.in_a_row)
         first = int(self.state.step) - in_a_row
-        self._stream.close()  # its batches are not used any more; both would share a shard cache
+        self._stream.close()  # two streams would share a shard cache
         with contextlib.closing(self._batches(first)) as batches:
             local = next(batches)
-            ids = batching.batch_ids(  # before the stream is closed, and with it the shard cache
+            ids = loader.batch_ids(  # before the stream closes the shard cache
                 self.task.examples, self.config.batch_size, rows=self._rows, step=first
             )
         try:
-            left = replay.write(
+            directory = bad_step_replay.write(
                 self.workdir, self.task, self.state.params, first, ids, local, self.mesh
             )
-            then = f"look with python tools/replay.py {shlex.quote(str(left))}"
+            remedy = f"run python tools/replay.py {shlex.quote(str(directory))}"
         except (UserError, OSError) as e:
-            then = f"the step was not written: {e}"
+            remedy = f"step {first} could not be dumped: {e}"
         raise UserError(
-            f"loss or gradients were not finite (config.optim.bad_steps) or spiked "
-            f"(config.optim.spike) in all {in_a_row} steps from {first} on, and no update was "
-            f"made: {then}"
+            f"{in_a_row} steps in a row from step {first} were skipped "
+            f"(config.optim.max_skipped_in_a_row): loss or gradients were not finite, or the loss "
+            f"exceeded config.optim.loss_spike_factor times its mean: {remedy}"
         )
 
 
-def crops(config: Train, batch) -> dict:
-    """What the model sees of a batch, as a picture."""
-    seen = {name: batch[name] for name in ("image", "order") if name in batch}
-    seen = sharding.some(seen, config.evals.pictures)
-    return {"crops": pictures.crops(seen, config.model.segments)}
+def crops(config: TrainConfig, batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """{"crops": figure of the first images of a batch, as the model gets them}."""
+    examples = {name: batch[name] for name in ("image", "order") if name in batch}
+    examples = sharding.take_local(examples, config.evals.figures)
+    return {"crops": figures.crops(examples, config.model.segments)}

@@ -1,7 +1,8 @@
-"""Schedule and optimizer, as in the official lr_sched.py, lr_decay.py, main_pretrain.py and
-main_finetune.py; and a guard against bad numbers, where the official code exits."""
+"""Learning-rate schedule and optimizers, as in the official lr_sched.py, lr_decay.py,
+main_pretrain.py and main_finetune.py; updates from non-finite numbers are skipped, where the
+official code exits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,22 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dgpt_jax import param_rules
-from dgpt_jax.config import Optim
+from dgpt_jax.config import OptimConfig
+from dgpt_jax.distributed import param_rules
 
-# Biases and norms do not decay; tokens (cls, next, visible) do, as in the official code.
+# Tokens (cls, next, visible) decay, biases and norms do not, as in the official code.
 DECAY = ((r"(bias|scale)$", False), (r".*", True))
-
-
-# Running statistics (probe_heads.py) follow their own rule; everything else is trained.
+# Running statistics (models/probes.py) have an update rule of their own.
 TRAINED = ((r"running_(mean|var)$", "running"), (r".*", "trained"))
-# In fine-tuning, where positions are learned, no token decays (timm's no_weight_decay).
+# Fine-tuning, where positions are trained, excludes tokens from decay (timm's no_weight_decay).
 FINE_TUNING_DECAY = ((r"(bias|scale|pos_embed|cls_token)$", False), (r".*", True))
 
 
 def layer_ids(depth: int) -> param_rules.Rules:
-    """Which layer a parameter of heads.Classifier counts to: 0 before the blocks, which are 1 to
-    `depth`, then depth + 1, for the last norm too. Source: MAE's lr_decay.py."""
+    """Layer ids of a classifier's parameters: 0 before the blocks, 1 to `depth` for the blocks,
+    depth + 1 for the last norm and the head. Source: MAE's lr_decay.py."""
     return (
         (r"^(encoder/(patch_embed/|cls_token$)|pos_embed$)", 0),
         (r"^encoder/blocks/", np.arange(1, depth + 1)),
@@ -32,70 +31,82 @@ def layer_ids(depth: int) -> param_rules.Rules:
     )
 
 
-def peaks(config: Optim, batch_size: int) -> np.ndarray:
-    """The largest learning rate; with config.grid, (G,) of them."""
-    return np.asarray(config.grid or config.blr) * batch_size / 256
+def peak_learning_rates(config: OptimConfig, batch_size: int) -> np.ndarray:
+    """The peak learning rate, a scalar array; with config.base_lr_grid (G,)."""
+    return np.asarray(config.base_lr_grid or config.blr) * batch_size / 256
 
 
-def schedule(peak, warmup: int, total: int, least: float = 0.0):
-    """Steps to learning rates: linear from 0 over `warmup` steps, then half a cosine to `least`.
+def schedule(
+    peak: float | np.ndarray, warmup: int, total: int, end_value: float = 0.0
+) -> optax.Schedule:
+    """Schedule from 0 to `peak`, a scalar or (G,), over `warmup` steps, then to `end_value` with
+    half a cosine.
 
-    peak: a number, or an array of them.
+    optax.warmup_cosine_decay_schedule takes no arrays and rounds differently: 20 to 50% of the
+    steps differ, by up to 7e-5 relative, and earlier runs would not resume to the bit.
     """
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        done = (step - warmup) / max(total - warmup, 1)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1)))
-        falling = least + (peak - least) * cosine
-        return jnp.where(step < warmup, peak * (step / max(warmup, 1)), falling)
+        progress = (step - warmup) / max(total - warmup, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        decayed = end_value + (peak - end_value) * cosine
+        return jnp.where(step < warmup, peak * (step / max(warmup, 1)), decayed)
 
     return rate
 
 
 def optimizer(
-    config: Optim,
-    rate,
+    config: OptimConfig,
+    rate: optax.ScalarOrSchedule,
     *,
     decay: param_rules.Rules = DECAY,
     layers: param_rules.Rules | None = None,
     running: bool = False,
     stacks: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of config.kind after optional clipping, guarded.
+    """The optimizer of config.kind, with clipping, layer decay, EMA and `skip_nonfinite`.
 
-    With `running`, running statistics step by plain SGD. With `layers`, rules from paths to layer
-    ids (on stacked leaves a vector of them), rate and decay of all but the last layer shrink by
-    config.layer_decay a layer. `stacks` names the parts of the parameters, at the top of the tree,
-    whose leaves are stacked heads (G, …): each head is clipped and steps alone, with its own of the
-    G rates that `rate` gives.
+    running: update running statistics with plain SGD. layers: rules from paths to layer ids (a
+    vector for stacked leaves); rate and weight decay are multiplied by config.layer_decay per layer
+    from the last one down. stacks: top-level names of parameters that are stacked heads (G, …);
+    each head is clipped and updated independently, at its own one of the G rates of `rate`.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    rules: dict[Hashable, optax.GradientTransformation] = {"running": optax.sgd(0.1)}
     if stacks:
-        alone = of_each_head(optax.chain(clip, _kind(config, 1.0, decay)), rate)
-        rules = dict.fromkeys(stacks, alone) | {"running": optax.sgd(0.1)}
+        assert callable(rate)
+        heads = per_head(optax.chain(clip, _base_optimizer(config, 1.0, decay)), rate)
+        rules |= dict.fromkeys(stacks, heads)
         tx = optax.partition(
             rules, lambda params: {name: name if name in stacks else "running" for name in params}
         )
     else:
-        tx = _kind(config, rate, decay)
+        tx = _base_optimizer(config, rate, decay)
         if running:
-            rules = {"trained": tx, "running": optax.sgd(0.1)}
+            rules["trained"] = tx
             tx = optax.partition(rules, lambda params: param_rules.apply(TRAINED, params))
         if layers:
             tx = optax.chain(tx, scaled_by_layer(layers, config.layer_decay))
         tx = optax.chain(clip, tx)
     if config.ema:
-        tx = averaged(tx, config.ema)
-    return guarded(tx, most=config.bad_steps, spike=config.spike)
+        tx = with_ema(tx, config.ema)
+    return skip_nonfinite(
+        tx, max_in_a_row=config.max_skipped_in_a_row, spike_factor=config.loss_spike_factor
+    )
 
 
-def _kind(config: Optim, rate, decay: param_rules.Rules) -> optax.GradientTransformation:
-    """AdamW has eps 1e-8 and decoupled decay by rules. SGD and LARS add the decay to the gradient;
-    LARS scales what decays to a thousandth of its parameter's norm; momentum b1 gathers that, and
-    the rate comes last. Source of LARS: MAE's lars.py."""
+def _base_optimizer(
+    config: OptimConfig, rate: optax.ScalarOrSchedule, decay: param_rules.Rules
+) -> optax.GradientTransformation:
+    """AdamW (eps 1e-8, decoupled weight decay), SGD or LARS, with momentum b1.
 
-    def decaying(params):
+    SGD and LARS add the decay to the gradient; LARS then scales the gradients of decayed parameters
+    to 0.001 of the parameter's norm; the rate is applied after the momentum. Source of LARS: MAE's
+    lars.py.
+    """
+
+    def decay_mask(params):
         return param_rules.apply(decay, params)
 
     if config.kind == "adamw":
@@ -104,29 +115,31 @@ def _kind(config: Optim, rate, decay: param_rules.Rules) -> optax.GradientTransf
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=decaying,
+            mask=decay_mask,
             mu_dtype=config.mu_dtype,
         )
     trust = optax.scale_by_trust_ratio(trust_coefficient=0.001)
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, decaying),
-        optax.masked(trust, decaying) if config.kind == "lars" else optax.identity(),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.masked(trust, decay_mask) if config.kind == "lars" else optax.identity(),
         optax.trace(config.b1),
         optax.scale_by_learning_rate(rate),
     )
 
 
-def of_each_head(tx: optax.GradientTransformation, rate: Callable) -> optax.GradientTransformation:
-    """`tx`, of rate 1, on every head of stacked parameters (G, …) as if it were alone, times its
-    rate: `rate` maps steps to (G,)."""
+def per_head(
+    tx: optax.GradientTransformation, rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Applies `tx`, of learning rate 1, to each head of stacked parameters (G, …) independently,
+    then multiplies by its rate; `rate` maps steps to (G,)."""
 
     def init(params):
         return jnp.zeros((), jnp.int32), jax.vmap(tx.init)(params)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         count, inner = state
-        updates, inner = jax.vmap(tx.update)(grads, inner, params)
-        scale = rate(count)
+        updates, inner = jax.vmap(tx.update)(updates, inner, params)
+        scale = jnp.asarray(rate(count))
         updates = jax.tree.map(lambda x: x * scale.reshape(-1, *(1,) * (x.ndim - 1)), updates)
         return updates, (count + 1, inner)
 
@@ -134,7 +147,7 @@ def of_each_head(tx: optax.GradientTransformation, rate: Callable) -> optax.Grad
 
 
 def scaled_by_layer(layers: param_rules.Rules, decay: float) -> optax.GradientTransformation:
-    """Updates times decay^(last - id)."""
+    """Multiplies updates by decay^(last id - id)."""
 
     def scale(ids, update):
         factor = jnp.asarray(decay ** (last - np.asarray(ids)), update.dtype)
@@ -146,38 +159,38 @@ def scaled_by_layer(layers: param_rules.Rules, decay: float) -> optax.GradientTr
     )
 
 
-class Averaged(NamedTuple):
-    """State of `averaged`: the running mean of the parameters, and the inner state."""
+class EmaState(NamedTuple):
+    """State of `with_ema`: moving average of the parameters, state of the inner optimizer."""
 
     ema: Any
     inner: Any
 
 
-def averaged(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
-    """`tx`, with an exponential moving average of the parameters that its updates lead to."""
+def with_ema(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """`tx` with an exponential moving average of the updated parameters in its state."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
-        return Averaged(jax.tree.map(jnp.copy, params), tx.init(params))
+        return EmaState(jax.tree.map(jnp.copy, params), tx.init(params))
 
-    def update(grads, state, params=None, **extra):
-        updates, inner = tx.update(grads, state.inner, params, **extra)
+    def update(updates, state, params: Any = None, **extra):
+        updates, inner = tx.update(updates, state.inner, params, **extra)
         after = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda mean, p: decay * mean + (1 - decay) * p, state.ema, after)
-        return updates, Averaged(ema, inner)
+        return updates, EmaState(ema, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def measured(state):
-    """The parameters of a TrainState that are evaluated: their moving average, if there is one."""
+def eval_params(state: Any) -> Any:
+    """The parameters of a TrainState to evaluate: their moving average if it has one."""
     inner = getattr(state.opt_state, "inner", None)
-    return inner.ema if isinstance(inner, Averaged) else state.params
+    return inner.ema if isinstance(inner, EmaState) else state.params
 
 
-class Guarded(NamedTuple):
-    """State of `guarded`: int32 counts of updates left out, in all and in a row; the running mean
-    of the loss over so many (float32) steps; and the inner state."""
+class SkipState(NamedTuple):
+    """State of `skip_nonfinite`: int32 counts of skipped updates, in total and in a row; float32
+    running mean of the loss and its weight; state of the inner optimizer."""
 
     skipped: jax.Array
     in_a_row: jax.Array
@@ -187,29 +200,30 @@ class Guarded(NamedTuple):
 
 
 LOSS_DECAY = 0.98  # of the running mean: about the last 50 steps
-SPIKES_FROM = 0.85  # how much of its weight the mean must have: some 100 steps
+MIN_MEAN_WEIGHT = 0.85  # of the running mean before spikes are detected: about 100 steps
 
 
-def guarded(
-    tx: optax.GradientTransformation, *, most: int, spike: float
+def skip_nonfinite(
+    tx: optax.GradientTransformation, *, max_in_a_row: int, spike_factor: float
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, but an update from numbers that are not finite is left out: parameters and the state of
-    `tx` stay as they are. So is, with `spike` > 0, one at a loss above `spike` times the running
-    mean. After `most` in a row every further one is left out, for the loop to stop and look.
+    """`tx`, skipping updates whose loss or gradients are not finite: parameters and the state of
+    `tx` stay as they are. With spike_factor > 0 also updates whose loss is above spike_factor times
+    the running mean. After max_in_a_row skips in a row all further updates are skipped, so that the
+    parameters are still those of the first of them when the loop stops.
 
-    Its update takes the loss as `value`.
+    `update` takes the loss as `value`.
     """
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
         count, mean = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        return Guarded(count, count, mean, mean, tx.init(params))
+        return SkipState(count, count, mean, mean, tx.init(params))
 
     def update(grads, state, params=None, *, value, **extra):
-        good = is_finite(value, grads) & (state.in_a_row < most)
-        if spike:
+        good = is_finite(value, grads) & (state.in_a_row < max_in_a_row)
+        if spike_factor:
             mean = state.mean_loss / jnp.maximum(state.weight, 1e-6)
-            good &= (state.weight < SPIKES_FROM) | (value <= spike * mean)
+            good &= (state.weight < MIN_MEAN_WEIGHT) | (value <= spike_factor * mean)
         updates, inner = tx.update(grads, state.inner, params, value=value, **extra)
         updates, inner = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
@@ -218,7 +232,7 @@ def guarded(
         )
         decay = jnp.where(good, LOSS_DECAY, 1.0)
         mean_loss = decay * state.mean_loss + jnp.where(good, (1 - LOSS_DECAY) * value, 0)
-        return updates, Guarded(
+        return updates, SkipState(
             state.skipped + ~good,
             jnp.where(good, 0, state.in_a_row + 1),
             mean_loss,
@@ -226,21 +240,24 @@ def guarded(
             inner,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(
+        init,
+        update,  # pyright: ignore[reportArgumentType]  # `value` is required
+    )
 
 
-def counts(state: Guarded) -> dict[str, jax.Array]:
-    """Copies of the counters, to be read while the next step runs."""
+def skip_counters(state: SkipState) -> dict[str, jax.Array]:
+    """Copies of the counters, which stay readable when the state is donated to the next step."""
     return {"skipped": jnp.copy(state.skipped), "in_a_row": jnp.copy(state.in_a_row)}
 
 
-def recount(state: Guarded) -> Guarded:
-    """The state of a run that continues: bad steps in a row count anew. What stopped the run may be
-    mended, and a checkpoint may be of a step after which no update is made any more."""
+def reset_skip_counter(state: SkipState) -> SkipState:
+    """Sets the count of skips in a row to 0, when a run resumes: the cause may be fixed, and the
+    checkpoint may be of a step after which all updates are skipped."""
     zero = jnp.zeros((), state.in_a_row.dtype)
     return state._replace(in_a_row=jax.device_put(zero, state.in_a_row.sharding))
 
 
-def is_finite(loss, grads) -> jax.Array:
-    """Whether the loss and all gradients are: their norm is not, where one of them is not."""
+def is_finite(loss: jax.Array, grads: Any) -> jax.Array:
+    """True if loss and gradients are finite; the norm is not if any gradient is not."""
     return jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))

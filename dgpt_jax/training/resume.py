@@ -1,104 +1,121 @@
-"""Where a run begins: at its newest checkpoint, if that is of the same run."""
+"""Resuming: restores the newest checkpoint of a work directory if it is of the same run."""
 
 import dataclasses
 import json
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from dgpt_jax import class_names, optim, schema, state
-from dgpt_jax.schema import UserError
+import jax
+import optax
 
-# What may be another when a run is continued: it changes neither parameters nor data nor schedule.
-# What data.path and data.views lead to is compared by itself.
-FREE = re.compile(
-    r"(log_every|profile|platform|wandb|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
-    r"data\.(path|source|examples|views|threads|workers|prefetch_bytes|cache|bad_records|bad_most)|"
+from dgpt_jax.config import TrainConfig, schema
+from dgpt_jax.data import class_names
+from dgpt_jax.data.dataset import ExampleDataset
+from dgpt_jax.errors import UserError
+from dgpt_jax.training import optimizer, train_step
+from dgpt_jax.training.checkpointing import Checkpoints
+from dgpt_jax.training.tasks.base import Task
+
+# Config fields that may differ when a run resumes: they change neither parameters nor data nor
+# schedule. The data behind data.path and data.views are compared by `check_data`.
+RESUMABLE_FIELDS = re.compile(
+    r"(log_every|profile|platform|kernels|wandb|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
+    r"data\.(path|source|examples|views|threads|workers|prefetch_bytes|cache|bad_records|max_bad_fraction)|"
     r"teacher\.weights|"
-    r"classify\.(weights|resize)|optim\.bad_steps)$"
+    r"init\.weights|classify\.resize|optim\.max_skipped_in_a_row)$"
 )
-# What can never be: the state has another form, or another meaning.
-NEVER = re.compile(
-    r"(task|model\..*|classify\.(num_classes|pooling|train|head)|optim\.(ema|kind|grid))$"
+# Fields that may never differ: the state would have other shapes or another meaning.
+FIXED_FIELDS = re.compile(
+    r"(task|model\..*|classify\.(num_classes|pooling|trainable|head)|optim\.(ema|kind|base_lr_grid))$"
 )
 
 
-def begin(config, task, tx, mesh, checkpoints, progress, allow_config_change: bool):
-    """(state, step) of the run's newest checkpoint, else fresh ones.
+def restore_or_init(
+    config: TrainConfig,
+    task: Task,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
+    *,
+    allow_config_change: bool,
+) -> tuple[train_step.TrainState, int]:
+    """(state, step) of the run's newest checkpoint, else the initial state and 0.
 
-    Raises UserError where the checkpoint is of another model, or of other data or a config that
-    differs in more than FREE, unless that is allowed. Says all differences.
+    Logs all differences. Raises UserError if the checkpoint is of another model, or if its data, or
+    config fields other than RESUMABLE_FIELDS, differ and `allow_config_change` is False.
     """
     latest = checkpoints.latest()
     if latest is None:
-        return state.create(task.init, tx, mesh, config.seed, task.given), 0
+        return train_step.init_state(task.init, tx, mesh, config.seed, task.initial_params), 0
     metadata = checkpoints.metadata(latest)
-    # A field that is younger than the checkpoint had its default.
-    before = schema.flatten(json.loads(json.dumps(schema.to_dict(type(config)()))))
-    before |= schema.flatten(metadata["config"])
-    now = schema.flatten(json.loads(json.dumps(schema.to_dict(config))))
-    changes = {name: value for name, value in now.items() if value != before.get(name)}
-    for name, value in changes.items():
-        progress.say(
-            f"config.{name} is {value!r}, in the checkpoint of step {latest} {before.get(name)!r}"
-        )
-    refused = [name for name in changes if not FREE.match(name)]
-    if never := [name for name in refused if NEVER.match(name)]:
-        raise UserError(
-            f"config.{never[0]} is {now[never[0]]!r}, in the checkpoint of step {latest} "
-            f"{before.get(never[0])!r}: choose another --workdir"
-        )
+    # Fields added after the checkpoint was written had their defaults.
+    saved = schema.flatten(json.loads(json.dumps(schema.to_dict(type(config)()))))
+    saved |= schema.flatten(metadata["config"])
+    current = schema.flatten(json.loads(json.dumps(schema.to_dict(config))))
+    changes = {
+        name: f"config.{name} is {value!r}, in the checkpoint of step {latest} {saved.get(name)!r}"
+        for name, value in current.items()
+        if value != saved.get(name)
+    }
+    for change in changes.values():
+        say(change)
+    refused = [name for name in changes if not RESUMABLE_FIELDS.match(name)]
+    if fixed := [name for name in refused if FIXED_FIELDS.match(name)]:
+        raise UserError(f"{changes[fixed[0]]}: choose another --workdir")
     if refused and not allow_config_change:
+        more = f" (and {len(refused) - 1} more, above)" if refused[1:] else ""
         raise UserError(
-            f"config.{refused[0]} is {now[refused[0]]!r}, in the checkpoint of step {latest} "
-            f"{before.get(refused[0])!r}"
-            + (f" (and {len(refused) - 1} more, above)" if refused[1:] else "")
-            + ": this is another run. Choose another --workdir, or give --allow_config_change"
+            f"{changes[refused[0]]}{more}: choose another --workdir, or pass --allow_config_change "
+            f"to resume with the changed config"
         )
-    check_data(metadata.get("data"), task.examples, latest, progress, allow_config_change)
-    progress.say(f"continuing from step {latest} in {checkpoints.directory}")
-    restored = checkpoints.restore(latest, state.abstract(task.init, tx, mesh))
-    return dataclasses.replace(restored, opt_state=optim.recount(restored.opt_state)), latest
+    check_data(metadata.get("data"), task.examples, latest, say, allow_config_change)
+    say(f"resuming from step {latest} in {checkpoints.directory}")
+    restored = checkpoints.restore(latest, train_step.abstract_state(task.init, tx, mesh))
+    return dataclasses.replace(
+        restored, opt_state=optimizer.reset_skip_counter(restored.opt_state)
+    ), latest
 
 
-def check_data(before: dict | None, examples, latest: int, progress, allowed: bool):
-    """Raises UserError where the data are others than those of the checkpoint's run, unless that is
-    allowed: then it says so. Checkpoints of earlier versions do not tell theirs (None)."""
+def check_data(
+    saved: Mapping[str, Any] | None,
+    examples: ExampleDataset,
+    latest: int,
+    say: Callable[[str], None],
+    allowed: bool,
+):
+    """Compares the data with those of the checkpoint of step `latest`. Raises UserError if they
+    differ, or logs it if `allowed`. saved: ExampleDataset.identity, None in old checkpoints."""
     path = examples.data.path
-    if before is None:
-        progress.say(
-            f"the checkpoint of step {latest} does not tell its data: {path} is taken for them"
-        )
+    if saved is None:
+        say(f"the checkpoint of step {latest} does not record its data, {path} is assumed")
         return
-    for change in data_changes(before, examples.identity()):
+    for change in data_changes(saved, examples.identity()):
+        message = f"{path} {change} in the checkpoint of step {latest}"
         if not allowed:
-            raise UserError(
-                f"{path} {change} in the checkpoint of step {latest}. Choose another --workdir, or "
-                f"give --allow_config_change"
-            )
-        progress.say(f"{path} {change} in the checkpoint of step {latest}")
+            raise UserError(f"{message}: choose another --workdir, or pass --allow_config_change")
+        say(message)
 
 
-def data_changes(before: dict, now: dict) -> list[str]:
-    """What differs between two pipeline.Examples.identity(), each as "has …, and had …"."""
-    changes = []
-    if before["examples"] != now["examples"]:
-        changes.append(f"has {now['examples']} examples, and had {before['examples']}")
-    elif (kept := len(before["views"])) < len(now["views"]) and (
-        now["views"][:kept] == before["views"]
-    ):
-        changes.append(
-            f"has {len(now['views'])} views (--config.data.views={kept} reads the same as before), "
-            f"and had {kept}"
-        )
-    elif len(before["views"]) != len(now["views"]):
-        changes.append(f"is read with {len(now['views'])} views, and was with {kept}")
-    elif before["views"] != now["views"]:
+def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Differences between two ExampleDataset.identity().
+
+    Each begins with "has …" and ends with the saved value or "than", before the checkpoint's name.
+    """
+    changes, views, saved_views = [], current["views"], saved["views"]
+    if saved["examples"] != current["examples"]:
+        changes.append(f"has {current['examples']} examples, {saved['examples']}")
+    elif len(views) != (count := len(saved_views)):
+        hint = ""
+        if views[:count] == saved_views:
+            hint = f" (--config.data.views={count} selects the same)"
+        changes.append(f"has {len(views)} views{hint}, {count}")
+    elif views != saved_views:
         changes.append("has other contents than")
-    if before.get("teacher") != now.get("teacher"):
-        changes.append(
-            f"has tokens of the teacher {now.get('teacher')}, and had those of "
-            f"{before.get('teacher')}"
-        )
-    if before.get("classes") != now.get("classes"):
-        names = (class_names.shown(x.get("classes") or []) for x in (now, before))
-        changes.append("has {}, and had {}".format(*names))
+    if saved.get("teacher") != current.get("teacher"):
+        changes.append(f"has tokens of teacher {current.get('teacher')}, {saved.get('teacher')}")
+    if saved.get("classes") != current.get("classes"):
+        names = (class_names.summary(x.get("classes") or []) for x in (current, saved))
+        changes.append("has {}, {}".format(*names))
     return changes

@@ -1,129 +1,131 @@
-"""Weights by path, ready to use: what notebooks, `evaluate` and `convert` open."""
+"""Python API: pretrained encoders, classifiers and D-iGPT models by path."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike
 
-from dgpt_jax import arguments, digpt, heads, segments, vit
-from dgpt_jax.config import Model
-from dgpt_jax.convert import formats, layout
-from dgpt_jax.convert.weights import Preprocess
-from dgpt_jax.convert.weights import encoder as encoder_of
-from dgpt_jax.schema import UserError
-
-# Images that an encoder computes at a time. At 224 pixels features of so many take 0.4 GB (B/16) to
-# 0.9 GB (H/14) beside the weights, the losses of pretraining 0.9 to 2.9 GB.
-CHUNK = 64
+from dgpt_jax.config import ModelConfig
+from dgpt_jax.data import segments
+from dgpt_jax.errors import UserError
+from dgpt_jax.models import classifier, digpt, vit
+from dgpt_jax.storage import gcs
+from dgpt_jax.weights import input_checks, mapping, registry
+from dgpt_jax.weights.chunking import in_chunks, on_device
+from dgpt_jax.weights.types import Preprocess, Weights
+from dgpt_jax.weights.types import encoder as encoder_of
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """An encoder for use: full attention, CLS first, final norm (heads.Classifier without head).
+class PretrainedEncoder:
+    """An encoder with full attention, CLS first, and a final norm (classifier.Classifier, no head).
 
-    Attributes: model (config.Model), params, where they came from, how pictures are prepared,
-    {"config", "step"} of the training, where it is known, and what to tell the user of them.
-    Its functions are compiled once for all encoders of a shape, compute CHUNK images at a time, and
-    can be traced: by jit, by grad, with dataclasses.replace(encoder, params=traced). The params go
-    to the device at the first call; changing their arrays in place after it has no effect,
-    `replace` has. Pictures are uint8 RGB (B, size, size, 3), or float from 0 to 255; others raise
-    UserError, traced ones by shape and dtype.
+    model: config.Model. source: origin of the params. run: {"config", "step"} of the training, if
+    recorded. notes: lines to print for the user.
+
+    Methods are compiled once for all encoders of a shape, process images in chunks, and can be
+    traced by jit and grad, with dataclasses.replace(encoder, params=traced). Params move to the
+    device at the first call; later in-place changes have no effect, `replace` does. Images are
+    RGB (B, size, size, 3), uint8 or float from 0 to 255. Raises UserError on others; traced images
+    are checked by shape and dtype.
     """
 
-    model: Model
+    model: ModelConfig
     params: Any
     source: str
     preprocess: Preprocess = field(default_factory=Preprocess)
     run: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def features(self, pictures, pooling: str = "cls"):
-        """uint8 RGB (B, size, size, 3) to features (B, D) float32."""
-        arguments.check_poolings([pooling])
-        return self._apply(pictures, "features", pooling)
+    def features(self, images: ArrayLike, pooling: str = "cls") -> jax.Array:
+        """Features (B, D) float32 of images (B, size, size, 3)."""
+        input_checks.check_poolings([pooling])
+        return self._apply(images, "features", pooling)
 
-    def tokens(self, pictures):
-        """uint8 RGB (B, size, size, 3) to normed tokens (B, 1+N, D) float32, CLS first."""
-        return self._apply(pictures, "tokens", "cls")
+    def tokens(self, images: ArrayLike) -> jax.Array:
+        """Normed tokens (B, 1+N, D) float32, CLS first."""
+        return self._apply(images, "tokens", "cls")
 
-    def pooled(self, pictures, poolings: Sequence[str]) -> dict[str, jax.Array]:
+    def pooled(self, images: ArrayLike, poolings: Sequence[str]) -> dict[str, jax.Array]:
         """{pooling: features (B, D) float32} of several poolings in one pass."""
-        return self._apply(pictures, "pooled", "cls", arguments.check_poolings(poolings))
+        return self._apply(images, "pooled", "cls", input_checks.check_poolings(poolings))
 
     @cached_property
-    def device_params(self):
+    def device_params(self) -> Any:
         """`params` on the default device."""
-        return _on_device(self.params)
+        return on_device(self.params)
 
-    def _apply(self, pictures, method: str, pooling: str, *args, classes: int = 0):
-        module = heads.classifier(self.model, pooling, classes)
+    def _apply(self, images, method: str, pooling: str, *args, classes: int = 0) -> Any:
+        module = classifier.classifier(self.model, pooling, classes)
         run = partial(_apply, module=module, preprocess=self.preprocess, method=method, args=args)
-        pictures = arguments.check_pictures(pictures, self.model.image_size)
-        return in_chunks(run, self.device_params, pictures)
+        images = input_checks.check_raw_images(images, self.model.image_size)
+        return in_chunks(run, self.device_params, images)
 
 
 @dataclass(frozen=True)
-class Classifier(Encoder):
-    """An encoder with its classification head: fine-tuned weights. classes: their names, in the
-    order of the logits; empty where they are not known."""
+class PretrainedClassifier(PretrainedEncoder):
+    """An encoder with its classification head. classes: class names in the order of the logits;
+    empty if unknown."""
 
     pooling: str = "mean"
     num_classes: int = 0
     classes: tuple[str, ...] = ()
 
-    def logits(self, pictures):
-        """uint8 RGB (B, size, size, 3) to logits (B, classes) float32."""
-        return self._apply(pictures, "__call__", self.pooling, classes=self.num_classes)
+    def logits(self, images: ArrayLike) -> jax.Array:
+        """Logits (B, classes) float32 of images (B, size, size, 3)."""
+        return self._apply(images, "__call__", self.pooling, classes=self.num_classes)
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """The whole pretraining model: encoder and decoders."""
+class PretrainedDiGPT:
+    """A complete pretraining model: encoder and decoders."""
 
-    model: Model
+    model: ModelConfig
     params: Any
     module: digpt.DiGPT
 
     @cached_property
-    def device_params(self):
+    def device_params(self) -> Any:
         """`params` on the default device."""
-        return _on_device(self.params)
+        return on_device(self.params)
 
-    def predictions(self, images, orders):
-        """{decoder: (B, V·T+1, C)} for normalised images and orders, as DiGPT returns them.
+    def predictions(self, images: ArrayLike, orders: ArrayLike) -> dict[str, jax.Array]:
+        """{decoder: (B, V·T+1, C)} as DiGPT returns them.
 
-        Raises UserError on other arrays (arguments.py).
+        images: normalized (B, size, size, 3); orders: int (B, S). Raises UserError (input_checks).
         """
         images, orders = self._checked(images, orders)
         return in_chunks(partial(_predict, module=self.module), self.device_params, images, orders)
 
-    def losses(self, images, tokens, orders, params=None, *, cls=True) -> dict[str, jax.Array]:
+    def losses(
+        self, images: ArrayLike, tokens: ArrayLike, orders: ArrayLike, params: Any = None, *,
+        cls: bool = True,
+    ) -> dict[str, jax.Array]:  # fmt: skip
         """{"next", "visible"}: mean 2-2cos to teacher tokens (B, cls+N, C), CLS first.
 
-        images: normalised (B, size, size, 3); orders: int (B, S). Jittable, and differentiable in
-        every argument; `params` replaces the loaded ones; `cls`: whether the teacher has a CLS.
-        Raises UserError on other arrays (arguments.py).
+        images: normalized (B, size, size, 3); orders: int (B, S); params: replace the loaded ones;
+        cls: True if the teacher has a CLS token. Jittable, and differentiable in images, tokens and
+        params. Raises UserError (input_checks).
         """
         images, orders = self._checked(images, orders)
-        tokens = arguments.check_tokens(tokens, self.module.out_width, cls=cls)
-        params = self.device_params if params is None else _on_device(params)
+        tokens = input_checks.check_tokens(tokens, self.module.out_width, cls=cls)
+        params = self.device_params if params is None else on_device(params)
         run = partial(_losses, module=self.module, model=self.model, cls=cls)
-        parts = in_chunks(run, params, images, tokens, orders)
-        return {name: values.mean() for name, values in parts.items()}
+        losses_B = in_chunks(run, params, images, tokens, orders)
+        return {name: values.mean() for name, values in losses_B.items()}
 
     def _checked(self, images, orders):
-        images = arguments.check_images(images, self.model.image_size)
-        return images, arguments.check_orders(orders, segments.count(self.model.segments))
+        images = input_checks.check_normalized_images(images, self.model.image_size)
+        return images, input_checks.check_orders(orders, segments.count(self.model.segments))
 
 
-# Inlined: within a caller's jit they compile to what they would if written there.
+# Inlined, so that a caller's jit compiles them with its own code.
 @partial(jax.jit, static_argnames=("module", "preprocess", "method", "args"), inline=True)
-def _apply(params, pictures, *, module, preprocess, method, args):
-    images = vit.normalise(pictures, preprocess.mean, preprocess.std)
+def _apply(params, images, *, module, preprocess, method, args):
+    images = vit.normalize(images, preprocess.mean, preprocess.std)
     return module.apply({"params": params}, images, *args, method=method)
 
 
@@ -146,110 +148,67 @@ def _init(key, images, order, *, module):
     return module.init(key, images, order)["params"]
 
 
-def in_chunks(run: Callable, params, *arrays):
-    """run(params, *arrays), computed on at most CHUNK rows of the arrays at a time.
+def load_encoder(path: gcs.AnyPath, *, heads: int | None = None) -> PretrainedEncoder:
+    """Loads the encoder of a work directory (its newest checkpoint), or weights in a known layout.
 
-    Row i of its results, a tree of jax.Array (B, …), must depend on row i of the arrays (B, …)
-    alone. Batches are padded to a power of two, so that seven programs serve all batch sizes.
-    Traced arguments, and arrays that are split over devices, are computed in one call. Raises
-    UserError where the arrays are empty or differ in length.
-    """
-    if any(map(_is_traced, jax.tree.leaves((params, arrays)))) or any(map(_is_split, arrays)):
-        return run(params, *arrays)
-    arrays = [np.asarray(x) for x in arrays]
-    lengths = [len(x) for x in arrays]
-    count = lengths[0]
-    if not count or set(lengths) != {count}:
-        raise UserError(f"a batch of {lengths} rows: give as many of each, and at least one")
-    size = min(CHUNK, 1 << (count - 1).bit_length())
-    with jax.ensure_compile_time_eval():  # arrays may be constants in a caller's jit
-        if count == size:
-            return run(params, *arrays)
-        rows = None
-        for start in range(0, count, size):
-            chunk = run(params, *(_pad(x[start : start + size], size) for x in arrays))
-            if rows is None:
-                rows = jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), chunk)
-            for buffer, result in zip(*map(jax.tree.leaves, (rows, chunk)), strict=True):
-                buffer[start : start + size] = np.asarray(result)[: count - start]
-        return jax.tree.map(jnp.asarray, rows)
-
-
-def _pad(rows: np.ndarray, size: int) -> np.ndarray:
-    """`size` rows: the given ones, then copies of the last."""
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
-
-
-def _on_device(params):
-    """The params on the default device; traced ones as they are."""
-    if any(map(_is_traced, jax.tree.leaves(params))):
-        return params
-    with jax.ensure_compile_time_eval():
-        return jax.device_put(params)
-
-
-def _is_traced(x) -> bool:
-    return isinstance(x, jax.core.Tracer)
-
-
-def _is_split(x) -> bool:
-    return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
-
-
-def load_encoder(path, *, heads: int | None = None) -> Encoder:
-    """The encoder of a work directory (its newest checkpoint), or of weights in a known layout.
-
-    `heads` is for weights beside which no JSON tells it. A classification head is left out. Raises
+    heads: for weights without JSON that specifies them. A classification head is dropped. Raises
     UserError.
     """
-    _, weights = formats.read(path, heads=heads, encoder_only=True)
+    _, weights = registry.read(path, heads=heads, encoder_only=True)
     weights = encoder_of(weights, None)
     params = {p: x for p, x in weights.params.items() if not p.startswith("head/")}
-    return Encoder(params=layout.unflatten(params), **_about(weights))
+    return PretrainedEncoder(params=mapping.unflatten(params), **_metadata(weights))
 
 
-def _about(weights) -> dict[str, Any]:
-    """What an Encoder tells of convert.weights.Weights, beside the parameters."""
+def _metadata(weights: Weights) -> dict[str, Any]:
     names = ("model", "source", "preprocess", "run", "notes")
     return {name: getattr(weights, name) for name in names}
 
 
-def load_classifier(path, *, heads: int | None = None) -> Classifier:
-    """Fine-tuned weights with their head: a work directory, or any layout that holds heads.
+def load_classifier(path: gcs.AnyPath, *, heads: int | None = None) -> PretrainedClassifier:
+    """Loads fine-tuned weights with their head: a work directory, or a layout that stores heads.
 
-    Raises UserError, also where there is no head.
+    Raises UserError, also if there is no head.
     """
-    _, weights = formats.read(path, heads=heads, encoder_only=True)
+    _, weights = registry.read(path, heads=heads, encoder_only=True)
     if not weights.num_classes:
         raise UserError(
-            f"{path} has no classification head: give fine-tuned weights, or measure frozen "
+            f"{path} has no classification head: use fine-tuned weights, or evaluate frozen "
             f"features (configs/knn_in1k.py, fewshot_in1k.py, linear_in1k.py)"
         )
-    return Classifier(
-        params=layout.unflatten(weights.params),
-        **_about(weights),
+    assert weights.pooling is not None  # only encoders have heads
+    return PretrainedClassifier(
+        params=mapping.unflatten(weights.params),
+        **_metadata(weights),
         pooling=weights.pooling,
         num_classes=weights.num_classes,
         classes=weights.classes,
     )
 
 
-def untrained(model: Model, seed: int) -> Encoder:
-    """The encoder as pretraining starts it: the baseline that a pretrained one is compared with."""
+def untrained(model: ModelConfig, seed: int) -> PretrainedEncoder:
+    """Randomly initialized encoder, as pretraining starts it: a baseline for pretrained ones."""
     params = _init(
         jax.random.key(seed), *digpt.dummy_inputs(model), module=digpt.build(model, out_width=1)
     )
-    return Encoder(
-        model, heads.from_pretrained(params["encoder"], model), f"untrained, seed {seed}"
+    return PretrainedEncoder(
+        model,
+        classifier.classifier_params_from_encoder(params["encoder"], model),
+        f"untrained, seed {seed}",
     )
 
 
-def load_digpt(path, *, heads: int | None = None, decoder_heads: int | None = None) -> Pretrained:
-    """The pretraining model of a work directory, or of the official layout (.pth, .safetensors).
+def load_digpt(
+    path: gcs.AnyPath, *, heads: int | None = None, decoder_heads: int | None = None
+) -> PretrainedDiGPT:
+    """Loads the pretraining model of a work directory, or of the official layout.
 
-    Head counts are not in official files: widths other than the base model's need them given.
+    heads, decoder_heads: for official files (.pth, .safetensors) of other widths than the base
+    model's, since they do not store head counts. Raises UserError.
     """
-    _, weights = formats.read(path, heads=heads, decoder_heads=decoder_heads)
+    _, weights = registry.read(path, heads=heads, decoder_heads=decoder_heads)
     if not weights.full:
-        raise UserError(f"{path} holds an encoder without decoders")
-    return Pretrained(weights.model, layout.unflatten(weights.params), weights.module())
+        raise UserError(f"{path} is an encoder without decoders")
+    module = weights.module()
+    assert isinstance(module, digpt.DiGPT)
+    return PretrainedDiGPT(weights.model, mapping.unflatten(weights.params), module)

@@ -1,62 +1,66 @@
-"""Writing an export: beside its place, checked, and only then moved to it."""
+"""Exports: written to a temporary directory, checked, then moved into place."""
 
 import contextlib
 import os
-import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from dgpt_jax import outputs
-from dgpt_jax.convert import card, formats, parity
-from dgpt_jax.convert.weights import Layout, Weights, encoder
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import disk_space, output_paths
+from dgpt_jax.weights import card, parity, registry
+from dgpt_jax.weights.types import WeightLayout, Weights, encoder
 
 
-def prepare(weights: Weights, layout: Layout, part: str | None, pooling: str | None) -> Weights:
-    """The part of the weights that a layout is to hold: "encoder", "full" or what it can hold."""
+def prepare(
+    weights: Weights, layout: WeightLayout, part: str | None, pooling: str | None
+) -> Weights:
+    """Selects what to export: part "encoder", "full" or, if None, all that the layout can store.
+
+    Raises UserError if the layout or the weights do not allow it.
+    """
     if part == "full" and not layout.full:
-        raise UserError(f"layout {layout.name} holds an encoder only: --part=encoder")
+        raise UserError(f"layout {layout.name} stores only encoders: use --part=encoder")
     if not weights.full and (part == "full" or layout.name == "digpt"):
-        raise UserError(f"{weights.source} holds an encoder without decoders")
+        raise UserError(f"{weights.source} is an encoder without decoders")
     if part == "encoder" and layout.name == "digpt":
-        raise UserError("the official layout holds encoder and decoders: --part=full")
+        raise UserError("the official layout stores encoder and decoders: use --part=full")
     if weights.full and layout.full and part != "encoder":
         if pooling:
-            raise UserError("--pooling is for encoders: --part=encoder")
+            raise UserError("--pooling is for encoders: use --part=encoder")
         return weights
-    usual = "mean" if layout.name == "timm" else "cls"
-    return encoder(weights, pooling or (usual if weights.full else None))
+    default = "mean" if layout.name == "timm" else "cls"
+    return encoder(weights, pooling or (default if weights.full else None))
 
 
 def write(
-    weights: Weights, layout: Layout, dst: Path, *, release: bool = False
+    weights: Weights, layout: WeightLayout, dst: Path, *, release: bool = False
 ) -> tuple[Path, str]:
-    """Writes weights and their card to `dst`; (file or directory, what the check says).
+    """Writes weights and their card to `dst`; returns (file or directory, result of the check).
 
-    release: lets go of the arrays before what was written is read for the check, which so needs no
-    memory of its own; `weights.params` has shapes (jax.ShapeDtypeStruct) in their places then.
-    Raises UserError, with nothing left, where the layout cannot hold them or computes otherwise,
-    where weights lie there already, are not finite, and where the disk does not take them.
+    release: frees the arrays before the check reads the export, which then needs no extra memory;
+    `weights.params` then contains jax.ShapeDtypeStruct. Raises UserError, and leaves no files,
+    if the layout cannot represent the weights or the export computes other values, if weights exist
+    there or are not finite, and if the disk is full.
     """
+    assert layout.save is not None
     for name, array in weights.params.items():
-        if bad := array.size - np.count_nonzero(np.isfinite(array)):
+        if count := array.size - np.count_nonzero(np.isfinite(array)):
             raise UserError(
-                f"{weights.source}: {name} has {bad} values that are not finite: take an earlier "
-                f"checkpoint"
+                f"{weights.source}: {name} has {count} non-finite values: use an earlier checkpoint"
             )
-    target, folder = refuse_taken(layout, dst)
-    near = next(path for path in (folder, *folder.parents) if path.exists())
-    if not near.is_dir():
-        raise UserError(f"{near} is a file, {target} needs a directory there")
-    size, space = sum(x.nbytes for x in weights.params.values()), shutil.disk_usage(near).free
-    if space < size:
-        raise UserError(f"{dst} needs {size / 1e6:.1f} MB, its disk has {space / 1e6:.1f} MB left")
-    with _writing(dst):  # on the file system of its place: a move, not a copy
+    target, directory = refuse_existing(layout, dst)
+    parent = next(path for path in (directory, *directory.parents) if path.exists())
+    if not parent.is_dir():
+        raise UserError(f"{parent} is a file, but {target} needs a directory there")
+    needed = sum(x.nbytes for x in weights.params.values())
+    disk_space.require(dst, needed, "free some, or write to another disk")
+    with _writing(dst):  # on the same file system, to be moved, not copied
         scratch = tempfile.TemporaryDirectory(
-            prefix=f".{target.name}.", dir=near, ignore_cleanup_errors=True
+            prefix=f".{target.name}.", dir=parent, ignore_cleanup_errors=True
         )
     with scratch:
         staging = Path(scratch.name) / "export"
@@ -72,56 +76,57 @@ def write(
         text = card.text(weights, layout.name, target, arrays, verified=verified)
         with _writing(dst):
             (staging / card_name(target, layout)).write_text(text, encoding="utf-8")
-            _move(staging, folder, last=arrays.name)
+            _move(staging, directory, last=arrays.name)
     return target, verified
 
 
-def check_place(layout: Layout, dst: Path):
-    """Raises UserError, before anything is read, where `write` would not be able to write."""
-    (outputs.file if layout.suffixes else outputs.directory)(formats.target(layout, dst))
-    refuse_taken(layout, dst)
+def check_target(layout: WeightLayout, dst: Path) -> None:
+    """Raises UserError, before anything is read, if `write` could not write to `dst`."""
+    (output_paths.file if layout.suffixes else output_paths.directory)(registry.target(layout, dst))
+    refuse_existing(layout, dst)
 
 
-def refuse_taken(layout: Layout, dst: Path) -> tuple[Path, Path]:
-    """(the file or directory that an export is, its directory). Raises UserError where weights
-    would be written over."""
-    target = formats.target(layout, dst)
+def refuse_existing(layout: WeightLayout, dst: Path) -> tuple[Path, Path]:
+    """Returns (file or directory of an export, its directory). Raises UserError if weights exist
+    there."""
+    target = registry.target(layout, dst)
     if layout.suffixes:
-        folder, taken = target.parent, [target]
+        directory, paths = target.parent, [target]
     else:
-        folder, taken = target, [target / name for name in (*formats.FILES, "checkpoints")]
-    for path in taken:
+        directory, paths = target, [target / name for name in (*registry.FILES, "checkpoints")]
+    for path in paths:
         if path.exists():
-            raise UserError(f"{path} is there already: name another place, or remove it")
-    return target, folder
+            raise UserError(f"{path} already exists: choose another path, or remove it")
+    return target, directory
 
 
-def _release(weights: Weights):
+def _release(weights: Weights) -> None:
     for path, array in weights.params.items():
-        weights.params[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        weights.params[path] = shape  # pyright: ignore[reportArgumentType]  # only shapes are read
 
 
 @contextlib.contextmanager
-def _writing(dst: Path):
-    """What the system refuses is the user's to mend."""
+def _writing(dst: Path) -> Iterator[None]:
+    """Turns OSError into UserError."""
     try:
         yield
     except OSError as e:
         raise UserError(f"{dst} cannot be written: {e.strerror or e}") from e
 
 
-def _move(staging: Path, folder: Path, *, last: str):
-    """All of it to a new directory at once; else file by file, the weights at the end."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging, folder)
+def _move(staging: Path, directory: Path, *, last: str) -> None:
+    """Moves all files at once to a new directory; to an existing one file by file, weights last."""
+    if not directory.exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging, directory)
         return
-    for made in sorted(staging.iterdir(), key=lambda path: path.name == last):
-        os.replace(made, folder / made.name)
+    for file in sorted(staging.iterdir(), key=lambda path: path.name == last):
+        os.replace(file, directory / file.name)
 
 
-def card_name(target: Path, layout: Layout) -> str:
-    """README.md; where one lies there that is not this export's card, a name after the export."""
+def card_name(target: Path, layout: WeightLayout) -> str:
+    """README.md; a name after the export if a README.md exists that is not this export's card."""
     readme = (target.parent if layout.suffixes else target) / "README.md"
     if readme.is_file() and not readme.read_bytes().startswith(card.mark(target).encode()):
         return f"{target.name}.md"

@@ -1,13 +1,13 @@
-"""What a weights file is, by its first bytes: its name may end as it likes."""
+"""Format of a weights file by its first bytes, whatever its suffix."""
 
 import zipfile
 from pathlib import Path
 
-from dgpt_jax.convert.json_files import LFS
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights.config_json import LFS_HEADER
 
-TAKEN = "weights are .safetensors, .pt, .pth, .bin, .ckpt, .npz files"
-# For a damaged file, whose bytes tell nothing: the reader that says what is wrong with it.
+SUPPORTED = "supported are .safetensors, .pt, .pth, .bin, .ckpt and .npz files"
+# For a damaged file with an unknown header: the reader that reports the damage.
 SUFFIXES = {
     ".safetensors": "safetensors", ".npz": "npz", ".pt": "torch", ".pth": "torch",
     ".bin": "torch", ".ckpt": "torch", ".tar": "torch",
@@ -29,17 +29,17 @@ def kind(path: Path) -> str:
         return "torch"
     if head.lstrip()[:1] in (b"{", b"["):
         return "index"
-    if head.startswith(LFS):
-        why = "is a git-LFS pointer, not the file: run `git lfs pull` beside it"
+    if head.startswith(LFS_HEADER):
+        reason = "is a git-LFS pointer, not the file: run `git lfs pull` there"
     elif head.lstrip()[:1] == b"<":
-        why = "is a web page, not the file: download the file itself"
+        reason = "is a web page, not the file: download the file itself"
     elif not head:
-        why = "is empty: download it again"
+        reason = "is empty: download it again"
     elif path.suffix in SUFFIXES:
         return SUFFIXES[path.suffix]
     else:
-        why = "holds no weights"
-    raise UserError(f"{path} {why}; {TAKEN}")
+        reason = "is not a weights file"
+    raise UserError(f"{path} {reason}; {SUPPORTED}")
 
 
 def _is_npz(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Reading and writing weight files. Nothing here runs code that a file brings along."""
+"""Reading and writing weight files, without running code that they contain."""
 
 import contextlib
 import hashlib
@@ -6,30 +6,30 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dgpt_jax.convert import contents, torch_files
-from dgpt_jax.convert.json_files import group, read_json, shown
-from dgpt_jax.convert.torch_files import line
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights import file_kind, torch_pickle
+from dgpt_jax.weights.config_json import format_value, get_object, read_json
+from dgpt_jax.weights.torch_pickle import one_line
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"float32": "F32", "float16": "F16"}  # what is written, by safetensors' names
-# What programs put before every name: PyTorch's parallel, compiled and averaged modules, trainers.
+DTYPES = {"float32": "F32", "float16": "F16"}  # written dtypes by safetensors' names
+# Prefixes of all names: PyTorch's parallel, compiled and averaged modules, trainers.
 PREFIXES = ("module.", "model.", "_orig_mod.")
-COUNTER = "n_averaged"  # the one array beside an averaged module
+COUNTER = "n_averaged"  # the only other array of an averaged module
 
 
 class Read(NamedTuple):
-    """What a file holds.
+    """Contents of a weights file.
 
-    state: its arrays; None for a directory of checkpoints. path: the file, with #KEY where it holds
-    several state dicts. notes: what was chosen, to print.
+    state: its arrays; None for a checkpoint directory. path: the file, with #KEY if it contains
+    several state dicts. notes: choices that were made, to print.
     """
 
     state: dict[str, np.ndarray] | None
@@ -37,60 +37,64 @@ class Read(NamedTuple):
     notes: tuple[str, ...]
 
 
-def split(path) -> tuple[Path, str | None]:
-    """(file, key) of FILE#KEY; of another path, that path and None."""
+def split(path: Path | str) -> tuple[Path, str | None]:
+    """(file, key) of FILE#KEY; (path, None) of another path."""
     path = Path(path)
-    name, mark, key = path.name.partition("#")
-    if not mark or path.exists():
+    name, separator, key = path.name.partition("#")
+    if not separator or path.exists():
         return path, None
     return path.with_name(name) if name else path, key
 
 
-def read(path) -> Read:
-    """The arrays of a file of safetensors, of torch.save or of NumPy's savez, found by its
-    contents; or of the shards that an index names, or the INDEX of a directory.
+def read(path: Path | str) -> Read:
+    """Reads arrays of a file by safetensors, torch.save or NumPy's savez, detected by its contents,
+    or of the shards that an index lists; in a directory, the index INDEX.
 
-    FILE#KEY names one of several state dicts in a file of torch.save. One common prefix of all
-    names is left out. Half precision becomes float32. Raises UserError on anything that is not
-    plain weights.
+    FILE#KEY selects one of several state dicts in a file by torch.save. A common prefix of all
+    names is removed. Half precision becomes float32. Raises UserError unless weights are plain.
     """
     if "://" in os.fspath(path):
-        raise UserError(f"{path}: weights are read from a local disk, copy them to one")
+        raise UserError(f"{path}: weights must be on a local disk: copy them there")
     path, key = split(path)
     if path.is_dir() and (path / INDEX).is_file():
         path = path / INDEX
     if not path.is_file():
         raise UserError(f"no such weights file: {path}")
-    state, taken, notes = _read_file(path, key)
+    state, selected, notes = _read_file(path, key)
     if empty := next((name for name, array in state.items() if not array.size), None):
-        raise UserError(f"{path}: {empty} has shape {state[empty].shape}, which holds no number")
+        raise UserError(f"{path}: {empty} is empty, of shape {state[empty].shape}")
     state, prefix = _without_prefix(state)
     if prefix:
-        notes.append(f"{path}: all names begin with {prefix}, which is left out")
-    return Read(state, path.with_name(f"{path.name}#{taken}") if taken else path, tuple(notes))
+        notes.append(f"{path}: removed the prefix {prefix} of all names")
+    file = path.with_name(f"{path.name}#{selected}") if selected else path
+    return Read(state, file, tuple(notes))
 
 
-def read_state(path) -> dict[str, np.ndarray]:
-    """The arrays alone of `read`."""
-    return read(path).state
+def read_state(path: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of `read`."""
+    state = read(path).state
+    assert state is not None
+    return state
 
 
-def _read_file(path: Path, key: str | None = None, shard: bool = False):
-    """(arrays by their names in a file, the key that was taken or None, notes)."""
-    kind = contents.kind(path)
+def _read_file(
+    path: Path, key: str | None = None, shard: bool = False
+) -> tuple[dict[str, np.ndarray], str | None, list[str]]:
+    """(arrays by their names in a file, selected key or None, notes)."""
+    kind = file_kind.kind(path)
     if key is not None and kind != "torch":
-        raise UserError(f"{path} holds one set of weights, #{key} is for files of torch.save")
+        raise UserError(f"{path} has one set of weights: #{key} is for files by torch.save")
     if kind == "torch":
-        return torch_files.read(path, key)
+        return torch_pickle.read(path, key)
     if kind == "index":
         if shard:
-            raise UserError(f"{path} is JSON, and an index names it as a shard of weights")
+            raise UserError(f"{path} is JSON, but an index lists it as a shard of weights")
         return _read_shards(path), None, []
     return (_read_npz if kind == "npz" else _read_safetensors)(path), None, []
 
 
-def _without_prefix(state: dict) -> tuple[dict, str]:
-    """(arrays by their names without what of PREFIXES all begin with, that prefix)."""
+def _without_prefix(state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
+    """(arrays without the combination of PREFIXES that all names start with, that prefix)."""
     prefix = ""
     while True:
         names = [name.removeprefix(prefix) for name in state if name != COUNTER]
@@ -104,20 +108,20 @@ def _without_prefix(state: dict) -> tuple[dict, str]:
 
 
 def _read_shards(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of all files that an index beside them names."""
-    shards = group(read_json(path), "weight_map", path)
+    """Arrays of all shards that an index lists."""
+    shards = get_object(read_json(path), "weight_map", path)
     if not shards:
-        raise UserError(f"{path} is JSON without a weight_map; {contents.TAKEN}")
+        raise UserError(f"{path} is JSON without a weight_map; {file_kind.SUPPORTED}")
     state: dict[str, np.ndarray] = {}
     for name in sorted(set(map(str, shards.values()))):
         if Path(name).name != name:
-            raise UserError(f"{path} names a shard outside its directory: {shown(name)}")
+            raise UserError(f"{path} lists a shard outside its directory: {format_value(name)}")
         if not (path.parent / name).is_file():
-            raise UserError(f"{path} names {shown(name)}, and there is no such file beside it")
+            raise UserError(f"{path} lists {format_value(name)}, which does not exist")
         state |= _read_file(path.parent / name, shard=True)[0]
     missing = sorted(set(shards) - set(state))
     if missing:
-        raise UserError(f"{path} names arrays that its shards have not: {', '.join(missing[:8])}")
+        raise UserError(f"{path} lists arrays that its shards lack: {', '.join(missing[:8])}")
     return state
 
 
@@ -126,7 +130,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: _float32(file[name]) for name in file.files}
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path} is no readable .npz of plain arrays: {line(e)}") from None
+        raise UserError(f"{path} is not a readable .npz of plain arrays: {one_line(e)}") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -135,17 +139,15 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
         for name, kind in kinds.items():
             if kind == "F64":  # JAX would round it silently
-                raise UserError(
-                    f"{path}: {name} is float64, weights are float32, float16 or bfloat16"
-                )
+                raise UserError(f"{path}: {name} is float64, expected float32, float16 or bfloat16")
         return {name: _tensor(path, name, kind) for name, kind in kinds.items()}
     except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{path} is no readable safetensors file: {line(e)}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {one_line(e)}") from None
 
 
 def _tensor(path: Path, name: str, kind: str) -> np.ndarray:
-    """One array of a safetensors file. Opened anew, since an open file keeps what was read."""
-    with safe_open(path, "flax" if kind == "BF16" else "numpy") as file:  # NumPy knows no bfloat16
+    """One array of a safetensors file, reopened because an open file retains what was read."""
+    with safe_open(path, "flax" if kind == "BF16" else "numpy") as file:  # NumPy lacks bfloat16
         return _float32(np.asarray(file.get_tensor(name)))
 
 
@@ -155,8 +157,8 @@ def _float32(array: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A context: the path of a temporary file beside `path`, which takes its place at the end."""
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Context of a temporary file beside `path` that replaces it at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -168,8 +170,8 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def written(path):
-    """As `replacing`. Raises UserError where the system does not take the file."""
+def written(path: Path | str) -> Iterator[Path]:
+    """`replacing`, with UserError for OSError."""
     try:
         with replacing(path) as temporary:
             yield temporary
@@ -177,8 +179,10 @@ def written(path):
         raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
 
 
-def write_safetensors(path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]):
-    """Writes atomically, an array after the other: at no time a second copy of all of them."""
+def write_safetensors(
+    path: Path | str, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a file atomically, array by array, without a second copy of the state."""
     header: dict = {"__metadata__": dict(metadata)}
     offset = 0
     for name, array in state.items():
@@ -193,12 +197,12 @@ def write_safetensors(path, state: Mapping[str, np.ndarray], metadata: Mapping[s
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in state.values():
-            file.write(np.ascontiguousarray(array))
+            file.write(np.ascontiguousarray(array).data)
 
 
-def write_torch(path, content: Mapping[str, Mapping[str, np.ndarray]]):
+def write_torch(path: Path | str, content: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes {key: state dict} atomically with torch.save. Raises UserError without PyTorch."""
-    torch_files.import_torch(path, "written")
+    torch_pickle.import_torch(path, "written")
     import torch
 
     tensors = {
@@ -208,24 +212,24 @@ def write_torch(path, content: Mapping[str, Mapping[str, np.ndarray]]):
     with replacing(path) as temporary:
         try:
             torch.save(tensors, temporary)
-        except RuntimeError as e:  # what it makes of a full disk
-            raise UserError(f"{path} cannot be written: {line(e)}") from e
+        except RuntimeError as e:  # raised on a full disk
+            raise UserError(f"{path} cannot be written: {one_line(e)}") from e
 
 
-def read_metadata(path) -> dict[str, str]:
-    """The metadata of a safetensors file; none of another. Raises UserError."""
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """Metadata of a safetensors file; {} of another file. Raises UserError."""
     path, key = split(path)
-    if key is not None or contents.kind(path) != "safetensors":
+    if key is not None or file_kind.kind(path) != "safetensors":
         return {}
     try:
         with safe_open(path, "numpy") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is no readable safetensors file: {line(e)}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {one_line(e)}") from None
 
 
 def hash_state(state: Mapping[str, np.ndarray]) -> str:
-    """16 hex digits of SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
+    """SHA-256 of names, shapes, dtypes and bytes in the order of names, 16 hex digits."""
     digest = hashlib.sha256()
     for name in sorted(state):
         array = np.ascontiguousarray(state[name])

@@ -1,26 +1,27 @@
-"""config.json of Hugging Face's vision models: what it tells, and what of it is refused.
+"""Strict reader of config.json of Hugging Face's vision models.
 
-A model of a known `model_type` reads few keys: those of TAKEN and CLAIMS, and those of USUAL, which
-have one value here. IGNORED are attributes that every config has, and what only training, the
-text tower or a head reads; names that begin with _ are the library's own.
+READ_KEYS are settings, SIZE_KEYS are compared with the arrays, SUPPORTED_VALUES and FILE_VALUES
+have one supported value each. IGNORED are attributes of all configs, and keys that only training,
+the text tower or a head reads; names that start with _ are private. Other keys are errors.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from dgpt_jax.convert.json_files import (
-    count,
-    group,
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights.config_json import (
+    format_value,
+    fraction,
+    get_object,
     is_timm,
+    positive_int,
     read_json,
-    refuse_unknown,
-    refuse_unusual,
-    share,
-    shown,
+    refuse_unknown_keys,
+    require_values,
 )
-from dgpt_jax.schema import UserError
 
-# Their names of activations, and ours; several names stand for the same function.
+# Hugging Face's activation names, several for the same function, and ours.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -31,18 +32,18 @@ ACTIVATIONS = {
     "gelu_accurate": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
-TAKEN = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size")
-# What the arrays have too, by our names.
-CLAIMS = {
+READ_KEYS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size")
+# Sizes that the arrays determine too, by our names.
+SIZE_KEYS = {
     "hidden_size": "width",
     "num_hidden_layers": "depth",
     "patch_size": "patch",
     "intermediate_size": "mlp_width",
     "num_register_tokens": "registers",
 }
-USUAL = {"num_channels": 3, "qkv_bias": True}
-# Of the whole file: code that the model brings along, and weights that are no plain numbers.
-ABSENT = {"auto_map": None, "quantization_config": None}
+SUPPORTED_VALUES = {"num_channels": 3, "qkv_bias": True}
+# At the top of the file: custom model code, and quantized weights.
+FILE_VALUES = {"auto_map": None, "quantization_config": None}
 IGNORED = (
     "add_cross_attention", "apply_layernorm", "architectures", "attention_dropout",
     "attention_probs_dropout_prob", "attn_implementation", "bos_token_id",
@@ -62,79 +63,83 @@ IGNORED = (
 )  # fmt: skip
 
 
-def config(directory: Path, types: Mapping[str, float], *, activation: str) -> tuple[dict, dict]:
-    """(`told`, `claims`) of source.Source; both empty where there is no config.json, or timm's.
+def config(
+    directory: Path, types: Mapping[str, float], *, activation: str
+) -> tuple[dict[str, Any], dict[str, tuple[Any, str]]]:
+    """(`settings`, `expected`) of source.Source; both empty without config.json, or with timm's.
 
-    types: values of `model_type` that the layout has, the usual one first, and their eps. Left-out
-    values are those of their classes: 12 heads, the given activation (by its name), and that eps.
-    Raises UserError on a key that changes numbers otherwise than what is computed here.
+    types: {model_type: default eps} of the layout, its default type first. Other defaults are those
+    of the library's classes: 12 heads, and the given activation (by its name). Raises UserError on
+    a key that changes the outputs in an unsupported way.
     """
     file = directory / "config.json"
     content = read_json(file) if file.is_file() else {}
     if not content or is_timm(content):
         return {}, {}
-    vision = group(content, "vision_config", file)
-    usual = next(iter(types))
-    kinds = [part.get("model_type") or usual for part in (content, vision)]
+    vision = get_object(content, "vision_config", file)
+    default = next(iter(types))
+    kinds = [one.get("model_type") or default for one in (content, vision)]
     if other := next((kind for kind in kinds if kind not in types), None):
         raise UserError(
-            f"{file}: model_type {shown(other)} is none of {', '.join(types)}, whose names these "
-            f"arrays have"
+            f"{file}: model_type {format_value(other)} is none of {', '.join(types)}, whose names "
+            f"these arrays have"
         )
-    refuse_unusual(content, ABSENT, file)
+    require_values(content, FILE_VALUES, file)
     eps = types[kinds[1] if vision.get("model_type") else kinds[0]]
     defaults = {"num_attention_heads": 12, "hidden_act": activation, "layer_norm_eps": eps}
-    claims, vision = {}, _vision(content, defaults, file)
+    expected, vision = {}, _vision_config(content, defaults, file)
     width = content.get("projection_dim")
     if width is not None and "clip" in types:
-        claims["out_width"] = (width, f"projection_dim in {file}")
-    own = {name for name in vision if name.startswith("_")}
-    refuse_unknown(vision, {*TAKEN, *CLAIMS, *USUAL, *IGNORED, *own}, file)
-    refuse_unusual(vision, USUAL, file)
-    claims |= {
-        ours: (_size(vision[key]), f"{key} in {file}")
-        for key, ours in CLAIMS.items()
+        expected["out_width"] = (width, f"projection_dim in {file}")
+    private = {name for name in vision if name.startswith("_")}
+    known = {*READ_KEYS, *SIZE_KEYS, *SUPPORTED_VALUES, *IGNORED, *private}
+    refuse_unknown_keys(vision, known, file)
+    require_values(vision, SUPPORTED_VALUES, file)
+    expected |= {
+        name: (_single(vision[key]), f"{key} in {file}")
+        for key, name in SIZE_KEYS.items()
         if vision.get(key) is not None
     }
-    return _told(defaults | vision, file), claims
+    return _settings(defaults | vision, file), expected
 
 
-def _vision(content: Mapping, defaults: Mapping, file) -> dict:
+def _vision_config(content: Mapping, defaults: Mapping, file: Path) -> dict:
     """The part of a config that the vision tower reads.
 
-    A `vision_config_dict`, in older files, stands for all of it, its left-out values for defaults.
-    Raises UserError where it contradicts what is there besides.
+    In older files `vision_config_dict` is complete, with defaults for omitted values. Raises
+    UserError if it contradicts `vision_config`.
     """
-    vision = group(content, "vision_config", file)
-    older = group(content, "vision_config_dict", file)
-    whole = {**defaults, **older} if older else {}
-    odd = [name for name in whole if vision.get(name, whole[name]) != whole[name]]
-    if odd:
+    vision = get_object(content, "vision_config", file)
+    older = get_object(content, "vision_config_dict", file)
+    complete = {**defaults, **older} if older else {}
+    different = [name for name in complete if vision.get(name, complete[name]) != complete[name]]
+    if different:
+        name = different[0]
         raise UserError(
-            f"{file}: vision_config has {odd[0]} {shown(vision[odd[0]])}, vision_config_dict "
-            f"{shown(whole[odd[0]])}: remove the one that is not of these weights"
+            f"{file}: vision_config has {name} {format_value(vision[name])}, vision_config_dict "
+            f"{format_value(complete[name])}: remove the one that is not of these weights"
         )
-    return vision | whole or dict(content)
+    return vision | complete or dict(content)
 
 
-def _size(value):
-    """One number of a pair of equal ones."""
-    pair = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
-    return value[0] if pair else value
+def _single(value: Any) -> Any:
+    """The value of a pair of equal ones; another value unchanged."""
+    is_pair = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
+    return value[0] if is_pair else value
 
 
-def _told(vision: Mapping, file) -> dict:
+def _settings(vision: Mapping, file: Path) -> dict[str, Any]:
     """heads, activation, eps and image_size."""
     activation = vision["hidden_act"]
     if activation not in ACTIVATIONS:
         raise UserError(
-            f"{file}: hidden_act {shown(activation)} is none of {', '.join(ACTIVATIONS)}"
+            f"{file}: hidden_act {format_value(activation)} is none of {', '.join(ACTIVATIONS)}"
         )
-    found = {
-        "heads": count(vision["num_attention_heads"], f"{file}: num_attention_heads"),
+    settings = {
+        "heads": positive_int(vision["num_attention_heads"], f"{file}: num_attention_heads"),
         "activation": ACTIVATIONS[activation],
-        "eps": share(vision["layer_norm_eps"], f"{file}: layer_norm_eps"),
+        "eps": fraction(vision["layer_norm_eps"], f"{file}: layer_norm_eps"),
     }
     if vision.get("image_size") is not None:
-        found["image_size"] = count(vision["image_size"], f"{file}: image_size")
-    return found
+        settings["image_size"] = positive_int(vision["image_size"], f"{file}: image_size")
+    return settings

@@ -1,28 +1,29 @@
-"""A layout is a table of entries: which array of a state dict is which part of our parameters.
+"""Tables that map arrays of a state dict to this package's parameters.
 
-Parameters are flat dicts here, {"encoder/blocks/attn/qkv/kernel": array}; leaves of scanned blocks
-have a leading layer axis. `read` and `write` are strict: every name and every leaf is used once.
+Parameters are flat dicts, {"encoder/blocks/attn/qkv/kernel": array}; leaves of scanned blocks have
+a leading layer axis. `read` and `write` are strict: every name and every leaf is used once.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Entry:
+class ArrayEntry:
     """One array of a state dict.
 
     kind: "same"; "vector" (torch's (n,) against any shape); "linear" (torch's (out, in) against
     (in, out), or (parts · out, in) against (parts, in, out)); "conv" (torch's (out, channels, p, p)
     against (p·p·channels, out)).
     layer: index on the leaf's leading layer axis. part: index on the axis of stacked q, k, v.
-    copies: other names that hold the same values. shape: the array's, where neither leaf nor kind
-    tell it.
+    copies: other names with the same values. shape: of the array, if leaf and kind do not
+    determine it.
     """
 
     name: str
@@ -34,12 +35,12 @@ class Entry:
     shape: tuple[int, ...] | None = None
 
     def slot(self) -> tuple:
-        """Where in the leaf the array goes."""
+        """Index of the array in its leaf."""
         return tuple(i for i in (self.layer, self.part) if i is not None) or (...,)
 
 
-def stored_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the array whose slot in our parameters has the given one."""
+def stored_shape(entry: ArrayEntry, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the stored array whose slot in the parameters has the given shape."""
     if entry.shape is not None:
         return entry.shape
     if entry.kind == "linear":
@@ -50,10 +51,10 @@ def stored_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (math.prod(shape),) if entry.kind == "vector" else tuple(shape)
 
 
-def _from_torch(entry: Entry, value: np.ndarray, shape) -> np.ndarray:
+def _from_torch(entry: ArrayEntry, value: np.ndarray, shape) -> np.ndarray:
     stored = stored_shape(entry, shape)
     if [n for n in value.shape if n != 1] != [n for n in stored if n != 1]:
-        raise UserError(f"{entry.name} has shape {value.shape}, {stored} is expected")
+        raise UserError(f"{entry.name} has shape {value.shape}, expected {stored}")
     value = value.reshape(stored)
     if entry.kind == "linear":
         value = value.reshape(*shape[:-2], -1, value.shape[-1]).swapaxes(-1, -2)
@@ -62,7 +63,7 @@ def _from_torch(entry: Entry, value: np.ndarray, shape) -> np.ndarray:
     return value.reshape(shape)
 
 
-def _to_torch(entry: Entry, value: np.ndarray) -> np.ndarray:
+def _to_torch(entry: ArrayEntry, value: np.ndarray) -> np.ndarray:
     stored = stored_shape(entry, value.shape)
     if entry.kind == "linear":
         return value.swapaxes(-1, -2).reshape(stored)
@@ -72,37 +73,35 @@ def _to_torch(entry: Entry, value: np.ndarray) -> np.ndarray:
 
 
 def read(
-    entries: Iterable[Entry],
+    entries: Iterable[ArrayEntry],
     state: Mapping[str, np.ndarray],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     ignore: Iterable[str] = (),
     what: str = "weights",
 ) -> dict[str, np.ndarray]:
-    """Flat float32 parameters of the given shapes from a state dict, its own arrays where they fit.
+    """Flat float32 parameters of the given shapes from a state dict, without copies if possible.
 
-    Raises UserError that lists names missing from the state dict, names in it that no entry (and
-    no prefix in `ignore`) knows, arrays of the wrong shape or dtype, and copies that differ.
+    what: source of the arrays, for messages. Raises UserError on missing names, names that neither
+    an entry nor a prefix in `ignore` matches, wrong shapes or dtypes, and copies that differ.
     """
     entries = list(entries)
     named = {name for e in entries for name in (e.name, *e.copies)}
     missing = sorted(named - set(state))
     extra = sorted(n for n in set(state) - named if not n.startswith(tuple(ignore)))
     if missing or extra:
-        raise UserError(
-            f"{what}: {_listed('missing', missing)}{_listed('unknown', extra)}".rstrip()
-        )
+        raise UserError(f"{what}: {_names('missing', missing)}{_names('unknown', extra)}".rstrip())
     params: dict[str, np.ndarray] = {}
     filled = dict.fromkeys(shapes, 0)
     for entry in entries:
         value = state[entry.name]
-        if value.dtype != np.float32:  # half precision has become float32 when it was read
+        if value.dtype != np.float32:  # half precision is converted when the file is read
             raise UserError(
                 f"{what}: {entry.name} is {value.dtype}, weights are float32, float16 or bfloat16"
             )
         for copy in entry.copies:
             if not np.array_equal(value, state[copy]):
-                raise UserError(f"{what}: {entry.name} and {copy} must be equal and are not")
+                raise UserError(f"{what}: {entry.name} and {copy} must be equal but differ")
         filled[entry.path] += value.size
         if entry.slot() == (...,):
             params[entry.path] = _from_torch(entry, value, shapes[entry.path])
@@ -113,19 +112,19 @@ def read(
         params[entry.path][entry.slot()] = _from_torch(entry, value, slot.shape)
     unfilled = [path for path, n in filled.items() if n != math.prod(shapes[path])]
     if unfilled:
-        raise UserError(f"{what}: {_listed('no source for', unfilled)}".rstrip())
+        raise UserError(f"{what}: {_names('no source for', unfilled)}".rstrip())
     return params
 
 
-def write(entries: Iterable[Entry], params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The state dict of flat parameters, views of them where it can.
+def write(entries: Iterable[ArrayEntry], params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """State dict of flat parameters, as views if possible.
 
-    Raises UserError where a parameter has no entry.
+    Raises UserError if a parameter has no entry.
     """
     entries = list(entries)
-    left = sorted(set(params) - {e.path for e in entries})
-    if left:
-        raise UserError(f"this layout has no place for {', '.join(left)}")
+    unmapped = sorted(set(params) - {e.path for e in entries})
+    if unmapped:
+        raise UserError(f"this layout cannot store {', '.join(unmapped)}")
     state = {}
     for entry in entries:
         value = np.asarray(params[entry.path], np.float32)[entry.slot()]
@@ -134,12 +133,12 @@ def write(entries: Iterable[Entry], params: Mapping[str, np.ndarray]) -> dict[st
     return state
 
 
-def describe(entries: Iterable[Entry], params: Mapping[str, np.ndarray]) -> list[str]:
-    """A line for each entry: name, shape, and the part of our parameters that it is."""
+def describe(entries: Iterable[ArrayEntry], params: Mapping[str, np.ndarray]) -> list[str]:
+    """One line per entry: name, shape, parameter path with index."""
     lines = []
     for entry in entries:
         index = "".join(f"[{i}]" for i in entry.slot() if i is not ...)
-        shape = "folded into the projection before it"
+        shape = "folded into the preceding projection"
         if entry.path in params:
             shape = str(stored_shape(entry, params[entry.path][entry.slot()].shape))
         for name in (entry.name, *entry.copies):
@@ -147,37 +146,39 @@ def describe(entries: Iterable[Entry], params: Mapping[str, np.ndarray]) -> list
     return lines
 
 
-def _listed(what: str, names: list[str], most: int = 8) -> str:
+def _names(label: str, names: list[str], limit: int = 8) -> str:
     if not names:
         return ""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what} {', '.join(names[:most])}{more}. "
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{label} {', '.join(names[:limit])}{more}. "
 
 
-def linear(name: str, path: str, **kwargs) -> list[Entry]:
+def linear(name: str, path: str, **kwargs) -> list[ArrayEntry]:
     """Weight and bias of a torch Linear."""
     return [
-        Entry(f"{name}.weight", f"{path}/kernel", "linear", **kwargs),
-        Entry(f"{name}.bias", f"{path}/bias", "vector", **kwargs),
+        ArrayEntry(f"{name}.weight", f"{path}/kernel", "linear", **kwargs),
+        ArrayEntry(f"{name}.bias", f"{path}/bias", "vector", **kwargs),
     ]
 
 
-def norm(name: str, path: str, copies: Iterable[str] = (), **kwargs) -> list[Entry]:
+def norm(name: str, path: str, copies: Iterable[str] = (), **kwargs) -> list[ArrayEntry]:
     """Weight and bias of a torch LayerNorm."""
     return [
-        Entry(f"{name}.{torch}", f"{path}/{ours}", copies=tuple(f"{c}.{torch}" for c in copies),
-              **kwargs)
-        for torch, ours in (("weight", "scale"), ("bias", "bias"))
+        ArrayEntry(
+            f"{name}.{torch}", f"{path}/{flax}",
+            copies=tuple(f"{copy}.{torch}" for copy in copies), **kwargs,
+        )
+        for torch, flax in (("weight", "scale"), ("bias", "bias"))
     ]  # fmt: skip
 
 
-def prefixed(prefix: str, entries: Iterable[Entry]) -> list[Entry]:
-    """Entries of arrays whose names begin with the prefix too."""
+def prefixed(prefix: str, entries: Iterable[ArrayEntry]) -> list[ArrayEntry]:
+    """Entries with the prefix before their names."""
     return [replace(entry, name=f"{prefix}{entry.name}") for entry in entries]
 
 
-def timm_blocks(name: str, path: str, depth: int) -> list[Entry]:
-    """The blocks of timm and of everything that descends from it, stacked."""
+def timm_blocks(name: str, path: str, depth: int) -> list[ArrayEntry]:
+    """Blocks of timm's ViT and its descendants, stacked."""
     entries = []
     for i in range(depth):
         entries += norm(f"{name}.{i}.norm1", f"{path}/norm1", layer=i)
@@ -189,8 +190,8 @@ def timm_blocks(name: str, path: str, depth: int) -> list[Entry]:
     return entries
 
 
-def hugging_face_layers(name: str, depth: int) -> list[Entry]:
-    """The blocks of Hugging Face's CLIP and of what descends from it, stacked under `blocks`."""
+def hugging_face_layers(name: str, depth: int) -> list[ArrayEntry]:
+    """Blocks of Hugging Face's CLIP and its descendants, stacked under `blocks`."""
     entries = []
     for i in range(depth):
         layer = f"{name}.{i}"
@@ -205,15 +206,15 @@ def hugging_face_layers(name: str, depth: int) -> list[Entry]:
     return entries
 
 
-def patch_embed(name: str, path: str) -> list[Entry]:
+def patch_embed(name: str, path: str) -> list[ArrayEntry]:
     """Weight and bias of the patch embedding's convolution."""
     return [
-        Entry(f"{name}.weight", f"{path}/kernel", "conv"),
-        Entry(f"{name}.bias", f"{path}/bias"),
+        ArrayEntry(f"{name}.weight", f"{path}/kernel", "conv"),
+        ArrayEntry(f"{name}.bias", f"{path}/bias"),
     ]
 
 
-def flatten(tree, prefix: str = "") -> dict:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested dict of arrays (or shapes) as {"a/b": leaf}."""
     flat = {}
     for key, value in tree.items():
@@ -222,8 +223,8 @@ def flatten(tree, prefix: str = "") -> dict:
     return flat
 
 
-def unflatten(flat: Mapping) -> dict:
-    """The inverse of `flatten`."""
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`."""
     tree: dict = {}
     for path, value in flat.items():
         *parents, leaf = path.split("/")

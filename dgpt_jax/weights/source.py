@@ -1,57 +1,62 @@
-"""What the file of a teacher tells, whatever its layout: convert/{clip,siglip,dinov2}.py make one.
+"""Published weights of a teacher, before its settings are resolved.
 
-A state dict does not tell the head count, nor always the activation, nor mean and std. They come
-from the JSON beside the weights or from the caller, never from a guess.
+A state dict stores neither the head count nor, in general, the activation, mean and std. They come
+from JSON beside the weights, from the config or from the layout, and are never guessed.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dgpt_jax.convert.layout import Entry
-from dgpt_jax.schema import UserError, printable
+from dgpt_jax.errors import UserError, printable
+from dgpt_jax.weights.mapping import ArrayEntry
 
-KNOWN = (
-    "OpenAI's and OpenCLIP's CLIP ViT (visual.*); of Hugging Face CLIPModel, "
+SUPPORTED = (
+    "CLIP ViT of OpenAI and OpenCLIP (visual.*); Hugging Face's CLIPModel, "
     "CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel, Dinov2Model and "
     "Dinov2WithRegistersModel"
 )
-SHOWN = 5  # names of arrays in a message
+MAX_NAMES = 5  # array names in a message
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tower as it is published.
+    """A teacher's vision tower in a published layout (layouts/{clip,siglip,dinov2}.py).
 
-    state: its arrays, and no others. entries: the table of names for a depth. fields: those of
-    towers.Tower that the layout settles, or that it has unless the JSON tells otherwise. told: what
-    the JSON beside the weights, or the arrays, say of heads, activation, eps, mean, std and
-    image_size. claims: what the JSON says of sizes that the arrays have, by Tower's names, each
-    with where it says so. antialias: how the layout's own code resizes positions.
+    state: the tower's arrays. entries: table of names for a depth. antialias: True if the layout's
+    own code resizes positions with antialiasing.
+
+    The rest are settings by the field names of teacher_vit.TeacherArchitecture:
+    defaults: of the layout. settings: heads, activation, eps, mean, std and image_size as the JSON
+    beside the weights or the arrays specify them; they take precedence over `defaults`. (The
+    config's `overrides` must agree with `settings`.) expected: sizes that the JSON states and the
+    arrays determine, {name: (value, key and file)}; checked against the arrays.
     """
 
     state: Mapping[str, np.ndarray]
-    entries: Callable[[int], list[Entry]]
-    fields: Mapping = field(default_factory=dict)
-    told: Mapping = field(default_factory=dict)
-    claims: Mapping = field(default_factory=dict)
+    entries: Callable[[int], list[ArrayEntry]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    expected: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     antialias: bool = False
 
 
-def refusal(path, why: str) -> UserError:
-    """The error for weights that are no teacher's."""
-    return UserError(f"{path} {why}. Layouts that are known: {KNOWN}")
+def unsupported(path: Path | str, reason: str) -> UserError:
+    """Error for weights that are not in a supported teacher layout."""
+    return UserError(f"{path} {reason}. Supported layouts: {SUPPORTED}")
 
 
-def first_names(state: Mapping) -> str:
-    """The first names of arrays, for a message."""
-    names = ", ".join(printable(name)[:60] for name in list(state)[:SHOWN])
+def first_names(state: Mapping[str, np.ndarray]) -> str:
+    """First array names, for a message."""
+    names = ", ".join(printable(name)[:60] for name in list(state)[:MAX_NAMES])
     return f"the first of its {len(state)} arrays are {names}"
 
 
-def part(state: Mapping, *prefixes: str) -> dict:
-    """The arrays whose names begin with one of the prefixes, without it."""
+def strip_prefix(state: Mapping[str, np.ndarray], *prefixes: str) -> dict[str, np.ndarray]:
+    """Arrays whose names start with one of the prefixes, by their names without it."""
     return {
         name.removeprefix(prefix): array
         for name, array in state.items()

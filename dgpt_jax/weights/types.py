@@ -1,69 +1,76 @@
-"""What every layout is read into and written from: a model, its flat parameters, how it is used."""
+"""Types that every layout reads into and writes from: model, flat parameters, preprocessing."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
-from dgpt_jax import digpt, heads, vit
-from dgpt_jax.config import Model
-from dgpt_jax.convert import layout
-from dgpt_jax.convert.layout import Entry
-from dgpt_jax.convert.teacher import interpolate_positions
-from dgpt_jax.schema import UserError, parse
+from dgpt_jax.config import ModelConfig
+from dgpt_jax.config.schema import parse
+from dgpt_jax.data import normalization
+from dgpt_jax.errors import UserError
+from dgpt_jax.models import classifier, digpt
+from dgpt_jax.weights import mapping
+from dgpt_jax.weights.mapping import ArrayEntry
+from dgpt_jax.weights.teacher_loading import interpolate_positions
 
 DECODERS = ("next", "visible", "direct")
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a picture becomes an encoder's input; the words are timm's.
+    """Preprocessing of an encoder's input images, in timm's terms.
 
-    crop_mode "center": the shorter side is resized to image_size / crop_pct, then cropped in the
-    middle. "squash": both sides are.
+    crop_mode "center": the shorter side is resized to image_size / crop_pct, then the center is
+    cropped. "squash": both sides are resized to it.
     """
 
-    mean: tuple[float, float, float] = vit.IMAGENET_MEAN
-    std: tuple[float, float, float] = vit.IMAGENET_STD
+    mean: tuple[float, float, float] = normalization.IMAGENET_MEAN
+    std: tuple[float, float, float] = normalization.IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
 
     @staticmethod
-    def of(told: Mapping) -> "Preprocess":
-        """From JSON."""
-        return Preprocess(**{n: tuple(v) if isinstance(v, list) else v for n, v in told.items()})
+    def from_json(content: Mapping[str, Any]) -> "Preprocess":
+        """Inverse of dataclasses.asdict, with lists for tuples."""
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content.items()
+        }
+        return Preprocess(**options)
 
 
-def resized(size: int, crop_pct: float) -> int:
-    """To how many pixels pictures are resized before they are cropped; rounded as timm does it."""
-    return math.floor(size / crop_pct)
+def resize_edge(image_size: int, crop_pct: float) -> int:
+    """Pixels that images are resized to before the crop, rounded as in timm."""
+    return math.floor(image_size / crop_pct)
 
 
-def crop_pct(size: int, edge: int) -> float:
-    """The largest number of which `resized` makes the edge."""
-    exact = size / edge
-    return exact if resized(size, exact) == edge else math.nextafter(exact, 0)
+def crop_pct(image_size: int, edge: int) -> float:
+    """Largest crop_pct whose `resize_edge` is `edge`."""
+    exact = image_size / edge
+    return exact if resize_edge(image_size, exact) == edge else math.nextafter(exact, 0)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An encoder in use (heads.Classifier), or a whole pretraining model (digpt.DiGPT).
+    """An encoder (classifier.Classifier) or a complete pretraining model (digpt.DiGPT).
 
     params: flat, float32. pooling: "cls" or "mean"; None for a pretraining model, which has
-    neither learned positions nor a final norm. source: where they came from. run: {"config",
-    "step"} of the training, where it is known. notes: what the user should hear. classes: the names
-    of a head's classes, in the order of its outputs; empty where they are not known.
+    neither learned positions nor a final norm. source: origin, for messages. run: {"config",
+    "step"} of the training, if recorded. notes: lines to print for the user. classes: class names
+    of the head in the order of its outputs; empty if unknown.
     """
 
-    model: Model
+    model: ModelConfig
     params: dict[str, np.ndarray]
     pooling: str | None
     source: str
@@ -74,7 +81,7 @@ class Weights:
 
     @property
     def full(self) -> bool:
-        """Whether this is a pretraining model."""
+        """True for a pretraining model."""
         return self.pooling is None
 
     @property
@@ -87,150 +94,154 @@ class Weights:
 
     @property
     def out_width(self) -> int:
-        """What the decoders predict."""
+        """Width of the decoders' predictions."""
         return self.params[f"{self.decoders[0]}/pred/kernel"].shape[1]
 
-    def module(self):
-        """The Flax module of the parameters."""
-        if not self.full:
-            return heads.classifier(self.model, self.pooling, self.num_classes)
+    def module(self) -> nn.Module:
+        """Flax module of the parameters."""
+        if self.pooling is not None:
+            return classifier.classifier(self.model, self.pooling, self.num_classes)
         return digpt.build(self.model, out_width=self.out_width, decoders=self.decoders)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """{path: shape} that the parameters of such a module have."""
-        if not self.full:
+        """{path: shape} of the module's parameters."""
+        if self.pooling is not None:
             return encoder_shapes(self.model, self.pooling, self.num_classes)
         return full_shapes(self.model, self.out_width, self.decoders)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A way in which weights are stored.
+class WeightLayout:
+    """A storage layout of weights.
 
-    found(state, path): whether a file's arrays are of it (state None: path is a directory).
-    read(state, path, heads, decoder_heads): Weights. table(weights): its entries, for the same
-    parameters. save(weights, path): writes a file, or into an existing directory, whatever else
-    belongs to it; raises UserError, before it writes, on what the layout cannot hold. suffixes: of
-    the file, the usual one first; none: a directory. full: whether it can hold decoders.
+    detect(state, path): True if the arrays are in this layout (state None: path is a directory).
+    read(state, path, heads, decoder_heads): Weights. table(weights): entries for its parameters.
+    save(weights, path): writes a file, or into an existing directory, with the layout's JSON;
+    raises UserError before writing if the layout cannot represent the weights. suffixes: of the
+    file, the default first; empty for a directory. full: True if it can store decoders.
     """
 
     name: str
-    found: Callable[[Mapping | None, Path], bool]
+    detect: Callable[[Mapping[str, np.ndarray] | None, Path], bool]
     read: Callable[..., Weights]
-    table: Callable[[Weights], list[Entry]]
+    table: Callable[[Weights], list[ArrayEntry]]
     save: Callable[[Weights, Path], None] | None = None
     suffixes: tuple[str, ...] = ()
     full: bool = False
 
 
-def assumed(path, names, whose: str) -> tuple[str, ...]:
-    """Notes that preprocessing which nothing beside the weights tells is taken from elsewhere."""
-    if not names:
+def assumption_note(path: Path | str, names: Iterable[str], assumed: str) -> tuple[str, ...]:
+    """Note that the named preprocessing settings are unspecified and `assumed` is used."""
+    if not (names := list(names)):
         return ()
-    return (f"{path} does not tell its {' and '.join(names)}: {whose} are taken",)
+    return (f"{path} does not specify {' and '.join(names)}: using {assumed}",)
 
 
 def encoder_model(
-    *, width: int, patch: int, heads: int, depth: int, mlp_width: int, image_size: int, **more
-) -> Model:
+    *, width: int, patch: int, heads: int, depth: int, mlp_width: int, image_size: int, **options
+) -> ModelConfig:
     """The `config.Model` of an encoder that was not pretrained here. Raises UserError."""
     ratio = mlp_width / width
-    if int(width * ratio) != mlp_width:  # a hair below, in floating point
+    if int(width * ratio) != mlp_width:  # rounded below by floating point
         ratio = (mlp_width + 0.5) / width
     return parse(
-        Model,
+        ModelConfig,
         dict(
             width=width, patch=patch, heads=heads, depth=depth, mlp_ratio=ratio,
-            image_size=image_size, segments=(1, 1), **more,
+            image_size=image_size, segments=(1, 1), **options,
         ),
     )  # fmt: skip
 
 
-def image_side(positions: int, patch: int, what) -> int:
-    """Pixels along a square image from its number of positions, CLS among them."""
+def image_side(positions: int, patch: int, path: Path | str) -> int:
+    """Side in pixels of a square image from its number of positions, CLS included."""
     side = round(max(positions - 1, 0) ** 0.5)
     if side * side + 1 != positions:
-        raise UserError(f"{what}: {positions} positions are not those of CLS and a square grid")
+        raise UserError(f"{path}: {positions} positions are not CLS and a square grid")
     return patch * side
 
 
-def depth_of(state: Mapping, prefix: str, what) -> int:
-    """One more than the largest number after the prefix."""
+def depth_of(state: Mapping[str, np.ndarray], prefix: str, path: Path | str) -> int:
+    """Number of blocks: one more than the largest index after the prefix."""
     numbers = [int(n.removeprefix(prefix).split(".")[0]) for n in state if n.startswith(prefix)]
     if not numbers:
-        raise UserError(f"{what} has no blocks ({prefix}0.…)")
+        raise UserError(f"{path} has no blocks ({prefix}0.…)")
     return 1 + max(numbers)
 
 
-def needed(state: Mapping, names, what) -> list[np.ndarray]:
-    """The named arrays. Raises UserError where one is missing."""
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise UserError(f"{what}: missing {', '.join(missing)}")
+def require_arrays(
+    state: Mapping[str, np.ndarray], names: Iterable[str], path: Path | str
+) -> list[np.ndarray]:
+    """The named arrays. Raises UserError if one is missing."""
+    names = list(names)
+    if missing := [name for name in names if name not in state]:
+        raise UserError(f"{path}: missing {', '.join(missing)}")
     return [state[name] for name in names]
 
 
 @lru_cache
-def encoder_shapes(model: Model, pooling: str, num_classes: int) -> Mapping[str, tuple[int, ...]]:
-    """{path: shape} of heads.Classifier's parameters."""
-    module = heads.classifier(model, pooling, num_classes)
+def encoder_shapes(
+    model: ModelConfig, pooling: str, num_classes: int
+) -> Mapping[str, tuple[int, ...]]:
+    """{path: shape} of classifier.Classifier's parameters."""
+    module = classifier.classifier(model, pooling, num_classes)
     return _shapes(module, digpt.dummy_inputs(model)[:1])
 
 
 @lru_cache
 def full_shapes(
-    model: Model, out_width: int, decoders: tuple[str, ...] = ("next", "visible")
+    model: ModelConfig, out_width: int, decoders: tuple[str, ...] = ("next", "visible")
 ) -> Mapping[str, tuple[int, ...]]:
     """{path: shape} of digpt.DiGPT's parameters."""
     module = digpt.build(model, out_width=out_width, decoders=decoders)
     return _shapes(module, digpt.dummy_inputs(model))
 
 
-def _shapes(module, inputs) -> Mapping[str, tuple[int, ...]]:
+def _shapes(module: nn.Module, inputs) -> Mapping[str, tuple[int, ...]]:
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    return MappingProxyType({p: leaf.shape for p, leaf in layout.flatten(params).items()})
+    return MappingProxyType({p: leaf.shape for p, leaf in mapping.flatten(params).items()})
 
 
 def encoder(weights: Weights, pooling: str | None) -> Weights:
-    """The encoder of a pretraining model, pooled as told; an encoder as it is.
+    """Encoder of a pretraining model with the given pooling; an encoder unchanged.
 
-    Raises UserError where an encoder is pooled otherwise: its last norm stands elsewhere.
+    Raises UserError if an encoder has another pooling, since its last norm is applied elsewhere.
     """
     if weights.full:
-        nested = layout.unflatten(
+        nested = mapping.unflatten(
             {p: x for p, x in weights.params.items() if p.startswith("encoder/")}
         )
-        nested = heads.from_pretrained(nested["encoder"], weights.model)
-        params = layout.flatten(nested)
+        nested = classifier.classifier_params_from_encoder(nested["encoder"], weights.model)
+        params = mapping.flatten(nested)
         return dataclasses.replace(weights, params=params, pooling=pooling or "cls")
     if pooling not in (None, weights.pooling):
         raise UserError(f"{weights.source} has pooling {weights.pooling}, not {pooling}")
     return weights
 
 
-def change(
+def adapt(
     weights: Weights,
     *,
     image_size: int | None = None,
     eps: float | None = None,
     activation: str | None = None,
 ) -> Weights:
-    """Weights for another image size, eps or GELU: never done unasked, and said in the notes.
+    """Weights with another image size, eps or GELU; each change adds a note.
 
-    Positions are resized as timm does it. Raises UserError.
+    Positions are resized as in timm. Raises UserError.
     """
     old = weights.model
-    asked = {"image_size": image_size, "eps": eps, "activation": activation}
-    asked = {n: v for n, v in asked.items() if v is not None and v != getattr(old, n)}
-    if not asked:
+    changes = {"image_size": image_size, "eps": eps, "activation": activation}
+    changes = {n: v for n, v in changes.items() if v is not None and v != getattr(old, n)}
+    if not changes:
         return weights
-    model = dataclasses.replace(old, **asked).resolved()
+    model = dataclasses.replace(old, **changes).resolved()
     params, notes = dict(weights.params), []
     if not weights.full and model.grid != old.grid:
-        resized = interpolate_positions(
+        positions = interpolate_positions(
             params["pos_embed"][0], (model.grid, model.grid), cls=True, antialias=True
         )
-        params["pos_embed"] = resized[None]
-    for name, value in asked.items():
-        notes.append(f"{name} is {value}, was {getattr(old, name)}: the encoder is another one")
+        params["pos_embed"] = positions[None]
+    for name, value in changes.items():
+        notes.append(f"{name} changed from {getattr(old, name)} to {value}: outputs differ")
     return dataclasses.replace(weights, model=model, params=params, notes=(*weights.notes, *notes))

@@ -1,4 +1,4 @@
-"""The benchmark: its PyTorch peer is the official model, and does what our step does."""
+"""The PyTorch peer of the benchmark computes the official losses and gradients."""
 
 import json
 
@@ -6,40 +6,37 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dgpt_jax.convert import digpt as official
-from tests.paths import GOLDEN
+from dgpt_jax.weights.layouts import digpt as official
+from tests.support.paths import GOLDEN
 
 torch = pytest.importorskip("torch")
 
 
-def test_the_peer_gives_the_official_losses_and_gradients():
-    import bench_torch
-
-    from dgpt_jax.convert import digpt_torch
+def test_official_losses_and_gradients():
+    from dgpt_jax.weights import official_torch
+    from tools.benchmarks import bench_torch
 
     state = load_file(GOLDEN / "digpt_tiny.safetensors")
-    model = digpt_torch.build(official.model_of(state, 3, 2), state)
+    model = official_torch.build(official.model_of(state, 3, 2), state)
     expected = np.load(GOLDEN / "digpt_tiny_expected.npz")
     rng = np.random.default_rng(7)
     images = rng.standard_normal((2, 3, 224, 224)).astype(np.float32)
     tokens = rng.standard_normal((2, 257, 1024)).astype(np.float32)
     inputs = (images * 255, tokens, np.ones(1024, np.float32), expected["perm"])
-    generative, seen = bench_torch.Losses(model)(*map(torch.from_numpy, inputs), 0.0, 1.0)
-    assert generative.item() == pytest.approx(float(expected["next_loss"]), rel=1e-5)
-    assert seen.item() == pytest.approx(float(expected["visible_loss"]), rel=1e-5)
-    (generative + seen).backward()
+    next_loss, visible_loss = bench_torch.Losses(model)(*map(torch.from_numpy, inputs), 0.0, 1.0)
+    assert next_loss.item() == pytest.approx(float(expected["next_loss"]), rel=1e-5)
+    assert visible_loss.item() == pytest.approx(float(expected["visible_loss"]), rel=1e-5)
+    (next_loss + visible_loss).backward()
     for name, parameter in model.named_parameters():
         norm = parameter.grad.double().norm()
         assert norm.item() == pytest.approx(float(expected[f"grad_norm/{name}"]), rel=1e-3), name
 
 
-class Stub:
-    """What bench_peer.beside asks of a peer process."""
-
+class StubPeer:
     def __init__(self, losses):
         self._answers = [losses, 9.0]
 
-    def answer(self):
+    def receive(self):
         return self._answers.pop(0)
 
     def seconds(self, steps: int) -> float:
@@ -49,12 +46,12 @@ class Stub:
         pass
 
 
-def test_rounds_against_a_peer(monkeypatch):
-    """The ratio is ours over the peer's images a second; other losses end the run."""
-    import bench_peer
+def test_alternating_rounds(monkeypatch):
+    """The ratio is in images per second, JAX over PyTorch; different losses are an error."""
+    from tools.benchmarks import bench_peer
 
-    class Ours:
-        def write(self, work):
+    class StubStep:
+        def save(self, work):
             (work / "bench.json").write_text(json.dumps({}))
 
         def compile(self):
@@ -66,17 +63,17 @@ def test_rounds_against_a_peer(monkeypatch):
         def run(self, steps):
             return [0.5] * steps
 
-    monkeypatch.setattr(bench_peer, "Peer", lambda kind, work: Stub([2.0, 1.9]))
-    seconds, found = bench_peer.beside(Ours(), "torch", 3, 4)
+    monkeypatch.setattr(bench_peer, "Peer", lambda kind, work: StubPeer([2.0, 1.9]))
+    seconds, results = bench_peer.alternate(StubStep(), "torch", 3, 4)
     assert seconds == [0.5] * 12
-    assert found["ratio_vs_peer"] == 4.0 and found["peer_ms"] == 2000
-    monkeypatch.setattr(bench_peer, "Peer", lambda kind, work: Stub([2.0, 1.8]))
-    with pytest.raises(bench_peer.UserError, match="other losses"):
-        bench_peer.beside(Ours(), "torch", 3, 4)
+    assert results["ratio_vs_peer"] == 4.0 and results["peer_ms"] == 2000
+    monkeypatch.setattr(bench_peer, "Peer", lambda kind, work: StubPeer([2.0, 1.8]))
+    with pytest.raises(bench_peer.UserError, match="losses.*1.8"):
+        bench_peer.alternate(StubStep(), "torch", 3, 4)
 
 
-def test_chips_by_their_kind():
-    from dgpt_jax import chips
+def test_chips_by_device_kind():
+    from dgpt_jax.planning import chips
 
     kinds = {
         "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",

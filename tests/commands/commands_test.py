@@ -1,19 +1,22 @@
-"""Commands as users run them: bad input is one clear line and a non-zero exit; what is imported."""
+"""Commands as users run them: bad input is one clear line and a non-zero exit; imports."""
 
 import dataclasses
-import importlib
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
-import build_tokens
 import pytest
 
-from dgpt_jax import cli, config, evaluate, hosts, train
-from tests.data import image_dataset, random_teacher, token_store
+from dgpt_jax import cli, evaluate, train
+from dgpt_jax.commands import build_tokens
+from dgpt_jax.config import roots
+from dgpt_jax.distributed import launchers
+from dgpt_jax.errors import UserError
+from tests.support import commands
+from tests.support.data import image_dataset, random_teacher, token_store
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 QUICK = f"--config={ROOT / 'configs/quickstart.py'}"
 TINY = [
     "--config.model.image_size=16", "--config.model.width=24", "--config.model.depth=2",
@@ -22,7 +25,7 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def data(tmp_path_factory):
     """(image dataset, teacher, token store with 24 channels and a 4×4 grid)."""
     root = tmp_path_factory.mktemp("commands")
     dataset = image_dataset(root, per_class=4)
@@ -31,7 +34,7 @@ def made(tmp_path_factory):
 
 
 def refused(monkeypatch, main, *words) -> str:
-    """The line with which a command ends on a user's error."""
+    """The last line of a command that a user error ends."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
@@ -44,13 +47,13 @@ def train_refused(monkeypatch, tmp_path, path, *words) -> str:
     workdir = tmp_path / "run"
     words = (QUICK, f"--workdir={workdir}", f"--config.data.path={path}", *TINY, *words)
     message = refused(monkeypatch, train.main, *words)
-    assert not workdir.exists()  # found before anything is made
+    assert not workdir.exists()  # checked before anything is written
     return message
 
 
-def test_unknown_config_key(monkeypatch, tmp_path, made):
-    message = train_refused(monkeypatch, tmp_path, made[2], "--config.optim.lr=1")
-    assert message == "error: unknown config key config.optim.lr: did you mean config.optim.blr?"
+def test_unknown_config_key(monkeypatch, tmp_path, data):
+    message = train_refused(monkeypatch, tmp_path, data[2], "--config.optim.lr=1")
+    assert "config.optim.lr:" in message and "config.optim.blr" in message
 
 
 def test_missing_directory(monkeypatch, tmp_path):
@@ -58,22 +61,22 @@ def test_missing_directory(monkeypatch, tmp_path):
     assert f"no such directory: {tmp_path / 'absent'}" in message
 
 
-def test_tokens_of_another_grid_or_width(monkeypatch, tmp_path, made):
-    message = train_refused(monkeypatch, tmp_path, made[2], "--config.teacher.width=768")
-    assert "holds teacher tokens of width 24, the config expects 768" in message
-    message = train_refused(monkeypatch, tmp_path, made[2], "--config.teacher.grid=16")
-    assert "holds teacher tokens of grid 4, the config expects 16" in message
+def test_tokens_of_another_grid_or_width(monkeypatch, tmp_path, data):
+    message = train_refused(monkeypatch, tmp_path, data[2], "--config.teacher.width=768")
+    assert "width 24" in message and "768" in message
+    message = train_refused(monkeypatch, tmp_path, data[2], "--config.teacher.grid=16")
+    assert "grid 4" in message and "16" in message
 
 
-def test_a_batch_that_is_not_divisible(monkeypatch, tmp_path, made):
-    message = train_refused(monkeypatch, tmp_path, made[2], "--config.accum_steps=3")
-    assert "config.batch_size 4 is not divisible by config.accum_steps 3" in message
-    message = train_refused(monkeypatch, tmp_path, made[2], "--config.mesh.fsdp=3")
+def test_a_batch_that_is_not_divisible(monkeypatch, tmp_path, data):
+    message = train_refused(monkeypatch, tmp_path, data[2], "--config.accum_steps=3")
+    assert "config.batch_size" in message and "config.accum_steps" in message
+    message = train_refused(monkeypatch, tmp_path, data[2], "--config.mesh.fsdp=3")
     assert "3" in message and "device" in message
 
 
 def test_a_folder_without_images(monkeypatch, tmp_path):
-    import import_images
+    from dgpt_jax.commands import import_images
 
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/notes.txt").write_text("no image")
@@ -81,25 +84,24 @@ def test_a_folder_without_images(monkeypatch, tmp_path):
     assert "no images" in refused(monkeypatch, import_images.main, *words)
 
 
-def test_a_truncated_shard(monkeypatch, tmp_path, made):
-    store = token_store(tmp_path, made[0], made[1])
+def test_a_truncated_shard(monkeypatch, tmp_path, data):
+    store = token_store(tmp_path, data[0], data[1])
     shard = next(store.glob("*array_record*"))
     shard.write_bytes(shard.read_bytes()[:-100])
     message = train_refused(monkeypatch, tmp_path, store)
-    assert shard.name in message and "damaged or truncated" in message
+    assert shard.name in message
 
 
-def test_checkpoints_that_are_none(monkeypatch, tmp_path, made):
-    import convert
-    import plot
+def test_missing_checkpoints(monkeypatch, tmp_path, data):
+    from dgpt_jax.commands import convert, plot
 
-    words = (f"--config={ROOT / 'configs/knn_in1k.py'}", f"--config.data={made[0]}")
+    words = (f"--config={ROOT / 'configs/knn_in1k.py'}", f"--config.data={data[0]}")
     message = refused(monkeypatch, evaluate.main, *words, f"--checkpoint={tmp_path}")
-    assert "neither a work directory" in message
+    assert str(tmp_path) in message
     message = refused(monkeypatch, convert.main, tmp_path / "x", tmp_path / "y", "--to=timm")
     assert str(tmp_path / "x") in message
     message = refused(monkeypatch, plot.main, tmp_path, f"--out={tmp_path / 'a.png'}")
-    assert "no metrics.jsonl" in message
+    assert "metrics.jsonl" in message
 
 
 @pytest.mark.parametrize(
@@ -132,8 +134,8 @@ def test_numbers_of_flags_have_a_range(monkeypatch, tmp_path, tool, words):
     monkeypatch.chdir(tmp_path)
     flags = (word.partition("=") for word in words.split() if "=" in word)
     flag, value = next((flag, value) for flag, _, value in flags if flag not in ("--out", "--to"))
-    message = refused(monkeypatch, importlib.import_module(tool).main, *words.split())
-    assert f"argument {flag}: {value} is not a number from" in message
+    message = refused(monkeypatch, commands.module_of(tool).main, *words.split())
+    assert f"argument {flag}: {value} " in message
     assert not list(tmp_path.iterdir())
 
 
@@ -142,14 +144,14 @@ def test_a_real_process_ends_with_1_and_no_traceback(tmp_path):
     ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
     lines = ended.stderr.strip().splitlines()
-    assert lines == ["error: unknown config key config.data.pth: did you mean config.data.path?"]
+    assert len(lines) == 1 and "config.data.pth:" in lines[0] and "config.data.path" in lines[0]
 
 
-@pytest.mark.skipif(hosts._accelerators() == "a TPU", reason="there is a TPU")
+@pytest.mark.skipif(launchers.local_accelerator() == "a TPU", reason="there is a TPU")
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_a_platform_that_is_not_there(tmp_path, platform):
-    """Never a silent CPU."""
-    if platform == "gpu" and hosts._accelerators():
+def test_an_unavailable_platform(tmp_path, platform):
+    """Never falls back to the CPU silently."""
+    if platform == "gpu" and launchers.local_accelerator():
         pytest.skip("there is a GPU")
     words = ["-m", "dgpt_jax.train", QUICK, f"--workdir={tmp_path / 'run'}", "--config.data.path=x"]
     ended = subprocess.run(
@@ -157,28 +159,31 @@ def test_a_platform_that_is_not_there(tmp_path, platform):
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    # libtpu may say something too
-    assert f"error: config.platform={platform} is not available: " in ended.stderr.splitlines()[-1]
+    # libtpu may print lines of its own
+    assert f"error: config.platform={platform} " in ended.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
 IMPORT_ALL = """
-import importlib, pathlib, pkgutil, sys, dgpt_jax
-# What is written in another framework is imported by nothing before that is asked for.
-foreign = ("dgpt_jax.convert.digpt_torch", "bench_torch", "bench_input_tf")
-names = [m.name for m in pkgutil.walk_packages(dgpt_jax.__path__, "dgpt_jax.")]
+import importlib, pathlib, pkgutil, sys, dgpt_jax, tools
+# Modules for another framework are imported on demand only.
+bench = "tools.benchmarks.bench_"
+foreign = ("dgpt_jax.weights.official_torch", bench + "torch", bench + "input_tf")
+names = [
+    module.name
+    for package in (dgpt_jax, tools)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+]
 for name in names:
     if name not in foreign:
         importlib.import_module(name)
 assert "tensorflow" not in sys.modules
-for folder in ("configs", "tools"):
-    sys.path.insert(0, folder)
-    for path in pathlib.Path(folder).glob("*.py"):
-        if path.stem not in foreign:
-            importlib.import_module(path.stem)
-        names.append(path.stem)
+sys.path.insert(0, "configs")
+for path in pathlib.Path("configs").glob("*.py"):
+    importlib.import_module(path.stem)
+    names.append(path.stem)
 assert "tensorflow" not in sys.modules
-import tensorflow  # the bait is there
+import tensorflow  # the stand-in is importable
 print(len(names))
 """
 
@@ -197,11 +202,15 @@ def test_every_file_imports_and_none_imports_tensorflow(tmp_path):
     assert int(ended.stdout) >= len(files)
 
 
-COMMANDS = {config.Train: train, config.Tokens: build_tokens, config.Evaluate: evaluate}
+COMMANDS = {
+    roots.TrainConfig: train,
+    roots.TokensConfig: build_tokens,
+    roots.EvaluateConfig: evaluate,
+}
 
 
 def fields(kind, prefix="--config."):
-    """(flag, field) of everything that holds a value."""
+    """(flag, field) of every leaf of a config."""
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
             yield from fields(field.type, f"{prefix}{field.name}.")
@@ -210,7 +219,7 @@ def fields(kind, prefix="--config."):
 
 
 def printed(monkeypatch, capsys, main, *words) -> str:
-    """What a command prints that ends with 0."""
+    """Output of a command that exits with 0."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
@@ -223,57 +232,91 @@ def test_help_lists_every_field(monkeypatch, capsys, kind):
     shown = printed(monkeypatch, capsys, COMMANDS[kind].main, "--help")
     assert max(map(len, shown.splitlines())) <= 100
     shown = " ".join(shown.split())
-    known = dict(fields(kind))
-    assert len(known) > 15
-    for flag, field in known.items():
+    flags = dict(fields(kind))
+    assert len(flags) > 15
+    for flag, field in flags.items():
         assert field.metadata["doc"]
         start = shown.index(f" {flag} (") + 1
-        told = shown[start : start + 500]
-        assert f"default {field.default!r}): {' '.join(field.metadata['doc'].split())}" in told
-    if kind is config.Train:
-        assert (
-            "--config.optim.blr (float, at least 0; default 0.00015): base learning rate" in shown
-        )
-        assert "--config.data.views (int | None, at least 1; default None): use the first" in shown
+        doc = " ".join(field.metadata["doc"].split())
+        assert f"default {field.default!r}): {doc}" in shown[start : start + 500]
+    if kind is roots.TrainConfig:
+        assert "--config.optim.blr (float, at least 0; default 0.00015): " in shown
+        assert "--config.data.views (int | None, at least 1; default None): " in shown
 
 
 def test_print_config(monkeypatch, capsys):
-    """Of nothing but a config file; resolved, every field once, and nothing is made or read."""
+    """Needs a config file alone; resolved, every field once, nothing is read or written."""
     words = (QUICK, "--config.data.path=/absent", "--config.model.taps=None", "--print_config")
     lines = printed(monkeypatch, capsys, train.main, *words).splitlines()
-    told = dict(line.split(" = ") for line in lines[:-1])
-    assert [f"--{name}" for name in told] == [flag for flag, _ in fields(config.Train)]
-    assert told["config.model.taps"] == "(3, 4, 5, 6)"  # by depth
-    assert told["config.batch_size"] == "64" and told["config.data.path"] == "'/absent'"
+    values = dict(line.split(" = ") for line in lines[:-1])
+    assert [f"--{name}" for name in values] == [flag for flag, _ in fields(roots.TrainConfig)]
+    assert values["config.model.taps"] == "(3, 4, 5, 6)"  # by depth
+    assert values["config.batch_size"] == "64" and values["config.data.path"] == "'/absent'"
     assert lines[-1].startswith("next: ")
-    # what is not whole is shown, too, with what it lacks
+    # an incomplete config is printed too, followed by its error
     message = refused(monkeypatch, train.main, QUICK, "--print_config")
-    assert message.startswith("error: config.data.path is empty")
+    assert message.startswith("error: config.data.path ")
     assert "config.batch_size = 64\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["--wrokdir=x"], "unknown flag --wrokdir: did you mean --workdir?"),
-        (["--log_every=8"], "unknown flag --log_every: did you mean --config.log_every?"),
+        (["--wrokdir=x"], "--wrokdir: did you mean --workdir?"),
+        (["--log_every=8"], "--log_every: did you mean --config.log_every?"),
         (["--keep"], "did you mean --config.checkpoint.keep?"),
-        (["--model.width", "8"], "unknown flag --model.width: did you mean --config.model.width?"),
+        (["--model.width", "8"], "--model.width: did you mean --config.model.width?"),
         (["--allow_config_chang"], "did you mean --allow_config_change?"),
-        (["--qqqqqqqqqqq"], "unknown flag --qqqqqqqqqqq (--help"),
+        (["--qqqqqqqqqqq"], "--qqqqqqqqqqq (see --help"),
         (["stray", "--workdir=x"], "unknown argument stray"),
         (["--workdir=x", "--config.seed"], "--config.seed needs a value"),
-        ([], "the following arguments are required: --workdir"),
+        ([], "--workdir"),
     ],
 )
-def test_flags_that_are_none(monkeypatch, words, message):
+def test_unknown_and_missing_flags(monkeypatch, words, message):
     assert message in refused(monkeypatch, train.main, QUICK, *words)
 
 
 def test_a_command_without_config(monkeypatch):
-    import convert
+    from dgpt_jax.commands import convert
 
     message = refused(monkeypatch, convert.main, "a", "b", "--to=timm", "--pool=cls")
-    assert "unknown flag --pool: did you mean --pooling?" in message
+    assert "--pool: did you mean --pooling?" in message
     message = refused(monkeypatch, convert.main, "a", "b", "--to=timm", "--config.x=1")
     assert "unknown flag --config.x" in message
+
+
+CONFIG = """
+def get_config():
+    return default_config(TrainConfig)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("from dgpt_jax.schema import default", "dgpt_jax.schema"),
+        ("from dgpt_jax.config import Train", "Train"),
+        ("from dgpt_jax.config import Tokens", "Tokens"),
+        ("from dgpt_jax import schema", "schema"),
+        ("import dgpt_jax.sections", "dgpt_jax.sections"),
+        ("from dgpt_jax.config import TrainConfig, default_config", ""),
+    ],
+)
+def test_imports_of_an_old_config_file(tmp_path, line, name):
+    file = tmp_path / "old.py"
+    file.write_text(line + CONFIG)
+    if not name:
+        assert cli.load_config(str(file)).seed == 0
+        return
+    with pytest.raises(UserError) as caught:
+        cli.load_config(str(file))
+    message = str(caught.value)
+    assert message.startswith(f"{file}:1: ") and "\n" not in message
+    assert f"{name}'" in message and f"`{cli.CONFIG_IMPORT}`" in message
+
+
+def test_configs_import_dgpt_jax_config_alone():
+    for file in (ROOT / "configs").glob("*.py"):
+        imports = re.findall(r"(?:from|import) (dgpt_jax\S*)", file.read_text())
+        assert set(imports) <= {"dgpt_jax.config"}, file

@@ -1,4 +1,4 @@
-"""tools/convert.py: round trips, parity with installed libraries, refusals that leave nothing."""
+"""tools/convert.py: round trips, parity with installed libraries, errors that leave no files."""
 
 import json
 import os
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dgpt_jax.convert import export, files, formats, parity
-from dgpt_jax.convert.weights import change
-from tests.conversions import convert, random_weights, refused, same
-from tests.paths import GOLDEN
+from dgpt_jax.weights import export, files, parity, registry
+from dgpt_jax.weights.types import adapt
+from tests.support.conversions import convert, convert_error, random_weights, same
+from tests.support.paths import GOLDEN
 
 OFFICIAL = GOLDEN / "digpt_tiny.safetensors"
 HEADS = ("--heads=3", "--decoder_heads=2")
@@ -27,22 +27,22 @@ CASES = [
 
 @pytest.mark.parametrize("name,pooling,classes,changes", CASES)
 def test_round_trip(tmp_path, name, pooling, classes, changes):
-    """Parameters, geometry, eps, GELU and preprocessing come back to the bit; no file is left."""
+    """Parameters, geometry, eps, GELU and preprocessing are bitwise equal; no temporary files."""
     weights = random_weights(pooling, classes, **changes)
-    path, verified = export.write(weights, formats.LAYOUTS[name], tmp_path / "out")
-    found, again = formats.read(path)
-    assert found.name == name
+    path, verified = export.write(weights, registry.LAYOUTS[name], tmp_path / "out")
+    layout, again = registry.read(path)
+    assert layout.name == name
     same(weights, again)
     assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out/README.md").is_file()
     assert name not in ("flax", "safetensors") or "at most 0.0e+00" in verified
 
 
-def test_the_official_layout_and_back(tmp_path, monkeypatch, capsys):
-    """digpt_torch_test holds what it computes; here, that nothing changes on the way."""
+def test_official_layout_round_trip(tmp_path, monkeypatch, capsys):
+    """official_torch_test covers the outputs."""
     pytest.importorskip("torch")
     convert(monkeypatch, OFFICIAL.with_suffix(".pth"), tmp_path / "run", "--to=flax", *HEADS)
     convert(monkeypatch, tmp_path / "run", tmp_path / "a.pth", "--to=digpt")
-    assert "verified: predictions of the decoders in torch" in capsys.readouterr().out
+    assert "\nverified: " in capsys.readouterr().out
     state, expected = files.read_state(tmp_path / "a.pth"), load_file(OFFICIAL)
     assert set(expected) <= set(state)
     for name in expected:
@@ -53,49 +53,50 @@ def test_norms_that_must_be_equal(tmp_path, monkeypatch):
     state = load_file(OFFICIAL)
     state["kd_enc_norm.2.weight"] = state["kd_enc_norm.2.weight"] + 1e-3
     save_file(state, tmp_path / "a.safetensors")
-    message = refused(
+    message = convert_error(
         monkeypatch, tmp_path / "a.safetensors", tmp_path / "out", "--to=flax", *HEADS
     )
-    assert "kd_enc_norm.0.weight and kd_enc_norm.2.weight must be equal" in message
+    assert "kd_enc_norm.0.weight and kd_enc_norm.2.weight" in message
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-REFUSED = [
-    ("--to=digpt", "holds an encoder without decoders"),
-    ("--to=flax --part=full", "holds an encoder without decoders"),
-    ("--to=timm --part=full", "layout timm holds an encoder only"),
-    ("--to=big_vision", "has activation gelu_tanh, these weights gelu"),
-    ("--to=timm --pooling=mean", "has pooling cls, not mean"),
+ERRORS = [
+    ("--to=digpt", "without decoders"),
+    ("--to=flax --part=full", "without decoders"),
+    ("--to=timm --part=full", "--part=encoder"),
+    ("--to=big_vision", "--activation=gelu_tanh"),
+    ("--to=timm --pooling=mean", "pooling cls, not mean"),
     ("--to=timm --image_size=30", "30 is not a multiple of the patch size 8"),
-    ("--to=timm --from=hf", "config.json must lie beside it"),
-    ("--to=timm --from=mae --heads=7", "must be a multiple of 4"),
+    ("--to=timm --from=hf", "config.json"),
+    ("--to=timm --from=mae --heads=7", "multiple of 4"),
 ]
 
 
-@pytest.mark.parametrize("words,message", REFUSED)
-def test_what_cannot_be_held_is_one_line(tmp_path, monkeypatch, words, message):
+@pytest.mark.parametrize("words,message", ERRORS)
+def test_errors(tmp_path, monkeypatch, words, message):
     source = GOLDEN / "timm_vit_tiny_token.safetensors"
     words = words.split() if "--heads" in words else [*words.split(), "--heads=3"]
-    assert message in refused(monkeypatch, source, tmp_path / "out", *words)
+    assert message in convert_error(monkeypatch, source, tmp_path / "out", *words)
     assert os.listdir(tmp_path) == []
 
 
-def test_changes_only_when_asked(tmp_path, monkeypatch, capsys):
+def test_requested_changes(tmp_path, monkeypatch, capsys):
     source = GOLDEN / "timm_vit_tiny_token.safetensors"
-    asked = ("--image_size=48", "--activation=gelu_tanh", "--eps=1e-6", "--heads=3")
-    convert(monkeypatch, source, tmp_path / "a.npz", "--to=big_vision", *asked)
+    options = ("--image_size=48", "--activation=gelu_tanh", "--eps=1e-6", "--heads=3")
+    convert(monkeypatch, source, tmp_path / "a.npz", "--to=big_vision", *options)
     out = capsys.readouterr().out
-    assert "image_size is 48, was 32" in out and "activation is gelu_tanh, was gelu" in out
-    _, weights = formats.read(tmp_path / "a.npz")
+    assert "image_size changed from 32 to 48" in out
+    assert "activation changed from gelu to gelu_tanh" in out
+    _, weights = registry.read(tmp_path / "a.npz")
     assert weights.model.image_size == 48 and weights.num_classes == 10
 
 
 @pytest.mark.parametrize("size", [384, 112])
-def test_positions_are_resized_as_timm_does(size):
-    """timm: torch's bicubic with antialiasing, of the patches' positions alone."""
+def test_positions_are_resized_as_in_timm(size):
+    """With torch's antialiased bicubic, without the position of CLS."""
     torch = pytest.importorskip("torch")
     weights = random_weights(patch=16, image_size=224, depth=1)
-    positions = change(weights, image_size=size).params["pos_embed"]
+    positions = adapt(weights, image_size=size).params["pos_embed"]
     old = torch.tensor(weights.params["pos_embed"])
     grid = old[:, 1:].reshape(1, 14, 14, 24).permute(0, 3, 1, 2)
     new = torch.nn.functional.interpolate(
@@ -103,10 +104,10 @@ def test_positions_are_resized_as_timm_does(size):
     )
     expected = torch.cat([old[:, :1], new.flatten(2).mT], dim=1)
     np.testing.assert_allclose(positions, expected.numpy(), atol=1e-5)
-    assert change(weights, image_size=224) is weights
+    assert adapt(weights, image_size=224) is weights
 
 
-def test_keys_of_both_ends(tmp_path, monkeypatch, capsys):
+def test_keys_of_source_and_target(tmp_path, monkeypatch, capsys):
     words = ("--keys", "--to=big_vision", "--activation=gelu_tanh", "--heads=3")
     convert(monkeypatch, GOLDEN / "timm_vit_tiny_token.safetensors", *words)
     lines = capsys.readouterr().out.splitlines()
@@ -125,25 +126,25 @@ def test_keys(monkeypatch, capsys):
     assert names == set(load_file(OFFICIAL)) - {"mask", "pos_embed", "decoder_pos_embed"}
 
 
-def test_an_export_that_computes_otherwise_is_removed(tmp_path, monkeypatch):
-    """A mistake in a table, as if q and k had been exchanged when it was written."""
+def test_an_export_with_other_outputs_is_removed(tmp_path, monkeypatch):
+    """For example by a mistake in a table."""
     pytest.importorskip("transformers")
     source = tmp_path / "a.safetensors"
-    export.write(random_weights(), formats.LAYOUTS["safetensors"], source)
+    export.write(random_weights(), registry.LAYOUTS["safetensors"], source)
     outputs = parity.outputs
 
-    def other(weights):
+    def wrong(weights):
         blocks = outputs(weights).blocks.copy()
         blocks[1] += 1
         return parity.Outputs(blocks, outputs(weights).features + 2e-4)
 
-    monkeypatch.setattr(parity, "outputs", other)
-    message = refused(monkeypatch, source, tmp_path / "hf", "--to=hf")
-    assert "the worst block is 1 (1.0e+00): more than 1e-04, the export is removed" in message
+    monkeypatch.setattr(parity, "outputs", wrong)
+    message = convert_error(monkeypatch, source, tmp_path / "hf", "--to=hf")
+    assert "block is 1 (1.0e+00)" in message and "1e-04" in message
     assert sorted(os.listdir(tmp_path)) == ["README.md", "a.safetensors"]
 
 
-def test_without_the_framework(tmp_path, monkeypatch, capsys):
+def test_a_missing_framework(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     source = GOLDEN / "timm_vit_tiny_avg.safetensors"
     convert(monkeypatch, source, tmp_path / "out", "--to=timm", "--heads=3")

@@ -1,20 +1,21 @@
-"""Curves of runs as files; --diff and its exit code; the tables that the quickstart prints."""
+"""Figures of tools/plot.py, and --diff with its exit code."""
 
+import re
 import sys
 import xml.etree.ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
-import plot
 import pytest
 
 from dgpt_jax import cli
-from tests.run_log_test import write
+from dgpt_jax.commands import plot
+from tests.monitoring.metrics_log_test import write
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """Three runs: the second parts from the first at step 3, the third has other metrics."""
+    """Three runs: the second differs from the first at step 3, the third has other metrics."""
     values = [3.0, 2.0, 1.5, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7]
     first = [{"step": i, "loss": v, "data_wait": 0.1 * i} for i, v in enumerate(values)]
     second = [line | ({"loss": "nan"} if i == 3 else {}) for i, line in enumerate(first)]
@@ -27,7 +28,7 @@ def runs(tmp_path):
 
 
 def run(monkeypatch, *words):
-    """(exit code or line of an error) of plot.main."""
+    """Exit code of plot.main, or its error message."""
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, words)])
     try:
         cli.run(plot.main)
@@ -36,27 +37,27 @@ def run(monkeypatch, *words):
     return 0
 
 
-def lines_drawn(monkeypatch, *args, **kwargs):
-    """{panel: [(label, x, y, alpha)]} of a figure that plot.curves draws."""
-    kept = []
-    monkeypatch.setattr(plot.plt, "close", kept.append)
+def plotted_lines(monkeypatch, *args, **kwargs):
+    """{panel: [(label, x, y, alpha)]} of the figure of plot.curves."""
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
     plot.curves(*args, **kwargs)
     panels = {
         axis.get_title(): [
             (x.get_label(), list(x.get_xdata()), list(x.get_ydata()), x.get_alpha())
             for x in axis.lines
         ]
-        for axis in kept[0].axes
+        for axis in figures[0].axes
     }
     monkeypatch.undo()
     plt.close("all")
     return panels
 
 
-def test_a_line_a_run_that_has_the_metric(monkeypatch, tmp_path, runs):
-    panels = lines_drawn(monkeypatch, runs, ["loss", "odd"], tmp_path / "x.png")
+def test_one_line_per_run_with_the_metric(monkeypatch, tmp_path, runs):
+    panels = plotted_lines(monkeypatch, runs, ["loss", "odd"], tmp_path / "x.png")
     labels = [label for label, *_ in panels["loss"]]
-    # two directories are called "a": their paths tell them apart
+    # two directories are named "a", so labels are paths
     assert labels == [str(runs[0]), str(runs[1]), f"{runs[1]}: not finite"]
     _, steps, values, _ = panels["loss"][1]
     assert steps == list(range(9)) and np.isnan(values[3]) and values[8] == 0.7
@@ -66,38 +67,39 @@ def test_a_line_a_run_that_has_the_metric(monkeypatch, tmp_path, runs):
 
 
 def test_smoothing_keeps_the_raw_line(monkeypatch, tmp_path, runs):
-    panels = lines_drawn(monkeypatch, runs[:1], ["loss"], tmp_path / "x.svg", smooth=2)
+    panels = plotted_lines(monkeypatch, runs[:1], ["loss"], tmp_path / "x.svg", smooth=2)
     raw, smooth = panels["loss"]
     assert raw[2][:3] == [3.0, 2.0, 1.5] and 0.1 < raw[3] < 0.5
     assert smooth[0] == "a, mean of 2" and smooth[2][0] == pytest.approx(2.5)
-    panels = lines_drawn(monkeypatch, runs[:1], ["loss"], tmp_path / "x.svg", smooth=3)
+    panels = plotted_lines(monkeypatch, runs[:1], ["loss"], tmp_path / "x.svg", smooth=3)
     assert len(panels["loss"]) == 1  # too few points for means of 3
     assert xml.etree.ElementTree.parse(tmp_path / "x.svg").getroot().tag.endswith("svg")
 
 
-def test_diff_ends_with_1_where_runs_part(monkeypatch, tmp_path, runs, capsys):
+def test_diff_exits_with_1_if_runs_differ(monkeypatch, tmp_path, runs, capsys):
     a, b, other = runs
     assert run(monkeypatch, "--diff", a, b) == 1
-    told = capsys.readouterr().out
-    assert "loss: differs from step 3 on: 1.2 and nan, by inf" in told
-    assert "part at step 3, in loss" in told and "data_wait" not in told and "next: " in told
+    out = capsys.readouterr().out
+    assert re.search("^loss: .*step 3 .*1.2 and nan, by inf", out, re.MULTILINE)
+    assert re.search("step 3 .*loss$", out, re.MULTILINE)
+    assert "data_wait" not in out and "next: " in out
     assert run(monkeypatch, "--diff", a, a) == 0
-    assert "are the same" in capsys.readouterr().out
+    assert "differ" not in capsys.readouterr().out
     assert run(monkeypatch, "--diff", a, b, "--metrics=data_wait") == 1
-    assert "data_wait: differs from step 0 on" in capsys.readouterr().out
+    assert re.search("^data_wait: .*step 0 ", capsys.readouterr().out, re.MULTILINE)
     assert run(monkeypatch, "--diff", a, other) == 1
-    assert "loss: no common steps; the first run ends with" in capsys.readouterr().out
+    assert "loss: no common steps" in capsys.readouterr().out
 
 
-def test_what_is_refused(monkeypatch, tmp_path, runs):
-    assert "give --out" in run(monkeypatch, runs[0])
-    assert "compares two runs, 3 were given" in run(monkeypatch, "--diff", *runs)
-    assert "must end in .png or .svg" in run(monkeypatch, runs[0], "--out=x.pdf")
+def test_bad_arguments(monkeypatch, tmp_path, runs):
+    assert "--out=FILE.png" in run(monkeypatch, runs[0])
+    assert re.search("--diff .* 3 ", run(monkeypatch, "--diff", *runs))
+    assert re.search("^error: x.pdf: .*[.]png or [.]svg", run(monkeypatch, runs[0], "--out=x.pdf"))
     message = run(monkeypatch, runs[0], "--metrics=odd", f"--out={tmp_path / 'x.png'}")
-    assert message == "error: no run has odd; known: data_wait, loss"
+    assert re.search("odd.*data_wait, loss$", message)
 
 
-def test_a_damaged_log_is_drawn_and_told(monkeypatch, tmp_path, capsys):
+def test_damaged_lines_are_counted(monkeypatch, tmp_path, capsys):
     log = write(tmp_path / "r", [{"step": 1, "loss": 2.0}, "x", '{"step": 2, "lo'], end="")
     assert run(monkeypatch, log, f"--out={tmp_path / 'x.png'}") == 0
-    assert "1 damaged lines passed over" in capsys.readouterr().err
+    assert "1 damaged lines" in capsys.readouterr().err

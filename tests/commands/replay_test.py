@@ -1,24 +1,24 @@
-"""tools/replay.py on a step that was written down."""
+"""tools/replay.py on a saved step."""
 
 import sys
 
 import pytest
-import replay
 
 from dgpt_jax import cli
-from dgpt_jax.schema import UserError
-from tests.paths import GOLDEN
+from dgpt_jax.commands import replay
+from dgpt_jax.errors import UserError
+from tests.support.paths import GOLDEN
 
 
 @pytest.mark.parametrize("text", ["0", "5:5", "7:3", "0:33", "33", "-3:5", "a", "1:2:3", "4:"])
-def test_rows_that_there_are_not(text, monkeypatch):
+def test_invalid_rows(text, monkeypatch):
     path = GOLDEN / "bad_step_float32"
     monkeypatch.setattr(sys, "argv", ["replay", str(path), f"--rows={text}"])
     with pytest.raises(UserError, match=r"rows.*START:STOP"):
         replay.main()
 
 
-def test_the_command(monkeypatch, capsys):
+def test_command(monkeypatch, capsys):
     words = [str(GOLDEN / "bad_step_float32"), "--rows=1:3", "--layers=2"]
     monkeypatch.setattr(sys, "argv", ["replay", *words])
     cli.run(replay.main)

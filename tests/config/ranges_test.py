@@ -1,4 +1,4 @@
-"""Every number of every schema has a range, and one message says what it is."""
+"""Every number of every schema has a range, and errors state it."""
 
 import dataclasses
 import types
@@ -6,18 +6,18 @@ import typing
 
 import pytest
 
-from dgpt_jax import config, schema
-from dgpt_jax.schema import UserError
+from dgpt_jax.config import ranges, roots, schema
+from dgpt_jax.errors import UserError
 
 SCHEMAS = {
-    config.Train: {"data": {"path": "x"}},
-    config.Tokens: {"source": "x"},
-    config.Evaluate: {"data": "x"},
+    roots.TrainConfig: {"data": {"path": "x"}},
+    roots.TokensConfig: {"source": "x"},
+    roots.EvaluateConfig: {"data": "x"},
 }
 
 
 def fields(kind, prefix=()):
-    """(keys, field) of every value in a schema."""
+    """(names along the path, field) of every value in a schema."""
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
             yield from fields(field.type, (*prefix, field.name))
@@ -26,7 +26,7 @@ def fields(kind, prefix=()):
 
 
 def types_in(annotation) -> set:
-    """All types that an annotation names."""
+    """All types in an annotation."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation):
         return set().union(*map(types_in, typing.get_args(annotation)))
     return {annotation}
@@ -41,13 +41,13 @@ NUMBERS = [
 
 
 def with_value(base: dict, keys: tuple, value) -> dict:
-    """The nested dict with one more value."""
+    """The nested dict with one value added."""
     name, *rest = keys
     return base | {name: with_value(base.get(name, {}), rest, value) if rest else value}
 
 
-def outside(within: schema.Range) -> list[float]:
-    """Numbers on each side of a range, as near as its bounds tell."""
+def outside(within: ranges.Range) -> list[float]:
+    """Numbers just outside the bounds of a range."""
     values = []
     if within.least is not None:
         values += [within.least - 1]
@@ -65,25 +65,25 @@ def outside(within: schema.Range) -> list[float]:
     NUMBERS,
     ids=[f"{kind.__name__}.{'.'.join(keys)}" for kind, keys, _ in NUMBERS],
 )
-def test_a_number_has_a_range_and_is_held_to_it(kind, keys, field):
+def test_numbers_have_a_range_that_is_checked(kind, keys, field):
     within = field.metadata["within"]
     assert within is not None, f"{kind.__name__}.{'.'.join(keys)} states no range"
     assert within.least is not None or within.above is not None
     default = field.default if isinstance(field.default, tuple) else (field.default,)
     assert all(number is None or number in within for number in default)
     inner = typing.get_args(field.type)
-    many = tuple in {typing.get_origin(t) for t in (field.type, *inner)}
+    is_tuple = tuple in {typing.get_origin(t) for t in (field.type, *inner)}
     for number in outside(within):
-        length = len(field.default or (0, 0)) if many else 1
-        value = (number,) * length if many else number
-        path = f"config.{'.'.join(keys)}" + "[0]" * many
+        length = len(field.default or (0, 0)) if is_tuple else 1
+        value = (number,) * length if is_tuple else number
+        path = f"config.{'.'.join(keys)}" + "[0]" * is_tuple
         with pytest.raises(UserError) as caught:
             schema.parse(kind, with_value(SCHEMAS[kind], keys, value))
         shown = float(number) if float in types_in(field.type) else number
         assert str(caught.value) == f"{path} must be {within}, got {shown}"
 
 
-def test_there_are_numbers_in_every_schema():
+def test_every_schema_has_numbers():
     assert {kind for kind, _, _ in NUMBERS} == set(SCHEMAS) and len(NUMBERS) > 80
 
 
@@ -93,19 +93,25 @@ def test_there_are_numbers_in_every_schema():
         ("config.optim.clip_norm=-1", "config.optim.clip_norm must be at least 0, got -1.0"),
         ("config.optim.blr=-1e-4", "config.optim.blr must be at least 0, got -0.0001"),
         ("config.optim.b2=1.5", "config.optim.b2 must be at least 0 and below 1, got 1.5"),
-        ("config.optim.spike=0.5", "config.optim.spike must be 0 or above 1, got 0.5"),
+        (
+            "config.optim.loss_spike_factor=0.5",
+            "config.optim.loss_spike_factor must be 0 or above 1, got 0.5",
+        ),
         ("config.mesh.fsdp=0", "config.mesh.fsdp must be -1 or at least 1, got 0"),
         ("config.data.crop_scale=0,1", "crop_scale[0] must be above 0 and at most 1, got 0.0"),
-        ("config.optim.grid=0.1,-1", "config.optim.grid[1] must be above 0, got -1.0"),
+        (
+            "config.optim.base_lr_grid=0.1,-1",
+            "config.optim.base_lr_grid[1] must be above 0, got -1.0",
+        ),
     ],
 )
 def test_on_the_command_line(text, message):
     path, value = text.split("=")
     with pytest.raises(UserError) as caught:
-        schema.override(schema.default(config.Train), config.Train, path, value)
+        schema.override(schema.default_config(roots.TrainConfig), roots.TrainConfig, path, value)
     assert message in str(caught.value)
 
 
 def test_help_states_the_range():
-    text = schema.describe(config.Train)
+    text = schema.describe(roots.TrainConfig)
     assert "--config.optim.b2 (float, at least 0 and below 1; default 0.95)" in text

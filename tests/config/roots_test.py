@@ -1,4 +1,4 @@
-"""Configs: every file loads and is whole; overrides mean what they say; mistakes are named."""
+"""Config files load and parse; overrides are parsed by type; errors name the key."""
 
 import ast
 import json
@@ -7,22 +7,31 @@ from pathlib import Path
 
 import pytest
 
-from dgpt_jax import cli, config, schema
-from dgpt_jax.schema import UserError
+from dgpt_jax import cli
+from dgpt_jax.config import roots, schema
+from dgpt_jax.errors import UserError
+from tests.support.paths import ROOT
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def schema_of(path: Path):
-    """The schema that a config file names in its imports."""
+    """The schema that a config file imports."""
     text = path.read_text()
-    return next(s for s in (config.Tokens, config.Evaluate, config.Train) if s.__name__ in text)
+    return next(
+        s
+        for s in (roots.TokensConfig, roots.EvaluateConfig, roots.TrainConfig)
+        if s.__name__ in text
+    )
 
 
 def names_of(path: Path) -> list[str]:
-    """The file, and the file for each of its pods or other arguments."""
-    found = re.search(r"^(?:PODS|SIZES|AFTER|HEADS|LOSSES) = (.*)$", path.read_text(), re.MULTILINE)
-    return [str(path)] + [f"{path}:{pod}" for pod in (ast.literal_eval(found[1]) if found else ())]
+    """The file alone, and with each of its arguments: pods, sizes, …"""
+    pattern = r"^(?:PODS|SIZES|AFTER|HEADS|LOSSES) = (.*)$"
+    match = re.search(pattern, path.read_text(), re.MULTILINE)
+    return [str(path)] + [
+        f"{path}:{name}" for name in (ast.literal_eval(match[1]) if match else ())
+    ]
 
 
 @pytest.mark.parametrize(
@@ -31,26 +40,26 @@ def names_of(path: Path) -> list[str]:
     ids=lambda name: Path(name).name,
 )
 def test_every_config_file_parses(name):
-    made, wanted = cli.load_config(name), schema_of(Path(name.partition(":")[0]))
+    config, kind = cli.load_config(name), schema_of(Path(name.partition(":")[0]))
     for group, name in (("data", "path"), ("source", None), ("data", None)):
-        if group in made and name is None and made[group] == "":
-            made[group] = "somewhere"
-        elif name and group in made and not isinstance(made[group], str):
-            made[group][name] = "somewhere"
-    parsed = schema.parse(wanted, made)
-    again = schema.parse(wanted, json.loads(json.dumps(schema.to_dict(parsed))))
-    assert again == parsed  # the saved config.json gives the same run
+        if group in config and name is None and config[group] == "":
+            config[group] = "somewhere"
+        elif name and group in config and not isinstance(config[group], str):
+            config[group][name] = "somewhere"
+    parsed = schema.parse(kind, config)
+    reloaded = schema.parse(kind, json.loads(json.dumps(schema.to_dict(parsed))))
+    assert reloaded == parsed  # config.json reproduces the run
 
 
 def override(text: str):
     path, value = text.split("=")
-    made = schema.default(config.Train)
-    made.data.path = "somewhere"
-    schema.override(made, config.Train, path, value)
-    return schema.parse(config.Train, made)
+    config = schema.default_config(roots.TrainConfig)
+    config.data.path = "somewhere"
+    schema.override(config, roots.TrainConfig, path, value)
+    return schema.parse(roots.TrainConfig, config)
 
 
-def test_overrides_are_read_by_the_fields_type():
+def test_overrides_are_parsed_by_type():
     assert override("config.batch_size=1e3").batch_size == 1000
     assert override("config.optim.blr=1").optim.blr == 1.0
     assert override("config.model.taps=[6,12]").model.taps == (6, 12)
@@ -70,13 +79,13 @@ def test_overrides_are_read_by_the_fields_type():
 
 @pytest.mark.parametrize("text", ["cls,mean", "[cls, mean]", "('cls', 'mean')", "cls, mean,"])
 def test_lists_of_names(text):
-    made = schema.default(config.Evaluate)
-    schema.override(made, config.Evaluate, "config.features", text)
-    assert made.features == ("cls", "mean")
-    schema.override(made, config.Evaluate, "config.features", "cls")
-    assert made.features == ("cls",)
+    config = schema.default_config(roots.EvaluateConfig)
+    schema.override(config, roots.EvaluateConfig, "config.features", text)
+    assert config.features == ("cls", "mean")
+    schema.override(config, roots.EvaluateConfig, "config.features", "cls")
+    assert config.features == ("cls",)
     with pytest.raises(UserError, match=r"config.shots\[0\] must be int, got 'few'"):
-        schema.override(made, config.Evaluate, "config.shots", "few")
+        schema.override(config, roots.EvaluateConfig, "config.shots", "few")
 
 
 @pytest.mark.parametrize(
@@ -88,19 +97,19 @@ def test_lists_of_names(text):
         ("config.width=8", "config.width: did you mean config.model.width or config.teacher.width"),
         ("config.teacher.depth=8", "config.teacher.depth: did you mean config.model.depth?"),
         ("config.optim.flip=8", "config.optim.flip: did you mean config.data.flip?"),
-        ("config.zzzzzz=8", "unknown config key config.zzzzzz: known here: task, seed"),
-        ("config.model=8", "is a group of keys"),
-        ("config.seed.x=8", "is a value, not a group"),
+        ("config.zzzzzz=8", "unknown config key config.zzzzzz: valid: task, seed"),
+        ("config.model=8", "config.model is a group"),
+        ("config.seed.x=8", "config.seed is a value"),
         ("config.batch_size=1.5", "config.batch_size must be int, got 1.5"),
         ("config.batch_size=True", "config.batch_size must be int, got True"),
         ("config.data.flip=2", "config.data.flip must be bool"),
         ("config.model.segments=3", "config.model.segments takes 2 values"),
-        ("config.model.segments=3,3", "do not divide the 14×14 grid"),
-        ("config.model.taps=(3, 13)", "must increase within 1..12"),
-        ("config.model.width=6", "must be a multiple of 4"),
+        ("config.model.segments=3,3", "config.model.segments (3, 3) do not divide"),
+        ("config.model.taps=(3, 13)", "config.model.taps must increase within 1..12"),
+        ("config.model.width=6", "config.model.width 6 must be a multiple of 4"),
         ("config.data.targets=pixels", "set loss.visible to 0"),
         ("config.data.targets=online", "needs config.teacher.weights"),
-        ("config.accum_steps=3", "not divisible by config.accum_steps"),
+        ("config.accum_steps=3", "config.batch_size 4096 is not divisible by config.accum_steps"),
         ("config.data.lanes=3", "config.data.lanes 3 does not divide config.batch_size"),
         ("config.data.path=None", "config.data.path is empty"),
         ("config.dtype=None", "config.dtype must be one of bfloat16, float32, got ''"),
@@ -112,39 +121,39 @@ def test_lists_of_names(text):
         ("config.evals.every=1 day", "config.evals.every: cannot read the duration '1 day'"),
         ("config.dtype=float16", "must be one of bfloat16, float32"),
         ("config.profile=3", "config.profile takes 2 values"),
-        ("config.batch_size=1" + 20 * "0", "config.batch_size is 100000000000000000000, more"),
-        ("config.optim.blr=1e999", "config.optim.blr is inf, more than any use or not a number"),
+        ("config.batch_size=1" + 20 * "0", "config.batch_size is 100000000000000000000: too large"),
+        ("config.optim.blr=1e999", "config.optim.blr is inf"),
         ("config.optim.blr={[]: 1}", "config.optim.blr must be float, got '{[]: 1}'"),
-        ("config.data.crop_ratio=2,1", "config.data.crop_ratio (2.0, 1.0) must be LEAST, MOST"),
-        ("config.data.crop_scale=1,0.5", "config.data.crop_scale (1.0, 0.5) must be LEAST, MOST"),
+        ("config.data.crop_ratio=2,1", "config.data.crop_ratio (2.0, 1.0) must be MIN, MAX"),
+        ("config.data.crop_scale=1,0.5", "config.data.crop_scale (1.0, 0.5) must be MIN, MAX"),
         ("config.profile=5,5", "config.profile (5, 5) must be START, STOP"),
     ],
 )
-def test_mistakes_are_one_clear_line(text, message):
+def test_errors_are_one_line_that_names_the_key(text, message):
     with pytest.raises(UserError) as caught:
         override(text)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_distillation_reads_the_last_block_and_no_pixels():
-    made = schema.default(config.Train)
-    made.data.path = "somewhere"
-    made.loss.update(next=0.0, visible=0.0, direct=1.0)
-    assert schema.parse(config.Train, made).loss.direct == 1
-    made.data.targets = "pixels"
-    with pytest.raises(UserError, match=r"has only next: set loss.direct to 0"):
-        schema.parse(config.Train, made)
-    made.data.targets = "stored"
-    made.model.taps = (6, 8)
+def test_distillation_needs_the_last_block_and_teacher_features():
+    config = schema.default_config(roots.TrainConfig)
+    config.data.path = "somewhere"
+    config.loss.update(next=0.0, visible=0.0, distill=1.0)
+    assert schema.parse(roots.TrainConfig, config).loss.distill == 1
+    config.data.targets = "pixels"
+    with pytest.raises(UserError, match=r"pixels .*set loss.distill to 0"):
+        schema.parse(roots.TrainConfig, config)
+    config.data.targets = "stored"
+    config.model.taps = (6, 8)
     with pytest.raises(UserError, match=r"taps must end with 12 \(depth\), got \(6, 8\)"):
-        schema.parse(config.Train, made)
-    made.loss.direct = 0.0
-    with pytest.raises(UserError, match=r"needs a positive weight, got \{'next': 0.0, 'visible'"):
-        schema.parse(config.Train, made)
+        schema.parse(roots.TrainConfig, config)
+    config.loss.distill = 0.0
+    with pytest.raises(UserError, match=r"config.loss needs a positive weight"):
+        schema.parse(roots.TrainConfig, config)
 
 
-def test_absent_groups_are_filled_in_like_others():
-    assert schema.parse(config.Train, {"data": {"path": "x"}}).model.width == 768
+def test_missing_groups_take_their_defaults():
+    assert schema.parse(roots.TrainConfig, {"data": {"path": "x"}}).model.width == 768
 
 
 def test_config_files_that_fail(tmp_path):
@@ -152,30 +161,31 @@ def test_config_files_that_fail(tmp_path):
         (tmp_path / "c.py").write_text(text)
         return cli.load_config(str(tmp_path / "c.py"))
 
-    head = "from dgpt_jax.config import Train\nfrom dgpt_jax.schema import default\n"
-    with pytest.raises(UserError, match=r"c.py:5: unknown config key bacth"):
-        load(head + "def get_config():\n  c = default(Train)\n  c.bacth = 3\n  return c\n")
-    with pytest.raises(UserError, match=r"c.py:3: NameError"):
+    head = "from dgpt_jax.config import TrainConfig, default_config\n"
+    default = "default_config(TrainConfig)"
+    with pytest.raises(UserError, match=r"c.py:4: unknown config key bacth"):
+        load(head + f"def get_config():\n  c = {default}\n  c.bacth = 3\n  return c\n")
+    with pytest.raises(UserError, match=r"c.py:2: NameError"):
         load(head + "oops\n")
     with pytest.raises(UserError, match=r"c.py takes no argument, got :v4"):
-        (tmp_path / "c.py").write_text(head + "def get_config():\n  return default(Train)\n")
+        (tmp_path / "c.py").write_text(head + f"def get_config():\n  return {default}\n")
         cli.load_config(f"{tmp_path / 'c.py'}:v4")
 
 
 @pytest.mark.parametrize(
-    "name,near",
+    "name,hint",
     [
         ("configs/pretrain_b16.py", ": did you mean configs/pretrain_b16_in1k.py?"),
         ("pretrain_b16_in1k", ": did you mean configs/pretrain_b16_in1k.py?"),
         ("configs/zzz.py", ""),
     ],
 )
-def test_a_config_file_that_is_not_there(monkeypatch, tmp_path, name, near):
+def test_a_missing_config_file(monkeypatch, tmp_path, name, hint):
     monkeypatch.chdir(CONFIGS.parent)
     with pytest.raises(UserError) as caught:
         cli.load_config(name)
-    assert str(caught.value) == f"no such config file: {name}{near}"
-    monkeypatch.chdir(tmp_path)  # the file is named by where it is
+    assert str(caught.value) == f"no such config file: {name}{hint}"
+    monkeypatch.chdir(tmp_path)  # the suggestion is a full path
     with pytest.raises(UserError, match=f"did you mean {CONFIGS}/knn_in1k.py"):
         cli.load_config("kn_in1k.py")
     (tmp_path / "knn_mine.py").touch()

@@ -1,23 +1,25 @@
-"""Names of classes: kept with a head wherever it goes, compared wherever it meets data."""
+"""Class names: kept with the head in all formats, compared with those of datasets."""
 
 import json
 
 import numpy as np
 import pytest
 
-from dgpt_jax import class_labels, class_names, load, train
-from dgpt_jax.convert import card, export, formats
-from dgpt_jax.convert.weights import Weights, encoder_shapes
+from dgpt_jax import train
+from dgpt_jax.data import class_names
+from dgpt_jax.data.ingest import labels
+from dgpt_jax.errors import UserError
 from dgpt_jax.evals import imagenet
-from dgpt_jax.schema import UserError
-from dgpt_jax.tasks import classify
-from tests import classifying, data
+from dgpt_jax.training.tasks import classify
+from dgpt_jax.weights import api, card, export, registry
+from dgpt_jax.weights.types import Weights, encoder_shapes
+from tests.support import classifying, data
 
-WNIDS = class_labels.imagenet("labels.txt")
+WNIDS = labels.imagenet("labels.txt")
 
 
 @pytest.mark.parametrize(
-    "names,expected,found",
+    "names,expected,difference",
     [
         (["a", "b"], ["a", "b"], None),
         (["a", "b"], ["b", "a"], 0),
@@ -30,8 +32,8 @@ WNIDS = class_labels.imagenet("labels.txt")
         (["1", "0"], ["a", "b"], 0),
     ],
 )
-def test_first_difference(names, expected, found):
-    assert class_names.first_difference(names, expected) == found
+def test_first_difference(names, expected, difference):
+    assert class_names.first_difference(names, expected) == difference
 
 
 def with_head(pooling: str, names=("cat", "dog", "Zebra, common")) -> Weights:
@@ -46,21 +48,21 @@ def with_head(pooling: str, names=("cat", "dog", "Zebra, common")) -> Weights:
 @pytest.mark.parametrize(
     "name,pooling", [("timm", "mean"), ("hf", "cls"), ("safetensors", "mean"), ("flax", "mean")]
 )
-def test_exports_keep_them(tmp_path, name, pooling):
+def test_exports_keep_class_names(tmp_path, name, pooling):
     weights = with_head(pooling)
-    path, _ = export.write(weights, formats.LAYOUTS[name], tmp_path / "out")
-    assert load.load_classifier(path).classes == weights.classes
+    path, _ = export.write(weights, registry.LAYOUTS[name], tmp_path / "out")
+    assert api.load_classifier(path).classes == weights.classes
     text = card.text(weights, name, path, next(path.parent.rglob("*")), verified="")
     assert "3 classes (cat, dog, Zebra, common)" in text
-    path, _ = export.write(with_head(pooling, ()), formats.LAYOUTS[name], tmp_path / "without")
-    assert load.load_classifier(path).classes == ()
+    path, _ = export.write(with_head(pooling, ()), registry.LAYOUTS[name], tmp_path / "without")
+    assert api.load_classifier(path).classes == ()
 
 
 @pytest.mark.parametrize(
-    "told,said",
+    "names,message",
     [
         ({"0": "a", "1": "b"}, "names 2 classes, the head has 3"),
-        ({"0": "a", "1": "b", "5": "c"}, "names of the classes 0, 1, … are expected"),
+        ({"0": "a", "1": "b", "5": "c"}, "names of the classes 0, 1"),
         (["a", "b", 3], "names of the classes"),
         ("abc", "names of the classes"),
     ],
@@ -68,16 +70,16 @@ def test_exports_keep_them(tmp_path, name, pooling):
 @pytest.mark.parametrize(
     "name,pooling,key", [("hf", "cls", "id2label"), ("timm", "mean", "label_names")]
 )
-def test_names_that_are_none(tmp_path, name, pooling, key, told, said):
-    path, _ = export.write(with_head(pooling), formats.LAYOUTS[name], tmp_path / "out")
+def test_invalid_class_names(tmp_path, name, pooling, key, names, message):
+    path, _ = export.write(with_head(pooling), registry.LAYOUTS[name], tmp_path / "out")
     file = path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: told}))
-    with pytest.raises(UserError, match=said):
-        formats.read(path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: names}))
+    with pytest.raises(UserError, match=message):
+        registry.read(path)
 
 
 @pytest.mark.parametrize(
-    "names,said",
+    "names,message",
     [
         ((), ""),
         (WNIDS, ""),
@@ -87,37 +89,37 @@ def test_names_that_are_none(tmp_path, name, pooling, key, told, said):
         ([str(999 - i) for i in range(1000)], "class 0 is '999'"),
     ],
 )
-def test_the_order_of_imagenet(names, said):
-    heard = []
-    if not said:
-        imagenet.check_order(names, "head", heard.append)
+def test_the_order_of_imagenet(names, message):
+    notes = []
+    if not message:
+        imagenet.check_order(names, "head", notes.append)
     else:
-        with pytest.raises(UserError, match=said):
-            imagenet.check_order(names, "head", heard.append)
-    assert not heard
+        with pytest.raises(UserError, match=message):
+            imagenet.check_order(names, "head", notes.append)
+    assert not notes
 
 
-def test_an_order_that_names_do_not_tell_is_said():
-    heard = []
-    imagenet.check_order(["tench", *"abc"], "head", heard.append)
-    assert "'tench'" in heard[0] and "on trust" in heard[0]
+def test_an_unverifiable_order_is_noted():
+    notes = []
+    imagenet.check_order(["tench", *"abc"], "head", notes.append)
+    assert "'tench'" in notes[0]
 
 
-def test_a_head_starts_only_with_its_own_classes(tmp_path):
-    path, _ = export.write(with_head("mean"), formats.LAYOUTS["timm"], tmp_path / "out")
-    config = classifying.settings("x", classify={"weights": str(path), "num_classes": 3})
+def test_a_head_is_loaded_only_for_its_own_classes(tmp_path):
+    path, _ = export.write(with_head("mean"), registry.LAYOUTS["timm"], tmp_path / "out")
+    config = classifying.settings("x", classify={"num_classes": 3}, init={"weights": str(path)})
     same = classify.starting_weights(config, ["cat", "dog", "Zebra, common"])
-    assert "head" in same.given and not [n for n in same.notes if "other classes" in n]
+    assert "head" in same.initial_params and not [n for n in same.notes if "'cat'" in n]
     other = classify.starting_weights(config, ["dog", "cat", "Zebra, common"])
-    assert "head" not in other.given
-    assert "its head is of other classes: 0 is 'cat', not 'dog'" in other.notes
-    assert "head" in classify.starting_weights(config).given
+    assert "head" not in other.initial_params
+    assert any("0 is 'cat', not 'dog'" in note for note in other.notes)
+    assert "head" in classify.starting_weights(config).initial_params
 
 
-def test_a_run_keeps_them(tmp_path):
+def test_training_keeps_class_names(tmp_path):
     dataset = data.image_dataset(tmp_path, per_class=4, classes=("west", "east"))
     run = classifying.settings(
         dataset, evals={"heldout": ""}, checkpoint={"best": ""}, total="2 steps"
     )
     assert train.train(run, tmp_path / "run") == 0
-    assert load.load_classifier(tmp_path / "run").classes == ("east", "west")
+    assert api.load_classifier(tmp_path / "run").classes == ("east", "west")

@@ -1,4 +1,4 @@
-"""Signals to a command that still imports its modules."""
+"""Signals to a command that is still importing its modules."""
 
 import ast
 import os
@@ -10,24 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from dgpt_jax import starting
-from tests.processes import ROOT, outputs_of, start
+from dgpt_jax.distributed import early_signals
+from tests.support import commands
+from tests.support.paths import ROOT
+from tests.support.processes import outputs_of, start
 
-FILES = [
-    path
-    for folder in ("dgpt_jax", "tools")
-    for path in sorted((ROOT / folder).glob("*.py"))
-    if "\n    cli.run(main)\n" in path.read_text()
-]
-COMMANDS = {
-    path.stem: ["-m", f"dgpt_jax.{path.stem}"] if path.parent.name == "dgpt_jax" else [path]
-    for path in FILES
-}
+COMMANDS = {name: commands.words_of(name) for name in commands.FILES}
 
 
-def ended_while_importing(command: str, number: int, delay: float) -> tuple[int, str]:
-    """(exit code, output) of a command that gets a signal so many seconds after it has begun to
-    import what is large."""
+def signal_during_import(command: str, number: int, delay: float) -> tuple[int, str]:
+    """(exit code, output) of a command that gets a signal `delay` seconds after the import of its
+    large modules starts."""
     process = start([*COMMANDS[command], "--help"])
     while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None, process.communicate()[0]
@@ -38,10 +31,10 @@ def ended_while_importing(command: str, number: int, delay: float) -> tuple[int,
     return process.returncode, output
 
 
-def code_of(command: str, number: int) -> int:
+def expected_code(command: str, number: int) -> int:
     if number == signal.SIGINT:
         return 130
-    return starting.EXIT_PREEMPTED if command in starting.CONTINUED else -signal.SIGTERM
+    return early_signals.EXIT_PREEMPTED if command in early_signals.RESUMABLE else -signal.SIGTERM
 
 
 ROWS = [(command, signal.SIGINT, 0) for command in COMMANDS]
@@ -51,34 +44,37 @@ ROWS += [("train", number, delay) for number in (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("command,number,delay", ROWS)
-def test_a_signal_while_modules_are_imported(command, number, delay):
-    code, output = ended_while_importing(command, number, delay)
-    assert (code, output) == (code_of(command, number), "")
+def test_a_signal_during_import_exits_silently(command, number, delay):
+    code, output = signal_during_import(command, number, delay)
+    assert (code, output) == (expected_code(command, number), "")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_command_begins_with_it(path):
+@pytest.mark.parametrize("name", commands.FILES)
+def test_every_command_imports_it_first(name):
+    path = commands.FILES[name]
     tree = ast.parse(path.read_text())
     first = next(node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    assert ast.unparse(first) == "import dgpt_jax.starting"
-    assert (path.stem in starting.CONTINUED) == ("signals.raise_on_sigterm()" in path.read_text())
+    assert ast.unparse(first) == "import dgpt_jax.distributed.early_signals"
+    assert (path.stem in early_signals.RESUMABLE) == (
+        "preemption.raise_on_sigterm()" in path.read_text()
+    )
 
 
-def test_whoever_imports_a_command_keeps_its_signals():
+def test_importing_a_command_keeps_the_signal_handlers():
     code = (
-        "import signal, sys; from dgpt_jax import train, evaluate, starting; import plot;"
+        "import signal, sys; from dgpt_jax import train, evaluate;"
+        "from dgpt_jax.commands import plot;"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler;"
         "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL;"
         "assert sys.excepthook is sys.__excepthook__"
     )
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tools'}"
     subprocess.run(
         [sys.executable, "-c", code], check=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
-def test_a_command_in_the_background_still_ignores_ctrl_c():
+def test_a_background_command_still_ignores_ctrl_c():
     process = subprocess.Popen(
         [sys.executable, ROOT / "tools/report.py", "--help"], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,

@@ -1,4 +1,4 @@
-"""The notebook runs, from its first cell to its last, and shows what it says."""
+"""The notebook runs from start to end and shows its figures."""
 
 import base64
 import io
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.paths import GOLDEN
-from tests.processes import ROOT
+from tests.support.paths import GOLDEN, ROOT
 
 NOTEBOOK = ROOT / "docs/encoder.ipynb"
 
@@ -25,20 +24,23 @@ def test_the_notebook(monkeypatch):
     book = nbformat.read(NOTEBOOK, as_version=4)
     for cell in book.cells:
         cell.pop("outputs", None)
-    place = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources=place).execute()
-    told = [o for cell in book.cells for o in cell.get("outputs", ())]
-    text = "".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in told)
+    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    client = nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources=resources)
+    client.execute()
+    outputs = [o for cell in book.cells for o in cell.get("outputs", ())]
+    text = "".join(
+        o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in outputs
+    )
     assert re.search(r"the nearest one is the same digit for \d+% of 300", text) and "(300," in text
-    pictures = [o["data"]["image/png"] for o in told if "image/png" in o.get("data", {})]
-    assert len(pictures) == 3
-    for picture in pictures:
-        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB"))
-        assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 30
+    figures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert len(figures) == 3
+    for figure in figures:
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB"))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 30
 
 
-def test_the_notebook_as_it_is_kept():
-    """As it was run: in order, without an error, and small."""
+def test_the_committed_notebook():
+    """Its cells were run in order without errors, and it is small."""
     import json
 
     book = json.loads(NOTEBOOK.read_text())

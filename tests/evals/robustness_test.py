@@ -1,4 +1,4 @@
-"""The rules of ImageNet's test sets: classes, corruptions, what is absent, real weights."""
+"""The rules of ImageNet's test sets: classes, corruptions, missing sets, random weights."""
 
 import importlib.util
 import json
@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax import cli, evaluate, load
-from dgpt_jax.convert import layout, timm
-from dgpt_jax.convert.weights import Weights, encoder_shapes
+from dgpt_jax import cli, evaluate
+from dgpt_jax.errors import UserError
 from dgpt_jax.evals import imagenet, robustness, test_sets
-from dgpt_jax.schema import UserError
-from tests.data import tiny_model
-from tests.imagenet_sets import WNIDS, counts, measured, picture, write
+from dgpt_jax.weights import api, mapping
+from dgpt_jax.weights.layouts import timm
+from dgpt_jax.weights.types import Weights, encoder_shapes
+from tests.support.data import tiny_model
+from tests.support.imagenet_sets import WNIDS, counts, measured, picture, write
 
 
-def test_facts():
+def test_constants():
     assert len(set(imagenet.IMAGENET_A)) == len(set(imagenet.IMAGENET_R)) == 200
     assert sum(imagenet.IMAGENET_A) == 102178 and sum(imagenet.IMAGENET_R) == 86135
     assert np.mean(list(imagenet.ALEXNET.values())) == pytest.approx(0.788993, abs=5e-7)
@@ -28,15 +29,15 @@ def test_facts():
     assert len(set(WNIDS)) == 1000 and sorted(WNIDS) == WNIDS
     assert imagenet.class_indices([WNIDS[7], WNIDS[999]], "x") == [7, 999]
     assert imagenet.class_indices(["10", "9", "999"], "x") == [10, 9, 999]
-    with pytest.raises(UserError, match="x: 1 class names .* first is 'cat'"):
+    with pytest.raises(UserError, match="x: 1 class names .* first 'cat'"):
         imagenet.class_indices(["cat", WNIDS[0]], "x")
 
 
-def test_classes_are_timms():
-    """Whose lists of numbers are files of their own."""
+def test_classes_equal_timms():
+    """timm ships the lists as text files."""
     timm = importlib.util.find_spec("timm")
     if timm is None:
-        pytest.skip("timm is not there")
+        pytest.skip("timm is not installed")
     for name, ours in (("a", imagenet.IMAGENET_A), ("r", imagenet.IMAGENET_R)):
         file = Path(timm.origin).parent / f"data/_info/imagenet_{name}_indices.txt"
         assert tuple(map(int, file.read_text().split())) == ours
@@ -44,14 +45,14 @@ def test_classes_are_timms():
 
 @pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])
 @pytest.mark.parametrize("tar", [False, True])
-def test_a_and_r_answer_among_their_200(tmp_path, name, tar):
+def test_a_and_r_restrict_answers_to_their_200_classes(tmp_path, name, tar):
     classes = imagenet.IMAGENET_A if name == "imagenet-a" else imagenet.IMAGENET_R
     outside = next(i for i in range(40, 1000) if i not in classes)
     cases = [  # label, best, second, right
         (classes[0], classes[0], 0, True),
-        (classes[1], outside, classes[1], True),  # the best is none of the 200: the second counts
+        (classes[1], outside, classes[1], True),  # the best is not among the 200: the second counts
         (classes[150], classes[151], 0, False),
-        (classes[3], outside, 0, False),  # 0 is none of them either: the first of the 200 it is
+        (classes[3], outside, 0, False),  # neither is 0: argmax gives the first of the 200
         (classes[0], outside, 0, True),
     ]
     for i, (label, best, second, _) in enumerate(cases):
@@ -66,7 +67,7 @@ def test_a_and_r_answer_among_their_200(tmp_path, name, tar):
 
 
 def test_corrupted(tmp_path):
-    """Seventy-five folders, in those of their tars; each with a share of right answers."""
+    """Seventy-five sets in directories of their tars, each of another accuracy."""
     tars = {"noise": "noise", "blur": "blur", "snow": "weather", "frost": "weather"}
     right, n = {}, 3
     for c, corruption in enumerate(imagenet.ALEXNET):
@@ -89,14 +90,12 @@ def test_corrupted(tmp_path):
     folder = next((tmp_path / "imagenet-c").glob("**/fog/4"))
     folder.rename(tmp_path / "fog4")
     lines = []
-    found = measured(tmp_path, lines.append)
-    assert "imagenet_c" not in found and len(found) == 74
-    assert any(
-        "imagenet_c (74 of 75 are there, so there is no mean), first fog/4" in x for x in lines
-    )
+    rows = measured(tmp_path, lines.append)
+    assert "imagenet_c" not in rows and len(rows) == 74
+    assert any("imagenet_c (74 of 75 " in x and "first fog/4" in x for x in lines)
 
 
-def test_corrupted_pictures_are_cropped_and_not_resized():
+def test_corrupted_images_are_cropped_and_not_resized():
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     np.testing.assert_array_equal(robustness.central(image, 224), image)
     large = np.pad(image, ((3, 3), (10, 10), (0, 0)))
@@ -104,9 +103,9 @@ def test_corrupted_pictures_are_cropped_and_not_resized():
     assert robustness.central(image, 64).shape == (64, 64, 3)
 
 
-def test_all_that_is_absent_is_named(tmp_path):
+def test_missing_sets_are_listed(tmp_path):
     lines = []
-    with pytest.raises(UserError, match="holds none of the test sets"):
+    with pytest.raises(UserError, match="test sets"):
         measured(tmp_path, lines.append)
     assert [line.split(";")[0] for line in lines] == [
         f"absent: {known.name}" for known in test_sets.SETS
@@ -123,7 +122,7 @@ def test_counting():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """timm's layout with a head of 1000 classes, random."""
+    """Random weights in timm's layout with a head of 1000 classes."""
     path = tmp_path_factory.mktemp("timm")
     model = tiny_model(segments=(1, 1))
     rng = np.random.default_rng(0)
@@ -136,7 +135,7 @@ def weights(tmp_path_factory):
 
 
 def test_one_command_on_real_weights(weights, tmp_path, monkeypatch, capsys):
-    classifier = load.load_classifier(weights)
+    classifier = api.load_classifier(weights)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
     best = np.asarray(classifier.logits(images)).argmax(axis=1)
@@ -187,16 +186,16 @@ def of_unknown_classes(_, sets: Path):
     "fault,ending,measured_before",
     [
         (interrupted, 130, ["imagenet_a"]),
-        (damaged, "sketch: .*1.png: .* no readable image", ["imagenet_a"]),
+        (damaged, "sketch: .*1.png: .* not a readable image", ["imagenet_a"]),
         (without_labels, "imagenet-hard/labels.json: No such file", []),
         (of_unknown_classes, "fog/4: 1 class names", []),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
-def test_what_is_measured_is_kept(
+def test_an_interrupted_evaluation_keeps_its_rows(
     weights, tmp_path, monkeypatch, capsys, fault, ending, measured_before
 ):
-    """Set by set; and one that cannot be used is found before any is measured."""
+    """Set by set; an unusable set is reported before the first evaluation."""
     sets, out = tmp_path / "sets", tmp_path / "out.json"
     write(sets / "imagenet-a" / WNIDS[imagenet.IMAGENET_A[0]] / "0.png", picture(0, 0))
     write(sets / "sketch" / WNIDS[4] / "0.png", picture(0, 0))
@@ -223,17 +222,17 @@ def test_what_is_measured_is_kept(
     assert bool(calls) == bool(measured_before)
     rows = json.loads(out.read_text())["results"] if out.exists() else []
     assert [row["data"] for row in rows] == measured_before
-    told = f"stopped: 1 rows that were measured before are in {out}"
-    assert (told in capsys.readouterr().out) == bool(measured_before)
-    if fault is interrupted:  # the same command goes on to the end, and nothing is there twice
+    line = f"stopped: the 1 rows evaluated so far are in {out}"
+    assert (line in capsys.readouterr().out) == bool(measured_before)
+    if fault is interrupted:  # the same command completes, without duplicates
         cli.run(evaluate.main)
         rows = json.loads(out.read_text())["results"]
         assert [row["data"] for row in rows] == ["imagenet_a", "imagenet_sketch"]
 
 
 def test_weights_without_a_head_are_refused(weights, tmp_path):
-    state = load.load_classifier(weights)
-    flat = layout.flatten({k: v for k, v in state.params.items() if k != "head"})
+    state = api.load_classifier(weights)
+    flat = mapping.flatten({k: v for k, v in state.params.items() if k != "head"})
     timm.save(Weights(state.model, flat, "mean", "random"), tmp_path)
-    with pytest.raises(UserError, match="no classification head.*knn_in1k"):
-        load.load_classifier(tmp_path)
+    with pytest.raises(UserError, match="knn_in1k"):
+        api.load_classifier(tmp_path)

@@ -1,1 +1,1 @@
-"""Properties that fuzz_test.py tries: functions of (draw, directory)."""
+"""Properties checked by fuzz_test.py: functions of (draw, directory)."""

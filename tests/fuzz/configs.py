@@ -8,17 +8,17 @@ import math
 
 from hypothesis import strategies as st
 
-from dgpt_jax import cli, config, durations, schema
-from dgpt_jax.schema import UserError
+from dgpt_jax import cli
+from dgpt_jax.config import durations, roots, schema
+from dgpt_jax.errors import UserError
 
-SCHEMAS = (config.Train, config.Tokens, config.Evaluate)
+SCHEMAS = (roots.TrainConfig, roots.TokensConfig, roots.EvaluateConfig)
 CONFIG = """
-from dgpt_jax.config import Train
-from dgpt_jax.schema import default
+from dgpt_jax.config import TrainConfig, default_config
 def get_config(size="B/16"):
-    made = default(Train)
-    made.model.size = size
-    return made
+    config = default_config(TrainConfig)
+    config.model.size = size
+    return config
 """
 
 
@@ -31,7 +31,7 @@ def fields_of(kind, prefix=""):
 
 NAMES = {kind: list(fields_of(kind)) for kind in SCHEMAS}
 WORDS = sorted({name.rpartition(".")[2] for names in NAMES.values() for name in names})
-SAID = (
+TEXT_VALUES = (
     "stored", "online", "pixels", "random", "raster", "float32", "bfloat16", "int8", "int4", "knn",
     "S/16", "H/14", "official", "self", "none", "full", "10%", "3 epochs", "skip", "True", "None",
     "1e4", "(2, 2)", "0.2,1", "[1,2]", "-1", "1" * 5000, "9" * 400, "1e999", "nan", "{[]: 1}",
@@ -40,7 +40,9 @@ SAID = (
 NUMBERS = st.one_of(
     st.integers(-3, 300), st.integers(), st.floats(), st.sampled_from([10**30, 10**400, -(10**400)])
 )
-SCALARS = st.one_of(NUMBERS, st.none(), st.booleans(), st.sampled_from(SAID), st.text(max_size=8))
+SCALARS = st.one_of(
+    NUMBERS, st.none(), st.booleans(), st.sampled_from(TEXT_VALUES), st.text(max_size=8)
+)
 VALUES = st.one_of(
     SCALARS,
     st.lists(SCALARS, max_size=4),
@@ -51,15 +53,15 @@ VALUES = st.one_of(
 
 @st.composite
 def dictionaries(draw, kind):
-    """Values by field name, mostly of the right nesting, sometimes of none."""
-    found = {}
+    """Values by field name, mostly with the right nesting."""
+    values = {}
     for name in draw(st.lists(st.sampled_from([f.name for f in dataclasses.fields(kind)]))):
         inner = next(f.type for f in dataclasses.fields(kind) if f.name == name)
         nested = dataclasses.is_dataclass(inner) and draw(st.integers(0, 9))
-        found[name] = draw(dictionaries(inner) if nested else VALUES)
+        values[name] = draw(dictionaries(inner) if nested else VALUES)
     if draw(st.integers(0, 9)) == 0:
-        found[draw(st.text(max_size=5) | st.sampled_from(WORDS))] = draw(VALUES)
-    return found
+        values[draw(st.text(max_size=5) | st.sampled_from(WORDS))] = draw(VALUES)
+    return values
 
 
 def parse(draw, _):
@@ -67,14 +69,16 @@ def parse(draw, _):
     values = draw(dictionaries(kind))
     for name, default in (("data", {"path": "x"}), ("source", "x")):
         if name in {f.name for f in dataclasses.fields(kind)} and name not in values:
-            values[name] = "x" if kind is config.Evaluate else default
+            values[name] = "x" if kind is roots.EvaluateConfig else default
     with contextlib.suppress(UserError):
         parsed = schema.parse(kind, values)
         again = schema.parse(kind, json.loads(json.dumps(schema.to_dict(parsed), allow_nan=False)))
         assert again == parsed
 
 
-TEXTS = st.one_of(st.sampled_from(SAID), NUMBERS.map(repr), st.text(max_size=10), VALUES.map(repr))
+TEXTS = st.one_of(
+    st.sampled_from(TEXT_VALUES), NUMBERS.map(repr), st.text(max_size=10), VALUES.map(repr)
+)
 
 
 def paths(kind):
@@ -86,11 +90,11 @@ def paths(kind):
 
 def override(draw, _):
     kind = draw(st.sampled_from(SCHEMAS))
-    made = schema.default(kind)
+    config = schema.default_config(kind)
     with contextlib.suppress(UserError):
         for _ in range(draw(st.integers(1, 3))):
-            schema.override(made, kind, f"config.{draw(paths(kind))}", draw(TEXTS))
-        schema.parse(kind, made)
+            schema.override(config, kind, f"config.{draw(paths(kind))}", draw(TEXTS))
+        schema.parse(kind, config)
 
 
 def command_line(draw, directory):
@@ -99,27 +103,29 @@ def command_line(draw, directory):
     names = st.sampled_from([str(file), f"{file}:L/16", f"{file}:x", "absent.py", str(directory)])
     word = st.one_of(
         st.tuples(st.just("--config="), names | st.text(max_size=6)).map("".join),
-        st.tuples(st.just("--config."), paths(config.Train), st.just("="), TEXTS).map("".join),
+        st.tuples(st.just("--config."), paths(roots.TrainConfig), st.just("="), TEXTS).map("".join),
         st.sampled_from(
             ["--config", "--workdir=x", "--workdir", "--", "-h", "--config.", "-x", "--smoke"]
         ),
         st.sampled_from(["--print_config", "--smok", "--data.path=x"]),
         st.text(max_size=300),
     )
-    made = cli.parser("what it is for", config.Train)
-    made.add_argument("--workdir", default="")
+    parser = cli.parser("description", roots.TrainConfig)
+    parser.add_argument("--workdir", default="")
     words = draw(st.lists(word, max_size=4))
     if draw(st.integers(0, 4)):
         words = [f"--config={file}", "--config.data.path=x", *words]
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            _, parsed = cli.parse(made, config.Train, words)
-        assert isinstance(parsed, config.Train)
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            _, parsed = cli.parse(parser, roots.TrainConfig, words)
+        assert isinstance(parsed, roots.TrainConfig)
     except UserError as e:
         assert str(e)
     except SystemExit as e:
-        assert e.code in (0, None) and ("usage" in said.getvalue() or "next:" in said.getvalue()), e
+        assert e.code in (0, None) and (
+            "usage" in output.getvalue() or "next:" in output.getvalue()
+        ), e
 
 
 def duration(draw, _):
@@ -133,7 +139,7 @@ def duration(draw, _):
     )  # fmt: skip
     numbers = {"batch_size": draw(st.integers(1, 1 << 20)), "examples": draw(st.integers(1, 10**9))}
     with contextlib.suppress(UserError):
-        found = durations.steps(
+        steps = durations.steps(
             text, "config.total", total=draw(st.none() | st.integers(0, 10**9)), **numbers
         )
-        assert isinstance(found, int) and found >= 0 and math.isfinite(found)
+        assert isinstance(steps, int) and steps >= 0 and math.isfinite(steps)

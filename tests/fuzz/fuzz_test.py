@@ -1,8 +1,8 @@
-"""Whatever comes in, what comes out is right or one clear error: hypothesis looks for exceptions.
+"""Any input gives a correct result or one clear error; hypothesis searches for other exceptions.
 
-A few cases of each property in the ordinary run. `CASES=100000 pytest -m slow tests/fuzz_test.py`
-draws so many in all, others each time, and prints how to repeat what it finds; fewer are the same
-each time, so that a change fails by its own fault.
+The default run has a few cases per property. `CASES=100000 pytest -m slow tests/fuzz` draws that
+many in all, at random, and prints how to reproduce a failure. With fewer the cases are the same
+every time, so a new failure comes from a code change.
 """
 
 import os
@@ -12,23 +12,23 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dgpt_jax import views
+from dgpt_jax.data import image_ops
 from tests.fuzz import configs, geometry, imports, stored
 
 CASES = int(os.environ.get("CASES", "100000"))
 FEW = 25
-# Property → its part of all cases, by what one costs.
+# Property → relative number of cases, lower for expensive ones.
 PROPERTIES = {
     configs.parse: 10,
     configs.override: 8,
     configs.command_line: 5,
     configs.duration: 8,
     geometry.split_is_a_partition: 9,
-    geometry.takes_follow_the_order: 2,
+    geometry.gathers_follow_the_order: 2,
     geometry.masks_are_causal: 1,
     geometry.crops_lie_inside: 14,
-    geometry.pictures_are_rendered: 8,
-    geometry.codecs_keep_their_bound: 10,
+    geometry.views_are_rendered: 8,
+    geometry.codec_errors_are_bounded: 10,
     stored.random_bytes_as_record: 9,
     stored.mutated_record: 10,
     stored.mutated_image: 6,
@@ -41,8 +41,8 @@ PROPERTIES = {
 
 
 def check(prop, cases: int, scratch, derandomize: bool):
-    """Runs a property, a function of (draw, directory), for so many cases; prints how many ran."""
-    ran = 0
+    """Runs a property, a function of (draw, directory); prints the number of cases."""
+    count = 0
 
     @settings(
         max_examples=cases,
@@ -55,12 +55,12 @@ def check(prop, cases: int, scratch, derandomize: bool):
     )
     @given(st.data())
     def run(data):
-        nonlocal ran
-        ran += 1
+        nonlocal count
+        count += 1
         prop(data.draw, scratch)
 
     run()
-    print(f"{prop.__name__}: {ran} cases")
+    print(f"{prop.__name__}: {count} cases")
 
 
 @pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.__name__)
@@ -69,10 +69,12 @@ def test_a_few(prop, tmp_path):
 
 
 @pytest.mark.parametrize("ratio", [1e-300, 1e300])
-def test_crops_of_endless_sides(ratio):
+def test_extreme_aspect_ratios(ratio):
     rng = np.random.default_rng(0)
     for _ in range(10):
-        view = views.draw(rng, 100_000, 90_000, scale=(1, 1), ratio=(ratio, ratio), flip=False)
+        view = image_ops.draw_view(
+            rng, 100_000, 90_000, scale=(1, 1), ratio=(ratio, ratio), flip=False
+        )
         assert sorted((view.height, view.width)) == [1, 100_000 if ratio < 1 else 90_000]
 
 

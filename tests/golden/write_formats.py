@@ -18,12 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests import data  # noqa: E402
-from tests.formats import RUNS, summary  # noqa: E402
+from tests.support import data  # noqa: E402
+from tests.support.formats import RUNS, summary  # noqa: E402
 
 CONFIG = """
-from dgpt_jax.config import {command}
-from dgpt_jax.schema import default
+from dgpt_jax.config import {command}, default_config
 
 
 def get_config():
@@ -43,19 +42,19 @@ TRAIN = MODEL | {
     "data.path": "tokens", "data.threads": 2, "optim.blr": 0.064, "optim.warmup": "2 steps",
     "checkpoint.every": "3 steps", "evals.every": "3 steps", "evals.batch_size": 8,
     "evals.knn": "images", "evals.knn_train": "train[:16]", "evals.knn_test": "train[16:]",
-    "evals.knn_resize": 18, "evals.pictures": 0,
+    "evals.knn_resize": 18, "evals.figures": 0,
 }  # fmt: skip
 TOKENS = {
-    "source": "images", "teacher.weights": "teacher", "picture_size": 16, "picture": "png",
+    "source": "images", "teacher.weights": "teacher", "image_size": 16, "image_encoding": "png",
     "shard_size": 16, "batch_size": 8, "threads": 2, "views": 2,
 }  # fmt: skip
 CLASSIFY = TRAIN | {
     "task": "classify", "data.path": "images", "evals.knn": "", "evals.heldout": "images",
-    "evals.heldout_split": "train", "classify.num_classes": 2, "classify.mix_group": 4,
-    "classify.weights": "run", "optim.layer_decay": 0.7,
+    "evals.heldout_split": "train", "classify.num_classes": 2, "classify.mixup_group_size": 4,
+    "init.weights": "run", "optim.layer_decay": 0.7,
 }  # fmt: skip
 EMA = {"optim.ema": 0.9, "evals.knn": ""}
-BAD = {"optim.blr": 1e12, "optim.bad_steps": 2, "evals.knn": "", "total": "100 steps"}
+BAD = {"optim.blr": 1e12, "optim.max_skipped_in_a_row": 2, "evals.knn": "", "total": "100 steps"}
 EVALUATE = {
     "data": "images", "train": "train[:16]", "test": "train[16:]", "k": (3,), "resize": 18,
     "platform": "cpu",

@@ -1,13 +1,13 @@
-"""Counted FLOPs against those of a compiled, unrolled step."""
+"""Counted FLOPs compared with those of a compiled, unrolled step."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dgpt_jax import digpt, flops, vit
-from dgpt_jax.config import Model
-from dgpt_jax.schema import parse
-from tests.data import tiny_model
+from dgpt_jax.config import ModelConfig
+from dgpt_jax.config.schema import parse
+from dgpt_jax.models import digpt, flops, vit
+from tests.support.data import tiny_model
 
 
 @pytest.mark.parametrize("decoders", [("next", "visible"), ("next", "direct")])
@@ -17,7 +17,9 @@ def test_flops_are_those_of_an_unrolled_compile(monkeypatch, decoders):
         decoder_heads=2,
     )  # fmt: skip
     scan = vit.nn.scan
-    monkeypatch.setattr(vit.nn, "scan", lambda *args, **how: scan(*args, **how | {"unroll": 8}))
+    monkeypatch.setattr(
+        vit.nn, "scan", lambda *args, **options: scan(*args, **options | {"unroll": 8})
+    )
     module = digpt.build(model, out_width=96, decoders=decoders)
     inputs = digpt.dummy_inputs(model)
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
@@ -38,6 +40,6 @@ def test_flops_are_those_of_an_unrolled_compile(monkeypatch, decoders):
 def test_flops_of_the_papers_model():
     """An encoder block of B/16, 148 tokens: XLA counts 0.419 TFLOP for 64 images on v5e, backward
     included, of which the elementwise operations are a hundredth."""
-    found = flops.forward_flops(parse(Model, {}), out_width=1024)
-    assert set(found) == {"patches", "encoder", "next", "visible"}
-    assert 3 * 64 * found["encoder"] / 12 == pytest.approx(0.419e12, rel=0.015)
+    counted = flops.forward_flops(parse(ModelConfig, {}), out_width=1024)
+    assert set(counted) == {"patches", "encoder", "next", "visible"}
+    assert 3 * 64 * counted["encoder"] / 12 == pytest.approx(0.419e12, rel=0.015)

@@ -1,13 +1,13 @@
-"""What costs.py reads from a program, against sums done by hand."""
+"""Costs of a program against sums by hand."""
 
 import pytest
 
-from dgpt_jax import costs
-from dgpt_jax.hlo import Array, Program
-from tests.paths import GOLDEN
+from dgpt_jax.planning import hlo_costs
+from dgpt_jax.planning.hlo import Array, Program
+from tests.support.paths import GOLDEN
 
-# A loop of 5 rounds: a product of an operand in HBM and one on the chip, S(1), is written into a
-# slice of a stacked buffer; then all devices add up a gradient.
+# A loop of 5 iterations writes the product of operands in HBM and on-chip memory, S(1), to a slice
+# of a stacked buffer; then a gradient is all-reduced.
 PROGRAM = (GOLDEN / "loop.hlo").read_text()
 
 
@@ -24,22 +24,23 @@ def test_tiles_pad_arrays():
     assert not Array("f32", (8, 128), "1,0:T(8,128)S(1)").in_hbm
 
 
-def test_a_loop_counts_as_often_as_it_runs(program):
-    assert program.times() == {"main": 1, "body": 5}
-    assert costs.flops(program) == 5 * 2 * 16 * 128 * 256
+def test_a_loop_counts_every_iteration(program):
+    assert program.execution_counts() == {"main": 1, "body": 5}
+    assert hlo_costs.flops(program) == 5 * 2 * 16 * 128 * 256
 
 
-def test_bytes_are_slices_and_what_is_in_hbm(program):
-    in_the_loop = 16 * 128 * 2 + 16 * 256 * 4  # reads a, writes a row; b is on the chip
+def test_bytes_count_slices_and_arrays_in_hbm(program):
+    in_loop = 16 * 128 * 2 + 16 * 256 * 4  # reads a, writes a row; b is in on-chip memory
     fetch, result = 16 * 128 * 4, 16 * 128 * 4
-    assert costs.bytes_moved(program) == 5 * in_the_loop + fetch + result
+    assert hlo_costs.bytes_moved(program) == 5 * in_loop + fetch + result
 
 
 def test_collectives(program):
-    (found,) = costs.collectives(program)
-    assert (found.kind, found.group, found.count) == ("all-reduce", 4, 1)
-    assert not found.dcn
-    assert found.bytes == 16 * 128 * 4 and found.wire_bytes == 2 * found.bytes * 3 / 4
+    (collective,) = hlo_costs.collectives(program)
+    assert (collective.kind, collective.group, collective.count) == ("all-reduce", 4, 1)
+    assert not collective.dcn
+    assert collective.bytes == 16 * 128 * 4
+    assert collective.wire_bytes == 2 * collective.bytes * 3 / 4
 
 
 @pytest.mark.parametrize(
@@ -49,12 +50,12 @@ def test_collectives(program):
 )  # fmt: skip
 def test_group_sizes(groups, size):
     text = PROGRAM.replace("mesh['x'=2,'y'=4] {'x','y':(1)2}", groups)
-    assert costs.collectives(Program(text))[0].group == size
+    assert hlo_costs.collectives(Program(text))[0].group == size
 
 
 @pytest.mark.parametrize("channels,count", [((7, 7), 1), ((7, 8), 2)])
-def test_a_reduce_scatter_is_a_fusion_by_name_and_counts_once(channels, count):
-    """Clones of one collective, spread over two fusions, share a channel."""
+def test_a_reduce_scatter_is_a_named_fusion_and_counts_once(channels, count):
+    """Clones of a collective in two fusions share a channel."""
     fused, calls = "", ""
     for i, channel in enumerate(channels):
         fused += f"""%all-reduce-scatter.{i} (p: f32[16,128]) -> f32[4,128] {{
@@ -70,31 +71,33 @@ calls=%all-reduce-scatter.{i}
     text = text.replace(
         "  %fetch =", "  %whole = f32[16,128]{1,0:T(8,128)} broadcast(%g)\n  %fetch ="
     )
-    found = {c.kind: c for c in costs.collectives(Program(text.replace("\\\n", "")))}
-    assert found["reduce-scatter"].count == count
-    assert found["reduce-scatter"].wire_bytes == count * 16 * 128 * 4 * 3 / 4
+    by_kind = {c.kind: c for c in hlo_costs.collectives(Program(text.replace("\\\n", "")))}
+    assert by_kind["reduce-scatter"].count == count
+    assert by_kind["reduce-scatter"].wire_bytes == count * 16 * 128 * 4 * 3 / 4
 
 
-def test_what_goes_between_slices():
-    """libtpu's runtime adds up what each of four slices sends to the host."""
+def test_transfers_between_slices():
+    """libtpu's runtime reduces the arrays that four slices send to their hosts."""
     sent = """  %token = token[] after-all()
   %send = (bf16[28,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%shard, %token), \
 channel_id=3, frontend_attributes={_xla_megascale_reduce_operation="SUM",\
 _xla_megascale_target="{1,2,3,4}x{0:255}"}
   %shard = bf16[28,8,128]{2,1,0:T(8,128)(2,1)} broadcast(%g)
 """.replace("\\\n", "")
-    (found, _) = costs.collectives(Program(PROGRAM.replace("  ROOT %all", f"{sent}  ROOT %all")))
-    assert (found.kind, found.group, found.dcn) == ("all-reduce", 4, True)
-    assert found.bytes == 28 * 8 * 128 * 2
+    (collective, _) = hlo_costs.collectives(
+        Program(PROGRAM.replace("  ROOT %all", f"{sent}  ROOT %all"))
+    )
+    assert (collective.kind, collective.group, collective.dcn) == ("all-reduce", 4, True)
+    assert collective.bytes == 28 * 8 * 128 * 2
 
 
-def test_a_batched_product_is_not_counted_for_its_padding():
-    """(3 · 4 heads, 10×8) @ (3 · 4, 8×10) as XLA's TPU compiler writes it: a convolution whose
-    batch is spatial, dilated so that each image meets its own kernel only."""
+def test_padding_of_a_batched_product_does_not_count():
+    """(3 · 4 heads, 10×8) @ (3 · 4, 8×10) as compiled by XLA for TPUs: a convolution with the batch
+    as a spatial axis, dilated so that each image reads only its own kernel."""
     text = (GOLDEN / "batched.hlo").read_text()
-    assert costs.flops(Program(text)) == 3 * 4 * 2 * 10 * 10 * 8
+    assert hlo_costs.flops(Program(text)) == 3 * 4 * 2 * 10 * 10 * 8
 
 
 def test_a_loop_without_a_bound_is_refused():
-    with pytest.raises(ValueError, match="does not count up"):
-        Program(PROGRAM.replace("constant(5)", "parameter(1)")).times()
+    with pytest.raises(ValueError, match="loop .* constant"):
+        Program(PROGRAM.replace("constant(5)", "parameter(1)")).execution_counts()

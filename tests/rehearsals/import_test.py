@@ -1,6 +1,6 @@
-"""An import of very many tiny files, and of a tar of as many: memory, files, and its resumption.
+"""Imports of many tiny files, and of a tar of as many: memory, open files, resuming.
 
-REHEARSAL_FILES=300000 rehearses it at full size: 1.3 GB of disk, ten minutes on two cores.
+REHEARSAL_FILES=300000 is the full size: 1.3 GB of disk, ten minutes on two cores.
 """
 
 import io
@@ -14,24 +14,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax import records, shards
-from tests import processes
+from dgpt_jax.storage import array_record_shards, tfds_dataset
+from tests.support import processes
 
 FILES = int(os.environ.get("REHEARSAL_FILES", 20_000))
 FEW = 2_000
 CLASSES = 100
-MEMORY = 10e6, 300  # bytes beyond an import of FEW, and as many for each file
+MEMORY = 10e6, 300  # bytes beyond an import of FEW: constant, and per file
 
-# Imports SRC to OUT in shards of SIZE; prints what it takes as JSON. The memory is noted whenever a
-# shard is finished.
+# Imports SRC to OUT in shards of SIZE; prints its resources as JSON, with the memory after each
+# shard.
 IMPORT = """
 import json, sys
-from dgpt_jax import images
-from tests import watch
+from dgpt_jax.data.ingest import importer
+from tests.support import watch
 src, out, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 resident = []
 with watch.Usage() as usage:
-    report = images.import_images(
+    report = importer.import_images(
         src, out, shard_size=size, say=lambda line: resident.append(watch.memory("VmRSS"))
     )
 assert not report.broken
@@ -55,7 +55,7 @@ def name_of(i: int) -> str:
 
 
 def write_files(folder, count: int):
-    """Hard links to a few files: a file system takes 65,000 of each."""
+    """Hard links to a few files; file systems allow about 65,000 links to each."""
     folder.mkdir()
     originals = []
     for i, data in enumerate(tiny_jpegs()):
@@ -96,34 +96,35 @@ def figures(process) -> dict:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form,write", [("files", write_files), ("tar", write_tar)])
 def test_an_import(form, write, tmp_path):
-    """At once, and stopped by kill -9 in the middle and continued."""
-    some, src = write(tmp_path / f"few.{form}", FEW), write(tmp_path / f"src.{form}", FILES)
+    """In one go, and resumed after kill -9."""
+    small, src = write(tmp_path / f"few.{form}", FEW), write(tmp_path / f"src.{form}", FILES)
     out, stopped = tmp_path / "a/out", tmp_path / "b/out"
-    few = figures(start(some, tmp_path / "few", FEW, tmp_path / "scratch"))
-    found = figures(start(src, out, FILES, tmp_path / "scratch"))
-    # What is killed leaves its temporary files.
+    few = figures(start(small, tmp_path / "few", FEW, tmp_path / "scratch"))
+    full = figures(start(src, out, FILES, tmp_path / "scratch"))
+    # A killed import leaves temporary files.
     process = start(src, stopped, FILES, tmp_path / "killed")
     while len(list(stopped.glob(".*.receipt"))) < 10 and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    kept = {path: path.stat().st_mtime_ns for path in stopped.glob("[!.]*array_record*")}
+    mtimes = {path: path.stat().st_mtime_ns for path in stopped.glob("[!.]*array_record*")}
     again = figures(start(src, stopped, FILES, tmp_path / "scratch"))
 
-    half, last = found["resident"][len(found["resident"]) // 2], found["resident"][-1]
-    for name, run in (("few", few), ("all", found), ("continued", again)):
+    half, last = full["resident"][len(full["resident"]) // 2], full["resident"][-1]
+    for name, run in (("few", few), ("all", full), ("resumed", again)):
         print(
             f"{form} {name}: peak {run['peak'] / 1e6:.0f} MB, {run['seconds']:.0f} s, "
             f"{run['files']} open files"
         )
-    more = found["peak"] - few["peak"]
-    print(f"{more / (FILES - FEW):.0f} bytes a file; second half {(last - half) / 1e6:+.1f} MB")
-    for run in (found, again):
+    growth = full["peak"] - few["peak"]
+    print(f"{growth / (FILES - FEW):.0f} bytes per file; second half {(last - half) / 1e6:+.1f} MB")
+    for run in (full, again):
         assert run["peak"] - few["peak"] < MEMORY[0] + MEMORY[1] * FILES
         assert run["files"] < 64
     assert last - half < MEMORY[0]
     assert not list((tmp_path / "scratch").iterdir())
     assert not [path for path in stopped.iterdir() if path.name.startswith(".")]
-    assert sum(path.stat().st_mtime_ns == then for path, then in kept.items()) >= len(kept) - 1 >= 9
-    assert len(records.Split(out, "train")) == FILES
-    assert shards.manifest(stopped) == shards.manifest(out)
+    unchanged = sum(path.stat().st_mtime_ns == mtime for path, mtime in mtimes.items())
+    assert unchanged >= len(mtimes) - 1 >= 9
+    assert len(tfds_dataset.Split(out, "train")) == FILES
+    assert array_record_shards.manifest(stopped) == array_record_shards.manifest(out)

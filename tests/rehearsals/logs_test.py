@@ -1,6 +1,6 @@
-"""A run that has logged a million lines: it goes on, is plotted, compared, and reported.
+"""Memory of plotting, comparing, reporting and resuming a run with a million logged lines.
 
-REHEARSAL_LINES=1000000 rehearses it at full size: 0.4 GB of disk; the default is fewer.
+REHEARSAL_LINES=1000000 is the full size: 0.4 GB of disk; the default is smaller.
 """
 
 import json
@@ -10,24 +10,26 @@ import shutil
 import numpy as np
 import pytest
 
-from tests import data, train_test, watch
+from tests.support import data, watch
+from tests.training import loop_test as train_test
 
 LINES = int(os.environ.get("REHEARSAL_LINES", 50_000))
-# Beyond what the same needs of two lines: floats of about twelve metrics, and their drawing.
+# Bytes beyond the same command on two lines: floats of about twelve metrics and their figures.
 MEMORY = 60e6 + 400 * LINES
 TRAIN = """
-from dgpt_jax import config, schema, train
-train.train(schema.parse(config.Train, json.loads(sys.argv[1])), sys.argv[2])
+from dgpt_jax.config import roots as config, schema
+from dgpt_jax import train
+train.train(schema.parse(config.TrainConfig, json.loads(sys.argv[1])), sys.argv[2])
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two work directories, of few and of LINES lines, and the config of both."""
+    """Work directories with few and with LINES lines, and the config of both."""
     root = tmp_path_factory.mktemp("logs")
     dataset = data.image_dataset(root, per_class=8)
     store = data.token_store(root, dataset, data.random_teacher(root / "teacher"))
-    evals = {"heldout": str(store), "pictures": 0, "batch_size": 10, "every": "2 steps"}
+    evals = {"heldout": str(store), "figures": 0, "batch_size": 10, "every": "2 steps"}
     config = {
         "total": "4 steps", "batch_size": 8, "dtype": "float32", "log_every": 1,
         "model": data.TINY, "data": {"path": str(store)}, "optim": {"warmup": "1 steps"},
@@ -42,7 +44,7 @@ def runs(tmp_path_factory):
 
 
 def write_lines(path, line: dict):
-    """LINES lines like this one; after every thousandth a held-out loss."""
+    """Writes LINES lines like `line`, and a held-out loss every thousand lines."""
     rng = np.random.default_rng(0)
     with path.open("w") as file:
         for step in range(1, LINES + 1):
@@ -65,18 +67,18 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_million_lines(name, runs, tmp_path):
     few, many, config = runs
-    needed = []
+    usage = []
     for run in (few, many):
-        places = {"RUN": str(run), "CONFIG": config, "OUT": str(tmp_path / run.name)}
+        values = {"RUN": str(run), "CONFIG": config, "OUT": str(tmp_path / run.name)}
         code, *words = COMMANDS[name]
-        for key, place in places.items():
-            words = [word.replace(key, place) for word in words]
-        needed.append(watch.usage_of(code, *words))
-    more = needed[1]["peak"] - needed[0]["peak"]
+        for key, value in values.items():
+            words = [word.replace(key, value) for word in words]
+        usage.append(watch.usage_of(code, *words))
+    growth = usage[1]["peak"] - usage[0]["peak"]
     print(
-        f"{name}: {LINES} lines, {more / 1e6:.0f} MB over {needed[0]['peak'] / 1e6:.0f}, "
-        f"{needed[1]['seconds']:.0f} s instead of {needed[0]['seconds']:.0f}"
+        f"{name}: {LINES} lines, {growth / 1e6:.0f} MB over {usage[0]['peak'] / 1e6:.0f}, "
+        f"{usage[1]['seconds']:.0f} s instead of {usage[0]['seconds']:.0f}"
     )
-    assert more < MEMORY
+    assert growth < MEMORY
     if name == "resume":
         assert train_test.metrics_of(many)[-1]["step"] == 4

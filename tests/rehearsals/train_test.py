@@ -1,7 +1,7 @@
-"""Training at a pod host's size with a minimal model: what the host needs, and whether it grows.
+"""Host memory, files and threads of training at a pod host's batch size with a minimal model.
 
-Records are of real size (224² pictures, 257 × 1024 int8 tokens). REHEARSAL_STEPS=200 is the whole
-rehearsal, the default a short one. What was measured is appended to the file REHEARSAL_OUT.
+Records have real size (224² images, 257 × 1024 int8 tokens). REHEARSAL_STEPS=200 is the full
+rehearsal, the default a short one. Reports are appended to the file REHEARSAL_OUT.
 """
 
 import json
@@ -11,31 +11,30 @@ from pathlib import Path
 
 import pytest
 
-from dgpt_jax import images
-from tests import processes
-from tests.hosts_test import free_address
-from tests.rehearsal import real_store, write_photos
-from tests.watch import Watch
+from dgpt_jax.data.ingest import importer
+from tests.distributed.multihost_test import free_address
+from tests.support import processes
+from tests.support.real_size import real_store, write_photos
+from tests.support.watch import Watch
 
 pytestmark = pytest.mark.slow
 STEPS = int(os.environ.get("REHEARSAL_STEPS", 30))
-# What a step computes is held small by micro-batches: on a CPU that is host memory, too.
+# Small micro-batches keep activations small, which on a CPU are host memory.
 MICROBATCH = 64
 GB = 1e9
 CONFIG = """
-from dgpt_jax.config import Train
-from dgpt_jax.schema import default
+from dgpt_jax.config import TrainConfig, default_config
 
 
 def get_config():
-    config = default(Train)
+    config = default_config(TrainConfig)
     config.dtype, config.platform = "float32", "cpu"
     config.total, config.log_every = "{steps} steps", 5
     config.optim.warmup, config.checkpoint.every = "1 steps", "100 steps"
     config.model.width, config.model.depth, config.model.heads = 16, 1, 1
     config.model.decoder_width, config.model.decoder_heads = 16, 1
     config.model.decoder_depth = 1
-    config.evals.pictures = 0
+    config.evals.figures = 0
     return config
 """
 CLASSIFY = ("task=classify", "classify.num_classes=10", "evals.batch_size=256")
@@ -47,13 +46,13 @@ def root(tmp_path_factory):
     directory = tmp_path_factory.mktemp("rehearsal")
     real_store(directory, 20_480, views=2)
     photos = write_photos(directory / "more", 2_560)
-    images.import_images(photos, directory / "labelled", say=lambda _: None)
+    importer.import_images(photos, directory / "labelled", say=lambda _: None)
     (directory / "config.py").write_text(CONFIG.format(steps=STEPS))
     return directory
 
 
 def train(root: Path, workdir: str, batch_size: int, *fields: str, hosts: int = 1):
-    """Trains on `hosts` processes; what each needed: dicts of peak, growth, first batch."""
+    """Trains on `hosts` processes. Returns their peaks and growth, and the seconds to step 1."""
     address, scratch = free_address(), root / f"{workdir}-tmp"
     scratch.mkdir()
     words = [
@@ -66,7 +65,11 @@ def train(root: Path, workdir: str, batch_size: int, *fields: str, hosts: int = 
         if hosts > 1:
             flags = [
                 f"--config.hosts.{x}"
-                for x in (f"coordinator={address}", f"processes={hosts}", f"process={process}")
+                for x in (
+                    f"coordinator={address}",
+                    f"num_processes={hosts}",
+                    f"process_id={process}",
+                )
             ]
         started.append(processes.start([*words, *flags], TMPDIR=str(scratch), XLA_FLAGS=""))
         watches.append(Watch(started[-1].pid, limit=18 * GB / hosts))
@@ -92,8 +95,8 @@ def train(root: Path, workdir: str, batch_size: int, *fields: str, hosts: int = 
 
 
 def assert_bounded(report: dict, memory: float):
-    """Peak memory of every process below a bound, and nothing grows: over the last third of the run
-    by less than two batches' examples, and no open file, thread or temporary file stays."""
+    """Peak memory is bounded; over the last third of the run memory grows by less than two batches,
+    files and threads stay constant; no temporary file remains."""
     for peak, growth in zip(report["peak"], report["growth"], strict=True):
         assert peak["memory"] < memory
         assert growth["memory"] < 0.25 * GB
@@ -110,14 +113,14 @@ def test_pretraining_from_a_store(root, batch_size, memory):
 
 
 def test_four_hosts_share_a_batch(root):
-    """4 × 256 rows."""
+    """4 × 256 examples."""
     fields = f"data.path={root}/tokens", f"accum_steps={1024 // 4 // MICROBATCH}"
     report = train(root, "hosts", 1024, *fields, hosts=4)
     assert_bounded(report, 4 * GB)
 
 
 def test_fine_tuning_on_live_views(root):
-    """With evaluations of 2,560 images on the way."""
+    """With evaluations on 2,560 images."""
     fields = (
         f"data.path={root}/labelled", f"evals.heldout={root}/labelled",
         "evals.heldout_split=train", "evals.every=50 steps", f"accum_steps={256 // MICROBATCH}",

@@ -1,4 +1,4 @@
-"""Imports and builds run again: which shards they trust, and how much of them they read."""
+"""Repeated imports and builds: which shards are verified, read and written again."""
 
 import shutil
 import sys
@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax import images, shards
-from tests import data, rehearsal
+from dgpt_jax.data.ingest import importer
+from dgpt_jax.storage import array_record_shards
+from tests.support import data, real_size
 
-PICTURES, SIZE = 40, 200
+IMAGES, SIZE = 40, 200
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def sources(tmp_path_factory):
     """(root, {command: its directory}), with an image dataset and a token store of noise: 5 MB."""
     root = tmp_path_factory.mktemp("damaged")
     rng = np.random.default_rng(0)
     (root / "src").mkdir()
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         noise = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
         Image.fromarray(noise).save(root / "src" / f"{i:03d}.png", compress_level=0)
     data.random_teacher(root / "teacher")
@@ -29,9 +30,9 @@ def made(tmp_path_factory):
 def run(command: str, root, out, **kwargs):
     """Imports to `out/images`, or builds `out/tokens` from `root/images`."""
     if command == "import":
-        images.import_images(root / "src", out / "images", shard_size=10, **kwargs)
+        importer.import_images(root / "src", out / "images", shard_size=10, **kwargs)
         return out / "images"
-    changes = dict(picture_size=SIZE, shard_size=10, crop_scale=(1.0, 1.0))
+    changes = dict(image_size=SIZE, shard_size=10, crop_scale=(1.0, 1.0))
     return data.token_store(out, root / "images", root / "teacher", **changes, **kwargs)
 
 
@@ -41,17 +42,17 @@ def contents(directory) -> dict[str, bytes]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bytes read are counted by Linux")
 @pytest.mark.parametrize("command", ["import", "build"])
-def test_what_is_complete_is_not_read_again(made, command):
-    root, directories = made
+def test_complete_shards_are_not_read_again(sources, command):
+    root, directories = sources
     size = sum(len(shard) for shard in contents(directories[command]).values())
     assert size > 4e6
-    (directories[command] / "dataset_info.json").unlink()  # as if stopped before the very end
-    before = rehearsal.bytes_read()
+    (directories[command] / "dataset_info.json").unlink()  # as if interrupted at the very end
+    before = real_size.bytes_read()
     run(command, root, root)
-    assert rehearsal.bytes_read() - before < size / 4
-    before = rehearsal.bytes_read()
+    assert real_size.bytes_read() - before < size / 4
+    before = real_size.bytes_read()
     run(command, root, root, check=True)
-    assert rehearsal.bytes_read() - before >= size
+    assert real_size.bytes_read() - before >= size
 
 
 def truncate(path):
@@ -59,7 +60,7 @@ def truncate(path):
 
 
 def flip(path):
-    """Another byte: of the same size, so that only a checksum tells."""
+    """Changes a bit; only a checksum detects it."""
     changed = bytearray(path.read_bytes())
     changed[len(changed) // 2] ^= 1
     path.write_bytes(changed)
@@ -68,10 +69,10 @@ def flip(path):
 @pytest.mark.parametrize("is_finished", [False, True])
 @pytest.mark.parametrize("check", [False, True])
 @pytest.mark.parametrize("command", ["import", "build"])
-def test_damaged_shards_are_written_again(made, tmp_path, command, check, is_finished, capfd):
-    root, directories = made
-    whole = directories[command]
-    out = shutil.copytree(whole, tmp_path / whole.name)
+def test_damaged_shards_are_written_again(sources, tmp_path, command, check, is_finished, capfd):
+    root, directories = sources
+    original = directories[command]
+    out = shutil.copytree(original, tmp_path / original.name)
     if not is_finished:
         (out / "dataset_info.json").unlink()
     missing, truncated, flipped, _ = sorted(out.glob("[!.]*array_record*"))
@@ -79,15 +80,15 @@ def test_damaged_shards_are_written_again(made, tmp_path, command, check, is_fin
     truncate(truncated)
     flip(flipped)
     run(command, root, tmp_path, **({"check": True} if check else {}))
-    expected = contents(whole)
+    expected = contents(original)
     if not check:
         expected[flipped.name] = flipped.read_bytes()
-        assert flipped.read_bytes() != contents(whole)[flipped.name]
+        assert flipped.read_bytes() != contents(original)[flipped.name]
     assert contents(out) == expected
-    assert shards.receipts(out) == shards.receipts(whole)
-    again = 3 if check else 2
+    assert array_record_shards.shard_infos(out) == array_record_shards.shard_infos(original)
+    rewritten = 3 if check else 2
     output = "".join(capfd.readouterr())
     if command == "build":
-        assert output.count("is damaged: it is built again") == again
+        assert output.count("is damaged") == rewritten
     else:
-        assert f"{again} damaged ones" in output
+        assert f"{rewritten} damaged ones" in output

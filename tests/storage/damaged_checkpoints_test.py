@@ -1,4 +1,4 @@
-"""Checkpoints whose files are changed, cut or missing: they read as saved, or not at all."""
+"""Checkpoints with changed, truncated or missing files are read as saved, or refused."""
 
 import json
 import re
@@ -9,48 +9,49 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgpt_jax import checkpoint, checksums, optim, saving, sharding, state
-from dgpt_jax.config import Mesh, Optim
-from dgpt_jax.schema import UserError
-from tests.data import edit_metadata
-from tests.processes import on_devices
+from dgpt_jax.config import MeshConfig, OptimConfig
+from dgpt_jax.distributed import sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import checksums, orbax_checkpoint
+from dgpt_jax.training import checkpointing, optimizer, train_step
+from tests.support.data import edit_metadata
+from tests.support.processes import on_devices
 
 
-def made(step: int, ema: float = 0.9) -> state.TrainState:
-    """A state with a moving average, which differs from the parameters."""
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
-    tx = optim.optimizer(Optim(ema=ema), 1e-3)
-    first = state.create(
+def make_state(step: int, ema: float = 0.9) -> train_step.TrainState:
+    """A state whose moving average differs from the parameters."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = optimizer.optimizer(OptimConfig(ema=ema), 1e-3)
+    first = train_step.init_state(
         lambda key: {"encoder": {"w": jax.random.normal(key, (48, 32)), "b": jnp.ones((7,))}},
         tx, mesh, seed=step,
     )  # fmt: skip
     params = jax.tree.map(lambda x: x + 1, first.params)
-    return state.TrainState(first.step + step, params, first.opt_state)
+    return train_step.TrainState(first.step + step, params, first.opt_state)
 
 
 def save(workdir, *states) -> None:
-    with saving.Checkpoints(workdir, keep=9) as kept:
+    with checkpointing.Checkpoints(workdir, keep=9) as checkpoints:
         for saved in states:
-            kept.save(saved, {"config": {"seed": 3}})
+            checkpoints.save(saved, {"config": {"seed": 3}})
 
 
-def resumed(workdir) -> state.TrainState:
-    like = made(0)
-    places = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+def restore(workdir) -> train_step.TrainState:
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0)
     )
-    with saving.Checkpoints(workdir, keep=9) as kept:
-        return kept.restore(kept.latest(), places)
+    with checkpointing.Checkpoints(workdir, keep=9) as checkpoints:
+        return checkpoints.restore(checkpoints.latest(), shapes)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
-    save(workdir, made(4))
+    save(workdir, make_state(4))
     return workdir
 
 
-FILES = {  # a glob below the step's directory → bytes to change, as parts of the length
+FILES = {  # glob below the step's directory: positions of bytes to change, as fractions of the size
     "metadata/metadata": (0.1, 0.5, 0.9),
     "params/_METADATA": (0.05, 0.3, 0.6, 0.95),
     "params/_sharding": (0.1, 0.5),
@@ -66,8 +67,8 @@ FILES = {  # a glob below the step's directory → bytes to change, as parts of 
     "opt_state/ocdbt.process_0/d/*": (0.1, 0.3, 0.5, 0.7, 0.9),
     "_CHECKPOINT_METADATA": (0.1, 0.5),
 }
-DAMAGES = [(name, "bit", at) for name, places in FILES.items() for at in places]
-DAMAGES += [(name, kind, 0.5) for name in FILES for kind in ("cut", "emptied", "removed")]
+DAMAGES = [(name, "bit", at) for name, positions in FILES.items() for at in positions]
+DAMAGES += [(name, kind, 0.5) for name in FILES for kind in ("truncated", "emptied", "removed")]
 
 
 def damage(path, kind: str, at: float):
@@ -78,7 +79,7 @@ def damage(path, kind: str, at: float):
     if kind == "bit":
         content[position] ^= 4
     else:
-        del content[position if kind == "cut" else 0 :]
+        del content[position if kind == "truncated" else 0 :]
     return path.write_bytes(content)
 
 
@@ -87,22 +88,22 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("name,kind,at", DAMAGES, ids=lambda value: str(value).replace("/", "."))
-def test_what_is_read_is_what_was_saved_or_refused(saved, tmp_path, name, kind, at):
+def test_damaged_files_are_read_as_saved_or_refused(saved, tmp_path, name, kind, at):
     workdir = shutil.copytree(saved, tmp_path / "run")
     files = [path for path in (workdir / "checkpoints/4").glob(name) if path.is_file()]
-    assert files, "the pattern names no file of this version of Orbax"
+    assert files, "the pattern matches no file of this version of Orbax"
     for path in files:
         damage(path, kind, at)
-    expected = made(4)
+    expected = make_state(4)
     try:
-        params, metadata = checkpoint.load_params(workdir)
+        params, metadata = orbax_checkpoint.load_params(workdir)
         assert equal(params, expected.opt_state.inner.ema)
         assert metadata["config"] == {"seed": 3} and metadata["step"] == 4
     except UserError as e:
         assert re.search("damaged|lacks opt_state|no finished checkpoint", str(e)), e
         assert "\n" not in str(e)
     try:
-        again = resumed(workdir)
+        again = restore(workdir)
         assert equal(again.params, expected.params)
         assert equal(again.opt_state, expected.opt_state)
     except UserError as e:
@@ -110,10 +111,10 @@ def test_what_is_read_is_what_was_saved_or_refused(saved, tmp_path, name, kind, 
 
 
 @pytest.mark.parametrize(
-    "error,said",
+    "error,message",
     [
-        (FileNotFoundError(2, "No such file"), "x is damaged: .*move that step's directory away"),
-        (ValueError("DATA_LOSS: CRC mismatch\nmore"), "x is damaged: DATA_LOSS: CRC mismatch. "),
+        (FileNotFoundError(2, "No such file"), "x is damaged: .*No such file"),
+        (ValueError("DATA_LOSS: CRC mismatch\nmore"), "x is damaged: DATA_LOSS: CRC mismatch"),
         (KeyError("tree"), "x is damaged: 'tree'"),
         (PermissionError(13, "Permission denied"), "x cannot be read: .*Permission denied$"),
         (ConnectionResetError(104, "Connection reset"), "x cannot be read: .*Connection reset$"),
@@ -122,8 +123,8 @@ def test_what_is_read_is_what_was_saved_or_refused(saved, tmp_path, name, kind, 
         (ValueError("PERMISSION_DENIED: no"), "x cannot be read: PERMISSION_DENIED"),
     ],
 )
-def test_files_that_cannot_be_reached_are_not_called_damaged(error, said):
-    with pytest.raises(UserError, match=said), checkpoint.damage_is_told("x"):
+def test_unreachable_files_are_not_called_damaged(error, message):
+    with pytest.raises(UserError, match=message), orbax_checkpoint.translate_damage("x"):
         raise error
 
 
@@ -131,52 +132,52 @@ WRONG = "0" * 16
 
 
 @pytest.mark.parametrize(
-    "edit,named",
+    "edit,message",
     [
-        (lambda sums: sums.update({"params/encoder/w": WRONG}), "params/encoder/w is not what"),
+        (lambda sums: sums.update({"params/encoder/w": WRONG}), "params/encoder/w differs"),
         (lambda sums: sums.update({"params/encoder/x": WRONG}), "params/encoder/x is missing"),
-        (lambda sums: sums.pop("params/encoder/b"), "params/encoder/b is not what was saved"),
+        (lambda sums: sums.pop("params/encoder/b"), "params/encoder/b differs"),
     ],
     ids=["another", "missing", "added"],
 )
-def test_arrays_are_those_whose_checksums_were_saved(tmp_path, edit, named):
-    save(tmp_path, made(4, ema=0.0))
+def test_arrays_must_match_the_saved_checksums(tmp_path, edit, message):
+    save(tmp_path, make_state(4, ema=0.0))
     edit_metadata(tmp_path / "checkpoints/4", lambda content: edit(content["checksums"]))
-    with pytest.raises(UserError, match=named):
-        checkpoint.load_params(tmp_path)
-    params, _ = checkpoint.load_params(tmp_path, parts=["nothing"])
+    with pytest.raises(UserError, match=message):
+        orbax_checkpoint.load_params(tmp_path)
+    params, _ = orbax_checkpoint.load_params(tmp_path, names=["nothing"])
     assert params == {}
 
 
-def test_parts_are_checked_alone(tmp_path):
-    save(tmp_path, made(4, ema=0.0))
+def test_requested_arrays_alone_are_verified(tmp_path):
+    save(tmp_path, make_state(4, ema=0.0))
     edit_metadata(
         tmp_path / "checkpoints/4",
         lambda content: content["checksums"].update({"params/encoder/w": WRONG}),
     )
-    params, _ = checkpoint.load_params(tmp_path, parts=["encoder/b"])
+    params, _ = orbax_checkpoint.load_params(tmp_path, names=["encoder/b"])
     assert list(params["encoder"]) == ["b"]
 
 
-def test_an_average_that_was_not_copied_is_refused(saved, tmp_path):
+def test_a_missing_average_is_refused(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/4/opt_state")
-    with pytest.raises(UserError, match="lacks opt_state, and with it the moving average"):
-        checkpoint.load_params(workdir)
-    assert checkpoint.describe(workdir)  # what is there can be listed
+    with pytest.raises(UserError, match="lacks opt_state.*config.optim.ema"):
+        orbax_checkpoint.load_params(workdir)
+    assert orbax_checkpoint.describe(workdir)  # the other arrays can be listed
     with pytest.raises(UserError, match="damaged"):
-        resumed(workdir)
+        restore(workdir)
 
 
-def test_without_checksums_one_line_says_so(saved, tmp_path, capsys):
+def test_missing_checksums_are_reported_once(saved, tmp_path, capsys):
     workdir = shutil.copytree(saved, tmp_path / "run")
     path = workdir / "checkpoints/4/metadata/metadata"
     content = json.loads(path.read_text())
     del content["checksums"], content["checksum"]
     path.write_text(json.dumps(content))
-    checkpoint.load_params(workdir)
+    orbax_checkpoint.load_params(workdir)
     assert capsys.readouterr().err.count("has no checksums") == 1
-    resumed(workdir)
+    restore(workdir)
     assert capsys.readouterr().err.count("has no checksums") == 1
 
 
@@ -196,37 +197,37 @@ ARRAYS = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ARRAYS)
-def test_devices_and_the_host_find_the_same(name):
+def test_checksums_are_equal_on_devices_and_host(name):
     host = checksums.of_tree({"x": ARRAYS[name]})
     assert len(host["x"]) == 16
     on_device = jnp.asarray(ARRAYS[name])
     assert checksums.of_tree({"x": on_device}) == host  # on a CPU, by NumPy
-    in_a_program = checksums._on_devices(on_device)
-    np.testing.assert_array_equal(in_a_program, checksums._on_host(ARRAYS[name]))
+    compiled = checksums._on_devices(on_device)
+    np.testing.assert_array_equal(compiled, checksums._on_host(ARRAYS[name]))
 
 
 @pytest.mark.parametrize("name", [name for name in ARRAYS if name != "empty"])
-def test_every_bit_and_place_counts(name):
+def test_every_bit_and_position_counts(name):
     array = ARRAYS[name]
-    found = {checksums.of_tree([array])["0"]}
+    sums = {checksums.of_tree([array])["0"]}
     data = array.tobytes()
     for position in sorted({0, len(data) // 2, len(data) - 1}):
         for bit in range(8) if array.dtype != bool else (0,):
             changed = bytearray(data)
             changed[position] ^= 1 << bit
             other = np.frombuffer(bytes(changed), array.dtype).reshape(array.shape)
-            found.add(checksums.of_tree([other])["0"])
+            sums.add(checksums.of_tree([other])["0"])
     flat = array.reshape(-1)
     count = 1 + (8 if array.dtype != bool else 1) * len({0, len(data) // 2, len(data) - 1})
-    assert len(found) == count
+    assert len(sums) == count
     if flat.size > 1 and flat[0] != flat[-1]:
         swapped = flat.copy()
         swapped[[0, -1]] = swapped[[-1, 0]]
-        assert checksums.of_tree([swapped.reshape(array.shape)])["0"] not in found
+        assert checksums.of_tree([swapped.reshape(array.shape)])["0"] not in sums
 
 
-def placements():
-    """In a process with eight devices."""
+def check_shardings():
+    """Runs in a process with eight devices."""
     host = {"x": np.arange(64 * 24, dtype=np.float32).reshape(64, 24), "y": ARRAYS["scalar"]}
     expected = checksums.of_tree(host)
     P = jax.sharding.PartitionSpec
@@ -235,16 +236,16 @@ def placements():
         for spec in (P(), P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))):
             if any(64 % len(devices) or 24 % n for n in mesh.shape.values()):
                 continue
-            placed = {
+            sharded = {
                 name: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec if x.ndim else P()))
                 for name, x in host.items()
             }
-            assert checksums.of_tree(placed) == expected, (spec, devices)
-            text = checksums._on_devices.lower(placed["x"]).compile().as_text()
+            assert checksums.of_tree(sharded) == expected, (spec, devices)
+            text = checksums._on_devices.lower(sharded["x"]).compile().as_text()
             assert "all-gather" not in text, "an array is gathered to be summed"
             print("checked", spec)
 
 
-def test_how_an_array_is_split_changes_nothing(capfd):
-    on_devices(8, placements)
+def test_checksums_are_independent_of_sharding(capfd):
+    on_devices(8, check_shardings)
     assert capfd.readouterr().out.count("checked") >= 10

@@ -1,21 +1,22 @@
-"""Token stores near by: opened by what a listing tells, read with the files of two views open."""
+"""Local token stores are verified from one listing and read with two views' files open."""
 
 import contextlib
 import gc
 import resource
-import time
 
 import numpy as np
 import psutil
 import pytest
 
-from dgpt_jax import batching, open_files, pipeline, records, shards
-from dgpt_jax.config import Data, Model
-from dgpt_jax.schema import UserError, parse
-from tests import stores
+from dgpt_jax.config import DataConfig, ModelConfig
+from dgpt_jax.config.schema import parse
+from dgpt_jax.data import dataset, loader
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import array_record_shards, file_limits, tfds_dataset
+from tests.support import stores
 
-MODEL = parse(Model, {"image_size": 16, "patch": 4})
-# View and index of what the stream of seed 3 over 13 examples begins with.
+MODEL = parse(ModelConfig, {"image_size": 16, "patch": 4})
+# view/index of the first rows of the stream with seed 3 over 13 examples.
 PINNED = """
     0/4 0/6 0/9 0/7 0/5 0/3
     0/1 0/12 0/10 0/0 0/2 0/8
@@ -26,20 +27,20 @@ PINNED = """
 
 
 def open_store(path, **changes):
-    data = parse(Data, {"path": str(path), "threads": 2} | changes)
-    return pipeline.open_examples(data, MODEL, seed=3)
+    data = parse(DataConfig, {"path": str(path), "threads": 2} | changes)
+    return dataset.open_examples(data, MODEL, seed=3)
 
 
 def batches(examples, count, batch_size, *, start=0):
     rows = np.arange(batch_size)
-    stream = batching.train_batches(examples, batch_size, rows=rows, start_step=start)
+    stream = loader.train_batches(examples, batch_size, rows=rows, start_step=start)
     with contextlib.closing(stream):
         return [next(stream) for _ in range(count)]
 
 
 @pytest.fixture
 def store(tmp_path):
-    """Of shards that differ in size: a file's is a multiple of 64 KiB."""
+    """A store whose shards differ in size: files are multiples of 64 KiB."""
     info = stores.store_info(grid=(8, 8), width=64)
     return stores.write(tmp_path / "tokens", [30, 30, 3], views=2, info=info)
 
@@ -48,85 +49,82 @@ def shard_of(store, view, shard):
     return next(store.glob(f"tokens-view{view:03d}*-{shard:05d}-of-*"))
 
 
-def test_sizes_tell_and_no_shard_is_opened(store, monkeypatch):
-    monkeypatch.setattr(shards, "count", lambda path: pytest.fail(f"{path} is opened"))
+def test_sizes_are_checked_without_opening_shards(store, monkeypatch):
+    monkeypatch.setattr(array_record_shards, "count", lambda path: pytest.fail(f"{path} is opened"))
     assert len(open_store(store)) == 63
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_shards_that_are_not_whole(store, manifest):
+def test_incomplete_shards_are_refused(store, manifest):
     if not manifest:
-        (store / shards.MANIFEST).unlink()
+        (store / array_record_shards.MANIFEST).unlink()
     assert len(open_store(store)) == 63
     shard = shard_of(store, 1, 1)
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
+    original = shard.read_bytes()
+    shard.write_bytes(original[: len(original) // 2])
     with pytest.raises(UserError, match="view001.*damaged or truncated"):
         open_store(store)
     shard.write_bytes(shard_of(store, 0, 2).read_bytes())
-    with pytest.raises(UserError, match="view001.*holds 3 records, the metadata say 30"):
+    with pytest.raises(UserError, match="view001.* 3 records, .* 30"):
         open_store(store)
     shard.unlink()
     with pytest.raises(UserError, match=r"view001.*00001-of-00003 is missing"):
         open_store(store)
-    assert len(open_store(store, views=1)) == 63  # what is not read need not be there
+    assert len(open_store(store, views=1)) == 63  # views that are not used may be missing
 
 
-def test_a_shard_that_was_exchanged(store):
+def test_a_replaced_shard_is_refused(store):
     shard = shard_of(store, 0, 0)
-    features = records.open_builder(store).info.features
-    example = next(iter(records.Split(store, "view000"))) | {"id": "longer than before" * 200}
-    shards.write(shard, [features.serialize_example(example)] * 30)
-    with pytest.raises(UserError, match="were written .*another file"):
+    features = tfds_dataset.open_builder(store).info.features
+    example = next(iter(tfds_dataset.Split(store, "view000"))) | {"id": "longer than before" * 200}
+    array_record_shards.write(shard, [features.serialize_example(example)] * 30)
+    with pytest.raises(UserError, match=r"manifest.json says \d+"):
         open_store(store)
 
 
-def test_an_unfinished_store_is_named_before_anything_else(store):
+def test_an_unfinished_store_is_refused_first(store):
     (store / "dataset_info.json").unlink()
     shard_of(store, 0, 0).unlink()
     with pytest.raises(UserError, match="unfinished.*build_tokens.py --out=HERE"):
         open_store(store, targets="online")
 
 
-def test_the_order_near_by_is_pinned(tmp_path):
-    """Runs that were begun with earlier versions continue with the batches they would have had."""
+def test_the_order_of_local_examples_is_pinned(tmp_path):
+    """Runs of earlier versions resume with the same batches."""
     store = stores.write(tmp_path / "tokens", [5, 5, 3], views=2)
-    found = stores.names(batches(open_store(store), 5, 6), store, views=2)
-    assert found == [line.split() for line in PINNED.split("\n") if line.strip()]
+    names = stores.names(batches(open_store(store), 5, 6), store, views=2)
+    assert names == [line.split() for line in PINNED.split("\n") if line.strip()]
 
 
 def read_wide(tmp_path, *, examples, shard_size, views, reads):
-    """(seconds to open, [RSS in MB, files open] after each view) of reading at random."""
+    """Returns [RSS in MB, open files] after each view of random reads."""
     path = stores.write_linked(
         tmp_path / "tokens", examples=examples, shard_size=shard_size, views=views
     )
-    process, rng, found = psutil.Process(), np.random.default_rng(0), []
-    began = time.monotonic()
+    process, rng, usage = psutil.Process(), np.random.default_rng(0), []
     opened = open_store(path)
-    seconds = time.monotonic() - began
     for view in range(4):
         for index in rng.integers(len(opened), size=reads // 4):
             opened(0, int(index), epoch=view)
         gc.collect()
-        found.append((process.memory_info().rss / 1e6, process.num_fds()))
-    return seconds, found
+        usage.append((process.memory_info().rss / 1e6, process.num_fds()))
+    return usage
 
 
-def check_wide(tmp_path, shards_a_view, memory, **kwargs):
+def check_wide(tmp_path, shards_per_view, memory, **kwargs):
     process = psutil.Process()
-    gc.collect()  # files that earlier tests have left open
+    gc.collect()  # closes files of earlier tests
     before = process.num_fds()
     rss = process.memory_info().rss / 1e6
-    seconds, found = read_wide(tmp_path, **kwargs)
-    print(f"opened in {seconds:.2f} s; RSS {rss:.0f} MB, then (RSS, files) {found}")
-    assert seconds < 10
-    files = [files - before for _, files in found]
-    assert shards_a_view * 0.9 < files[0] <= shards_a_view + 50
-    assert max(files) <= 2 * shards_a_view + 50
-    assert max(rss for rss, _ in found) - rss < memory
+    usage = read_wide(tmp_path, **kwargs)
+    print(f"RSS {rss:.0f} MB, then (RSS, files) {usage}")
+    files = [files - before for _, files in usage]
+    assert shards_per_view * 0.9 < files[0] <= shards_per_view + 50
+    assert max(files) <= 2 * shards_per_view + 50
+    assert max(rss for rss, _ in usage) - rss < memory
 
 
-def test_only_two_views_are_open(tmp_path):
+def test_two_views_at_most_are_open(tmp_path):
     check_wide(tmp_path, 100, 100, examples=100 * 8 - 3, shard_size=8, views=4, reads=3000)
 
 
@@ -135,13 +133,13 @@ def test_14_million_examples_in_8_views(tmp_path):
     check_wide(tmp_path, 1709, 300, examples=14_000_000, shard_size=8192, views=8, reads=20_000)
 
 
-def test_the_limit_of_open_files_is_raised_as_far_as_needed(store, monkeypatch):
+def test_the_limit_of_open_files_is_raised_as_needed(store, monkeypatch):
     limits = {"now": (20, 5000)}
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.update(now=new))
     open_store(store)
     soft, hard = limits["now"]
-    assert 2 * 3 + open_files.SPARE <= soft < 1000 and hard == 5000
+    assert 2 * 3 + file_limits.SPARE <= soft < 1000 and hard == 5000
     limits["now"] = (100, 150)
-    with pytest.raises(UserError, match=r"needs \d+ open files, .* may have 150 here"):
+    with pytest.raises(UserError, match=r"needs \d+ open files, .* 150.*ulimit"):
         open_store(store)

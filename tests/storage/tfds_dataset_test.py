@@ -1,4 +1,4 @@
-"""Token codecs, pictures, and TFDS directories."""
+"""Token codecs, image encodings and TFDS directories."""
 
 from dataclasses import replace
 
@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dgpt_jax import records, token_codec, views
-from dgpt_jax.schema import UserError
-from tests.data import image_dataset, smooth_image
+from dgpt_jax.data import image_ops, token_codec
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import tfds_dataset
+from tests.support.data import image_dataset, smooth_image
 
 
 def heavy_tailed(rng, shape=(64, 17, 48)):
-    """Tokens as CLIP has them: a few channels thirty times the rest."""
+    """Tokens like CLIP's, with a few channels thirty times larger than the rest."""
     tokens = rng.standard_normal(shape).astype(np.float32)
     tokens[..., :3] *= 30
     return tokens
@@ -33,12 +34,12 @@ def test_codec_cosines(name, least):
 def test_the_channel_scale_keeps_ordinary_channels(name, least, without):
     tokens = heavy_tailed(np.random.default_rng(0))
     fitted, _ = token_codec.fit(tokens, name)
-    for codec, holds in (
+    for codec, is_expected in (
         (fitted, lambda cosine: cosine > least),
         (replace(fitted, scale=np.ones(48, np.float32)), lambda cosine: cosine < without),
     ):
         decoded = np.asarray(codec.decode(codec.encode(tokens)))
-        assert holds(token_codec.cosines(decoded[..., 3:], tokens[..., 3:]).min())
+        assert is_expected(token_codec.cosines(decoded[..., 3:], tokens[..., 3:]).min())
 
 
 def test_zeros_stay_zeros():
@@ -48,7 +49,7 @@ def test_zeros_stay_zeros():
         assert not np.asarray(codec.decode(codec.encode(zeros))).any()
 
 
-def test_pca_keeps_the_variance_it_says():
+def test_pca_reports_the_explained_variance():
     rng = np.random.default_rng(0)
     tokens = rng.standard_normal((64, 17, 6)) @ rng.standard_normal((6, 48))
     tokens = (tokens + 0.01 * rng.standard_normal(tokens.shape)).astype(np.float32)
@@ -56,70 +57,70 @@ def test_pca_keeps_the_variance_it_says():
     assert codec.basis.shape == (48, 6) and 0.999 < variance < 1
     np.testing.assert_allclose(codec.basis.T @ codec.basis, np.eye(6), atol=1e-5)
     decoded = np.asarray(codec.decode(codec.encode(tokens)))
-    back = decoded @ codec.basis.T  # in all channels again
-    assert token_codec.cosines(back, tokens).min() > 0.999
+    restored = decoded @ codec.basis.T  # in all channels
+    assert token_codec.cosines(restored, tokens).min() > 0.999
     few, less = token_codec.fit(tokens, "float16", pca=3)
     assert less < variance and few.encode(tokens).shape == (64, 17, 3)
     for pca in (0, 49):
-        with pytest.raises(UserError, match=f"config.pca is {pca}, and tokens have 48"):
+        with pytest.raises(UserError, match=f"config.pca={pca} .*48"):
             token_codec.fit(tokens, "int8", pca=pca)
-    with pytest.raises(UserError, match="int4 packs pairs of channels, and there are 3"):
+    with pytest.raises(UserError, match="int4 .* 3"):
         token_codec.fit(tokens, "int4", pca=3)
 
 
 @pytest.mark.parametrize("kind", ["jpeg95", "webp-lossless", "png"])
-def test_pictures_round_trip(kind):
-    picture = smooth_image(np.random.default_rng(0), 32, 32)
-    decoded = views.decode_picture(views.encode_picture(picture, kind))
-    error = np.abs(decoded.astype(int) - picture)
+def test_images_round_trip(kind):
+    image = smooth_image(np.random.default_rng(0), 32, 32)
+    decoded = image_ops.decode_image(image_ops.encode_image(image, kind))
+    error = np.abs(decoded.astype(int) - image)
     assert error.max() == 0 if kind != "jpeg95" else 0 < error.mean() < 3
 
 
 def test_undecodable_bytes():
     for data in (b"", b"not an image"):
-        with pytest.raises(ValueError, match="no readable image"):
-            views.decode_picture(data)
+        with pytest.raises(ValueError, match="image"):
+            image_ops.decode_image(data)
 
 
-def test_tfds_itself_opens_what_we_write(tmp_path):
+def test_tfds_opens_our_datasets(tmp_path):
     path = image_dataset(tmp_path, per_class=5, shard_size=4)
     builder = tfds.builder_from_directory(str(path))
     source = builder.as_data_source("train")
     assert len(source) == 10 and builder.info.splits["train"].num_shards == 3
     assert source[9]["image"].shape == (24, 32, 3) and source[9]["label"] == 1
     assert builder.info.features["label"].names == ["a", "b"]
-    ours = records.Split(path, "train")
-    assert ours[9]["id"] == "b/004.png"
-    assert np.array_equal(views.decode_picture(ours[9]["image"]), source[9]["image"])
+    split = tfds_dataset.Split(path, "train")
+    assert split[9]["id"] == "b/004.png"
+    assert np.array_equal(image_ops.decode_image(split[9]["image"]), source[9]["image"])
 
 
 def test_broken_directories(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
-        records.Split(tmp_path / "absent", "train")
+        tfds_dataset.Split(tmp_path / "absent", "train")
     with pytest.raises(UserError, match="dataset_info.json"):
-        records.Split(tmp_path, "train")
+        tfds_dataset.Split(tmp_path, "train")
     path = image_dataset(tmp_path, per_class=5, shard_size=4)
     with pytest.raises(UserError, match="no split 'test'; it has train"):
-        records.Split(path, "test")
+        tfds_dataset.Split(path, "test")
     shard = next(path.glob("*-00001-of-*"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
+    original = shard.read_bytes()
+    shard.write_bytes(original[: len(original) // 2])
     with pytest.raises(UserError, match="damaged or truncated"):
-        records.Split(path, "train")
+        tfds_dataset.Split(path, "train")
     shard.unlink()
     with pytest.raises(UserError, match="missing"):
-        records.Split(path, "train")
+        tfds_dataset.Split(path, "train")
 
 
-def test_tfrecord_is_named_with_the_conversion(tmp_path):
+def test_tfrecord_is_refused_with_the_conversion_command(tmp_path):
     path = image_dataset(tmp_path, per_class=2)
     info = path / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match="convert_format"):
-        records.Split(path, "train")
+        tfds_dataset.Split(path, "train")
 
 
 def test_ids():
-    assert records.example_id({"id": b"x"}) == "x"
-    assert records.example_id({"file_name": "n01.JPEG"}) == "n01.JPEG"
-    assert records.example_id({"image": b"abc"}) == "352441c2"
+    assert tfds_dataset.example_id({"id": b"x"}) == "x"
+    assert tfds_dataset.example_id({"file_name": "n01.JPEG"}) == "n01.JPEG"
+    assert tfds_dataset.example_id({"image": b"abc"}) == "352441c2"

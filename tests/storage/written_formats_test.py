@@ -1,4 +1,4 @@
-"""What earlier versions wrote still opens, and reads as it did: golden/formats/VERSION."""
+"""Files of earlier versions (golden/formats/VERSION) are read as before."""
 
 import json
 import os
@@ -7,12 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from dgpt_jax import config as config_lib
-from dgpt_jax import replay, report, train
-from dgpt_jax.schema import parse
-from tests import formats
-from tests.data import TINY
-from tests.paths import GOLDEN
+from dgpt_jax import train
+from dgpt_jax.config import roots as config_lib
+from dgpt_jax.config.schema import parse
+from dgpt_jax.evals import report
+from dgpt_jax.training import bad_step_replay
+from tests.support import formats
+from tests.support.data import TINY
+from tests.support.paths import GOLDEN
 
 VERSIONS = sorted((GOLDEN / "formats").iterdir())
 TRAIN = dict(
@@ -26,7 +28,8 @@ RUNS = {
     "ema": {"optim": TRAIN["optim"] | {"ema": 0.9}},
     "tuned": {
         "task": "classify", "data": {"path": "images", "threads": 2},
-        "classify": {"num_classes": 2, "mix_group": 4, "weights": "run"},
+        "classify": {"num_classes": 2, "mixup_group_size": 4},
+        "init": {"weights": "run"},
         "optim": TRAIN["optim"] | {"layer_decay": 0.7},
     },
 }  # fmt: skip
@@ -34,7 +37,7 @@ RUNS = {
 
 @pytest.fixture(params=VERSIONS, ids=lambda path: path.name)
 def directory(request, tmp_path, monkeypatch):
-    """A copy of what a version wrote; the working directory, since its paths are relative."""
+    """A copy of a version's files, as the working directory, since their paths are relative."""
     copy = tmp_path / "formats"
     shutil.copytree(request.param, copy)
     monkeypatch.chdir(copy)
@@ -42,7 +45,7 @@ def directory(request, tmp_path, monkeypatch):
 
 
 def assert_close(actual, expected, path=""):
-    """Equal but for the last bits of floats."""
+    """Asserts equality up to rounding of floats."""
     if isinstance(expected, dict):
         assert actual.keys() == expected.keys(), path
         for key in expected:
@@ -53,7 +56,7 @@ def assert_close(actual, expected, path=""):
         assert actual == expected, path
 
 
-def test_everything_reads_as_it_did(directory):
+def test_all_formats_are_read_as_before(directory):
     expected = json.loads((directory / "expected.json").read_text())
     actual = json.loads(json.dumps(formats.summary(directory)))
     exact = ("images", "tokens", "steps", "results")
@@ -67,12 +70,12 @@ def test_everything_reads_as_it_did(directory):
 
 
 @pytest.mark.parametrize("name", [pytest.param("run", marks=pytest.mark.slow), "ema", "tuned"])
-def test_a_run_resumes_as_it_went_on(directory, name, capsys):
-    """From the checkpoint of step 3; the log of the run itself goes to step 6."""
+def test_a_run_resumes_with_the_same_losses(directory, name, capsys):
+    """From the checkpoint of step 3, against the run's own log, which goes to step 6."""
     expected = formats.curves(directory / name)["loss"]
     os.truncate(directory / name / "metrics.jsonl", 0)
-    assert train.train(parse(config_lib.Train, TRAIN | RUNS[name]), directory / name) == 0
-    assert "step 3 does not tell its data" in capsys.readouterr().err
+    assert train.train(parse(config_lib.TrainConfig, TRAIN | RUNS[name]), directory / name) == 0
+    assert "step 3 does not record its data" in capsys.readouterr().err
     resumed = formats.curves(directory / name)["loss"]
     assert list(resumed) == ["4", "5", "6"]
     for step, loss in resumed.items():
@@ -81,7 +84,7 @@ def test_a_run_resumes_as_it_went_on(directory, name, capsys):
 
 def test_a_bad_step_is_replayed(directory):
     (dump,) = directory.glob("bad/bad_step_*")
-    replayed = replay.replay(dump)
+    replayed = bad_step_replay.replay(dump)
     assert replayed.now["loss"] == pytest.approx(replayed.before["loss"], rel=1e-4, nan_ok=True)
     assert len(replayed.ids) == 8
 

@@ -1,27 +1,27 @@
-"""The evaluations tell a pretrained encoder from an untrained one, on both sets of real images."""
+"""Evaluations separate a pretrained from an untrained encoder on both small image sets."""
 
 import json
 import sys
 from pathlib import Path
 
-import digits
 import pytest
-import quickstart
 
-from dgpt_jax import cli, evaluate, records
+from dgpt_jax import cli, evaluate
+from dgpt_jax.storage import tfds_dataset
+from tests.support.paths import ROOT
+from tools.studies import digits, quickstart, small_images
 
-ROOT = Path(__file__).parent.parent
-# Labels a class that each protocol gets; few, so that they are hard to do without features.
+# Labels per class of each protocol; few, so that good features matter.
 SHOTS = {"knn": 5, "linear": 5, "fewshot": 5}
-# What configs/quickstart_finetune.py trains, on all labels.
+# Arguments of configs/quickstart_finetune.py; all labels are used.
 HEADS = ("none", "linear", "dinov2", "attentive")
 # After 300 steps kNN on glyphs is still below the untrained encoder's, and the attentive probe on
-# digits has 86.1 % against 80.0: intervals of 360 pictures touch.
+# digits has 86.1 % against 80.0: intervals of 360 images overlap.
 STEPS = {"digits": 600, "glyphs": 1200}
 
 
 def accuracies(out: Path, name: str, monkeypatch, *words) -> dict[str, dict]:
-    """{protocol: its row of mean features} of the run, by the commands of the README."""
+    """{protocol: row of mean features} of the run, by the commands of the README."""
     for protocol, shots in SHOTS.items():
         command = [
             f"--config={ROOT}/configs/{protocol}_in1k.py", f"--config.data={out / 'images'}",
@@ -36,42 +36,42 @@ def accuracies(out: Path, name: str, monkeypatch, *words) -> dict[str, dict]:
 
 
 def trained_heads(out: Path, name: str, weights: Path) -> dict[str, dict]:
-    """{protocol: its row after the last step} of fine-tuning and of probes."""
-    images, found = out / "images", {}
-    classes = records.Split(images, "train").label.num_classes
+    """{protocol: row after the last step} of fine-tuning and probes."""
+    images, results = out / "images", {}
+    classes = tfds_dataset.Split(images, "train").label.num_classes
     for head in HEADS:
         workdir = out / name / head
         words = (
             "-m", "dgpt_jax.train", f"--config=configs/quickstart_finetune.py:{head}",
-            f"--workdir={workdir}", f"--config.classify.weights={weights}",
+            f"--workdir={workdir}", f"--config.init.weights={weights}",
             f"--config.data.path={images}", f"--config.evals.heldout={images}",
             f"--config.classify.num_classes={classes}",
         )  # fmt: skip
-        made = workdir / "checkpoints"
-        quickstart.run(out / "logs", quickstart.Command(f"{name}_{head}", made, words))
+        command = quickstart.Command(f"{name}_{head}", workdir / "checkpoints", words)
+        quickstart.run(out / "logs", command)
         rows = json.loads(next(workdir.glob("results*.json")).read_text())["results"]
-        found[rows[0]["protocol"]] = rows[0]
-    return found
+        results[rows[0]["protocol"]] = rows[0]
+    return results
 
 
-@pytest.fixture(scope="module", params=quickstart.IMAGES)
+@pytest.fixture(scope="module", params=small_images.WRITERS)
 def pretrained(request, tmp_path_factory):
-    """(which images, the directory of everything) after some hundred steps of D-iGPT."""
+    """(image set, directory) with an encoder pretrained for STEPS."""
     images, out = request.param, tmp_path_factory.mktemp(request.param)
     steps, logs = STEPS[images], out / "logs"
-    quickstart.IMAGES[images](out / "pictures")
+    small_images.WRITERS[images](out / "pictures")
     words = ("tools/import_images.py", out / "pictures", f"--out={out / 'images'}")
     quickstart.run(logs, quickstart.Command("import", out / "images/dataset_info.json", words))
     digits.train_teacher(out / "images", out / "teacher", steps)
     quickstart.run(logs, quickstart.token_store(out, "tokens"))
-    held_out = ("--config.split=test", "--config.views=1", f"--config.like={out / 'tokens'}")
+    held_out = ("--config.split=test", "--config.views=1", f"--config.codec_from={out / 'tokens'}")
     quickstart.run(logs, quickstart.token_store(out, "tokens_test", *held_out))
     quickstart.run(logs, quickstart.pretraining(out, "both", steps))
     return images, out
 
 
 def refuse_overlap(images: str, trained: dict, untrained: dict):
-    """Fails where an interval of one touches that of the other."""
+    """Fails if confidence intervals overlap."""
     for protocol, row in trained.items():
         print(f"{images} {protocol}: {row['accuracy']:.1f}, {untrained[protocol]['accuracy']:.1f}")
     for protocol, row in trained.items():
@@ -79,7 +79,7 @@ def refuse_overlap(images: str, trained: dict, untrained: dict):
 
 
 @pytest.mark.slow
-def test_a_pretrained_encoder_is_told_from_an_untrained_one(pretrained, monkeypatch):
+def test_frozen_features(pretrained, monkeypatch):
     images, out = pretrained
     trained = accuracies(out, "trained", monkeypatch)
     untrained = accuracies(out, "untrained", monkeypatch, "--untrained=0")
@@ -88,14 +88,14 @@ def test_a_pretrained_encoder_is_told_from_an_untrained_one(pretrained, monkeypa
 
 
 @pytest.mark.slow
-def test_fine_tuning_and_probes_tell_them_apart(pretrained):
+def test_fine_tuning_and_probes(pretrained):
     images, out = pretrained
-    # The same encoder as it begins: a step whose learning rate is 0.
-    begun = quickstart.pretraining(out, "begun", 1)
-    words = [word.replace("quickstart.py:begun", "quickstart.py:both") for word in begun.words]
+    # The initial weights of the same encoder: one step with learning rate 0.
+    initial = quickstart.pretraining(out, "initial", 1)
+    words = [word.replace("quickstart.py:initial", "quickstart.py:both") for word in initial.words]
     words.append("--config.optim.blr=0")
-    quickstart.run(out / "logs", quickstart.Command("begun", begun.makes, tuple(words)))
+    quickstart.run(out / "logs", quickstart.Command("initial", initial.output, tuple(words)))
     trained = trained_heads(out, "trained_heads", out / "runs/both")
-    untrained = trained_heads(out, "untrained_heads", out / "runs/begun")
+    untrained = trained_heads(out, "untrained_heads", out / "runs/initial")
     assert len(trained) == len(HEADS)
     refuse_overlap(images, trained, untrained)

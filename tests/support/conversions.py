@@ -1,4 +1,4 @@
-"""Small encoders to convert, and tools/convert.py as tests call it."""
+"""Small random weights, and calls of tools/convert.py."""
 
 import json
 import sys
@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 
 from dgpt_jax import cli
-from dgpt_jax.config import Model
-from dgpt_jax.convert.weights import (
-    Preprocess,
-    Weights,
-    encoder_model,
-    encoder_shapes,
-    full_shapes,
-)
-from dgpt_jax.schema import parse
+from dgpt_jax.config import ModelConfig
+from dgpt_jax.config.schema import parse
+from dgpt_jax.weights.types import Preprocess, Weights, encoder_model, encoder_shapes, full_shapes
 
 HEADS = {"heads": 3, "decoder_heads": 2}
 HALF = (0.5, 0.5, 0.5)
@@ -23,7 +17,7 @@ SQUASH = Preprocess(HALF, HALF, "bilinear", 1.0, "squash")
 
 
 def random_weights(pooling="cls", classes=0, preprocess=SQUASH, **changes) -> Weights:
-    """An encoder with all parameters random."""
+    """An encoder with random parameters only."""
     sizes = dict(width=24, patch=4, heads=3, depth=2, mlp_width=40, image_size=16) | changes
     model = encoder_model(**sizes)
     rng = np.random.default_rng(0)
@@ -35,9 +29,9 @@ def random_weights(pooling="cls", classes=0, preprocess=SQUASH, **changes) -> We
 
 
 def pretrained() -> Weights:
-    """A pretraining model, all parameters random; heads and decoder_heads of it are HEADS."""
+    """A pretraining model with random parameters only; its head counts are HEADS."""
     sizes = dict(width=24, patch=4, depth=4, image_size=16, decoder_width=16, decoder_depth=2)
-    model = parse(Model, sizes | HEADS)
+    model = parse(ModelConfig, sizes | HEADS)
     rng = np.random.default_rng(0)
     params = {
         path: 0.3 * rng.standard_normal(shape).astype(np.float32)
@@ -47,21 +41,24 @@ def pretrained() -> Weights:
 
 
 def convert(monkeypatch, *words):
-    import convert as tool
+    """Runs the command with these arguments."""
+    from dgpt_jax.commands import convert as tool
 
     monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
     cli.run(tool.main)
 
 
-def refused(monkeypatch, *words) -> str:
-    with pytest.raises(SystemExit) as ended:
+def convert_error(monkeypatch, *words) -> str:
+    """The one-line error of the command."""
+    with pytest.raises(SystemExit) as error:
         convert(monkeypatch, *words)
-    message = ended.value.code
+    message = error.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     return message
 
 
 def same(a: Weights, b: Weights):
+    """Asserts equal geometry, preprocessing and parameters."""
     assert (a.model, a.pooling, a.preprocess) == (b.model, b.pooling, b.preprocess)
     assert set(a.params) == set(b.params)
     for path in a.params:
@@ -69,7 +66,7 @@ def same(a: Weights, b: Weights):
 
 
 def change_json(directory, changes: dict):
-    """The directory, JSON in it changed: {file: {"a.b": value}, its text, or None: removed}."""
+    """Changes files in place, {file: {"a.b": value}, its text, or None to remove it}."""
     for name, change in changes.items():
         path = directory / name
         if change is None:
@@ -80,9 +77,9 @@ def change_json(directory, changes: dict):
             content = json.loads(path.read_text()) if path.exists() else {}
             for key, value in change.items():
                 *groups, last = key.split(".")
-                place = content
+                node = content
                 for group in groups:
-                    place = place.setdefault(group, {})
-                place[last] = value
+                    node = node.setdefault(group, {})
+                node[last] = value
             path.write_text(json.dumps(content))
     return directory

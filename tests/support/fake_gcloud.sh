@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# A stand-in for `gcloud compute tpus`: a slice whose workers are folders $FAKE/home/N, in which it
-# runs for real what it is told to run on them. $FAKE/calls records every call. Failures to play:
-#   creates      a line for each `create`: capacity, quota or ok
-#   queue        states of the queued resource, one a look; the last one stays
-#   states       of the slice, one a look, before the true one; error: gcloud fails itself
-#   follows      a line for each `follow`: preempt, drop (the connection) or ok
-#   unreachable  numbers of workers that do not answer, until the slice is deleted
-# Of several slices (--node-count) the workers of slice S are S.0, S.1, …
+# Fake `gcloud compute tpus`: a slice whose workers are directories $FAKE/home/N, where it runs the
+# commands of ssh. $FAKE/calls records every call. Files of scripted events in $FAKE, a line each:
+#   creates      for each `create`: capacity, quota or ok
+#   queue        state of the queued resource for each `describe`; the last one repeats
+#   states       state of the slice for each `describe`, then the true one; error: gcloud fails
+#   follows      for each `follow`: preempt, drop (the connection) or ok
+#   unreachable  numbers of workers that do not respond, until the slice is deleted
+# With --node-count the workers of slice S are S.0, S.1, …
 set -euo pipefail
 printf '%s\n' "$*" >>"$FAKE/calls"
 shift 2
 kind=$1 verb=$2 node=$3
 shift 2
-# The number of the slice, before those of its workers, where there are several.
+# Number of the slice if there are several.
 slice=$(sed -nE 's/.*-([0-9]+):?$/\1/p' <<<"$node")
 if [ "$verb" = scp ]; then slice=$(grep -oE -- '-[0-9]+: ' <<<"$*" | tr -dc 0-9 || true); fi
 
-play() {
+next_event() {
   sed -n 1p "$FAKE/$1" 2>/dev/null || true
   sed -i 1d "$FAKE/$1" 2>/dev/null || true
 }
@@ -44,7 +44,7 @@ make_node() {
 
 reachable() { ! grep -qx "$1" "$FAKE/unreachable" 2>/dev/null; }
 
-on_workers() { # FUNCTION: for those that --worker names
+on_workers() { # FUNCTION: calls it for the workers of --worker
   local i id status=0
   for ((i = 0; i < WORKERS; i++)); do
     if [ "$worker" != all ] && [ "$worker" != "$i" ]; then continue; fi
@@ -59,11 +59,11 @@ on_workers() { # FUNCTION: for those that --worker names
   return "$status"
 }
 
-run_there() {
+run_on() {
   (cd "$1" && HOME=$1 HOSTNAME=t1v-n-fake$slice-w-$2 PATH=$FAKE/bin:$PATH bash -c "$command")
 }
 
-copy_there() { cp "${sources[@]}" "$1"; }
+copy_to() { cp "${sources[@]}" "$1"; }
 
 worker=0 command='' sources=()
 for word in "$@"; do
@@ -77,7 +77,7 @@ done
 
 case $kind.$verb in
   *.create)
-    case $(play creates) in
+    case $(next_event creates) in
       capacity) refuse '{"code": 8, "message": "There is no more capacity in the zone"}' ;;
       quota) refuse "Quota limit 'TPUV4PodPerProject' has been exceeded. Limit: 0" ;;
     esac
@@ -90,16 +90,16 @@ case $kind.$verb in
     echo "$state" ;;
   tpu-vm.describe)
     [ -e "$FAKE/state" ] || refuse "NOT_FOUND: Resource was not found"
-    state=$(play states)
+    state=$(next_event states)
     [ "$state" != error ] || refuse "Connection reset by peer"
     printf '%s\t%s\n' "${state:-$(cat "$FAKE/state")}" "$WORKERS" ;;
   *.delete)
     end_runs
     rm -rf "${FAKE:?}/home" "$FAKE/state" "$FAKE/queued" "$FAKE/unreachable" ;;
-  tpu-vm.scp) on_workers copy_there ;;
+  tpu-vm.scp) on_workers copy_to ;;
   tpu-vm.ssh)
     if [[ $command == *' follow' ]]; then
-      case $(play follows) in
+      case $(next_event follows) in
         drop) exit 255 ;;
         preempt)
           end_runs
@@ -108,5 +108,5 @@ case $kind.$verb in
       esac
     fi
     [ "$(cat "$FAKE/state")" = READY ] || refuse "the TPU is in state $(cat "$FAKE/state")"
-    on_workers run_there ;;
+    on_workers run_on ;;
 esac

@@ -1,12 +1,15 @@
-"""What a directory of written formats (golden/write_formats.py) reads as, as plain numbers."""
+"""Contents of a directory of written formats (golden/write_formats.py) as plain numbers."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax import checkpoint, load, records, run_log, token_store
+from dgpt_jax.data import token_store
 from dgpt_jax.evals import results
+from dgpt_jax.monitoring import metrics_log
+from dgpt_jax.storage import orbax_checkpoint, tfds_dataset
+from dgpt_jax.weights import api
 
 WEIGHTS = ("run", "ema", "tuned", "exports/tuned")
 EXPORTS = ("exports/encoder.safetensors", "exports/timm", "exports/hf", "exports/vit.npz")
@@ -20,7 +23,7 @@ def images() -> np.ndarray:
 
 
 def digest(*arrays) -> str:
-    """SHA-256 of the arrays' bytes, the first 16 digits."""
+    """First 16 digits of the SHA-256 of the arrays' bytes."""
     sha = hashlib.sha256()
     for array in arrays:
         sha.update(np.ascontiguousarray(array).tobytes())
@@ -28,7 +31,7 @@ def digest(*arrays) -> str:
 
 
 def summary(directory: Path) -> dict:
-    """Everything in the directory that later code must read alike; JSON."""
+    """Everything in the directory that later versions must read alike, as JSON."""
     return {
         "images": dataset(directory / "images"),
         "tokens": store(directory / "tokens"),
@@ -36,14 +39,14 @@ def summary(directory: Path) -> dict:
         "losses": {name: losses(directory / name) for name in FULL},
         "logits": logits(directory / "tuned"),
         "curves": {name: curves(directory / name) for name in RUNS},
-        "steps": {name: checkpoint.steps(directory / name) for name in RUNS},
+        "steps": {name: orbax_checkpoint.steps(directory / name) for name in RUNS},
         "results": measured(directory / "run/results_step3.json"),
     }
 
 
 def dataset(path: Path) -> dict:
     """Ids, labels, class names and a digest of the bytes of an image dataset."""
-    split = records.Split(path, "train")
+    split = tfds_dataset.Split(path, "train")
     examples = list(split)
     return {
         "ids": [example["id"] for example in examples],
@@ -54,12 +57,12 @@ def dataset(path: Path) -> dict:
 
 
 def store(path: Path) -> dict:
-    """Ids and digests of a token store's views, and what its metadata say."""
+    """Ids and digests of a token store's views, and its metadata."""
     info = token_store.StoreInfo.load(path)
     codec = info.load_codec(path)
     views = {}
-    for name in records.open_builder(path).info.splits:
-        examples = list(records.Split(path, name))
+    for name in tfds_dataset.open_builder(path).info.splits:
+        examples = list(tfds_dataset.Split(path, name))
         views[name] = {
             "ids": [example["id"] for example in examples],
             "images": digest(*(np.frombuffer(x["image"], np.uint8) for x in examples)),
@@ -75,29 +78,29 @@ def store(path: Path) -> dict:
 
 def features(path: Path) -> list:
     """An encoder's features of `images`."""
-    encoder = load.load_encoder(path)
+    encoder = api.load_encoder(path)
     return np.asarray(encoder.features(images(), "mean"), float).tolist()
 
 
 def logits(path: Path) -> list:
     """A classifier's logits of `images`."""
-    return np.asarray(load.load_classifier(path).logits(images()), float).tolist()
+    return np.asarray(api.load_classifier(path).logits(images()), float).tolist()
 
 
 def losses(path: Path) -> dict[str, float]:
     """A pretraining model's losses on fixed inputs."""
     rng = np.random.default_rng(29)
-    model = load.load_digpt(path, heads=2, decoder_heads=2)
-    inputs = rng.standard_normal((2, 16, 16, 3)), rng.standard_normal((2, 17, 24))
+    model = api.load_digpt(path, heads=2, decoder_heads=2)
+    images, tokens = rng.standard_normal((2, 16, 16, 3)), rng.standard_normal((2, 17, 24))
     orders = np.array([[0, 1, 2, 3], [3, 1, 0, 2]])
-    inputs = (np.float32(x) for x in inputs)
-    return {name: float(x) for name, x in model.losses(*inputs, orders).items()}
+    losses = model.losses(np.float32(images), np.float32(tokens), orders)
+    return {name: float(x) for name, x in losses.items()}
 
 
 def curves(path: Path) -> dict[str, dict[str, float]]:
-    """What a run has logged of losses and accuracies, by metric and step."""
+    """Logged losses and accuracies of a run by metric and step."""
     names = ("loss", "next", "visible", "knn/cls", "knn/mean", "val/top1")
-    logged = run_log.read(path).curves
+    logged = metrics_log.read(path).curves
     return {
         name: {str(step): value for step, value in logged[name].as_dict().items()}
         for name in names
@@ -106,6 +109,6 @@ def curves(path: Path) -> dict[str, dict[str, float]]:
 
 
 def measured(path: Path) -> list:
-    """[protocol, features, k, correct, test] of each row of a file of results."""
+    """[protocol, features, k, correct, test] of each row of a results file."""
     rows = results.read(path)["results"]
     return [[row.get(x) for x in ("protocol", "features", "k", "correct", "test")] for row in rows]

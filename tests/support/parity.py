@@ -1,10 +1,10 @@
-"""Small models of transformers, with weights in which nothing can be forgotten unseen."""
+"""Random weights and outputs of transformers' models."""
 
 import numpy as np
 
 
-def randomise(model, seed: int = 0):
-    """The model in evaluation mode, all parameters random: biases not 0, norms and scales not 1."""
+def randomize(model, seed: int = 0):
+    """The model in eval mode with random biases, norms and scales too, so that omissions show."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -18,13 +18,13 @@ def randomise(model, seed: int = 0):
 
 
 def images(seed: int, size: int) -> np.ndarray:
-    """Normalised images (2, size, size, 3)."""
+    """Normalized images (2, size, size, 3)."""
     values = np.random.default_rng(seed).standard_normal((2, 3, size, size))
     return values.astype(np.float32).transpose(0, 2, 3, 1)
 
 
 def hidden_state(model, x, **kwargs) -> np.ndarray:
-    """`last_hidden_state` of a model for images as above."""
+    """`last_hidden_state` of a model on `images`."""
     import torch
 
     with torch.no_grad():

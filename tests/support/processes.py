@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-# Tests compile much and compute little: a fourth of the time, and the same losses.
+from tests.support.paths import ROOT
+
+# Tests compile a lot and compute little: a quarter of the time, same losses.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if os.environ.get("FULL_COMPILE"):  # as for users: the weekly workflow
+    QUICK_COMPILE = ""
 
 
 def start(words, *, devices: int = 1, **environment) -> subprocess.Popen:
-    """`python WORDS…` in the repository, its stdout and stderr together in a pipe."""
+    """Starts `python WORDS…` in the repository, stdout and stderr in one pipe."""
     settings = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILE}",
         "JAX_PLATFORMS": "cpu",
@@ -24,7 +26,7 @@ def start(words, *, devices: int = 1, **environment) -> subprocess.Popen:
 
 
 def outputs_of(processes, timeout: float | None = None) -> list[str]:
-    """What processes print until they end; those that do not end in time are killed."""
+    """Outputs of processes that exit within `timeout` seconds, else TimeoutExpired; kills them."""
     try:
         return [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
@@ -32,10 +34,10 @@ def outputs_of(processes, timeout: float | None = None) -> list[str]:
             process.kill()
 
 
-def on_devices(count: int, function, *args, **environment):
-    """Calls a function of a test module in a process with `count` devices."""
+def on_devices(count: int, function, *args, timeout: float | None = None, **environment):
+    """Calls a function of a test module in a process with `count` devices, and checks its exit."""
     call = f"import {function.__module__} as tests; tests.{function.__name__}(*{args!r})"
     process = start(["-c", call], devices=count, **environment)
-    (output,) = outputs_of([process])
+    (output,) = outputs_of([process], timeout)
     print(output)
     assert process.returncode == 0, output[-2000:]

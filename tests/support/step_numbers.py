@@ -1,10 +1,11 @@
-"""Twenty training steps on a layout of devices, written down to be compared with other layouts.
+"""Saves twenty training steps on a device layout, for comparison with other layouts.
 
-    python -m tests.numbers OUT DATA LAYOUT… [--hosts=ADDRESS,PROCESSES,PROCESS] [--fault=FAULT]
+    python -m tests.support.step_numbers OUT DATA LAYOUT…
+        [--hosts=ADDRESS,PROCESSES,PROCESS] [--fault=FAULT]
 
-DATA is a token store, with --task=classify labelled images. A LAYOUT is DATAxFSDPxTENSOR, with
-[:MICROBATCHES]. FAULT plants a mistake: `gradient` scales all gradients by 8, `half` replaces half
-of every batch by the other half.
+DATA is a token store, or labeled images with --task=classify. A LAYOUT is
+DATAxFSDPxTENSOR[:MICROBATCHES]. FAULT plants a bug: `gradient` scales all gradients by 8, `half`
+replaces half of every batch by the other half.
 """
 
 import argparse
@@ -14,22 +15,13 @@ import jax
 import numpy as np
 import optax
 
-from dgpt_jax import (
-    batching,
-    config,
-    hosts,
-    loop,
-    metrics,
-    optim,
-    param_rules,
-    schema,
-    sharding,
-    state,
-    tasks,
-)
+from dgpt_jax.config import roots, schema
+from dgpt_jax.data import loader
+from dgpt_jax.distributed import multihost, param_rules, sharding
 from dgpt_jax.evals import pretraining
-from dgpt_jax.step import make_train_step
-from tests.data import TINY
+from dgpt_jax.monitoring import metrics
+from dgpt_jax.training import loop, optimizer, tasks, train_step
+from tests.support.data import TINY
 
 STEPS, BATCH = 20, 16
 
@@ -39,17 +31,21 @@ def flat(tree, prefix: str) -> dict[str, np.ndarray]:
     return {f"{prefix}/{param_rules.path_of(path)}": np.asarray(leaf) for path, leaf in leaves}
 
 
-# Of classification: everything that is random within a step.
+# Classification with everything that is random within a step.
 CLASSIFY = {
-    "classify": {"num_classes": 2, "mix_group": 8, "drop_path": 0.3, "erase": 0.5},
+    "classify": {
+        "num_classes": 2,
+        "mixup_group_size": 8,
+        "drop_path": 0.3,
+        "random_erase_prob": 0.5,
+    },
     "optim": {"layer_decay": 0.8, "ema": 0.9},
 }
 
 
 def run(layout: str, store: str, fault: str, task: str) -> dict[str, np.ndarray]:
-    """losses (STEPS,), gradient/PATH: norms at step 0, params/PATH: after the last step,
-    heldout/NAME: losses of the 20 examples then, val/NAME: accuracies: one batch of 20 on one
-    device, padded batches on several."""
+    """losses (STEPS,); gradient/PATH: norms at step 0; params/PATH, heldout/NAME and val/NAME after
+    the last step, on 20 examples: one batch on one device, padded batches on several."""
     shape, _, accum = layout.partition(":")
     sizes = [int(n) for n in shape.split("x")]
     settings = {
@@ -60,28 +56,28 @@ def run(layout: str, store: str, fault: str, task: str) -> dict[str, np.ndarray]
                   "batch_size": 8 if max(sizes) > 1 else 20},
         "task": task,
     }  # fmt: skip
-    run = schema.parse(config.Train, settings | (CLASSIFY if task == "classify" else {}))
+    run = schema.parse(roots.TrainConfig, settings | (CLASSIFY if task == "classify" else {}))
     task = tasks.open_task(run)
     devices = np.array(jax.devices()[: int(np.prod(sizes))])
-    # Neighbours in the mesh are of different processes, as on a pod, whose wires ignore its hosts.
+    # Neighbors in the mesh belong to different processes, as on a pod.
     mesh = sharding.make_mesh(run.mesh, [*devices.reshape(jax.process_count(), -1).T.flat])
     rows = sharding.process_rows(mesh, BATCH)
 
     def loss(params, frozen, batch):
-        value, parts = task.loss(params, frozen, batch)
-        return value * (8 if fault == "gradient" else 1), parts
+        value, terms = task.loss(params, frozen, batch)
+        return value * (8 if fault == "gradient" else 1), terms
 
     def batches():
-        stream = batching.train_batches(task.examples, BATCH, rows=rows, start_step=0)
+        stream = loader.train_batches(task.examples, BATCH, rows=rows, start_step=0)
         for batch in stream:
             if fault == "half":
                 batch = jax.tree.map(lambda x: np.concatenate([x[: len(x) // 2]] * 2), batch)
             yield sharding.global_batch(mesh, BATCH, batch)
 
     gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
-    tx = task.optimizer(optim.schedule(5e-3, 2, STEPS))
-    current = state.create(task.init, tx, mesh, 0, task.given)
-    step = make_train_step(
+    tx = task.optimizer(optimizer.schedule(5e-3, 2, STEPS))
+    current = train_step.init_state(task.init, tx, mesh, 0, task.initial_params)
+    step = train_step.make_train_step(
         loss, tx, mesh, accum_steps=run.accum_steps, prepare=task.prepare, seed=run.seed
     )
     collection, losses = metrics.averages(task.metric_names), []
@@ -89,20 +85,24 @@ def run(layout: str, store: str, fault: str, task: str) -> dict[str, np.ndarray]
         current, running = step(current, collection.empty(), batch, {})
         values = running.compute()
         losses.append(float(values["loss"]))
-        if number == 0:  # AdamW's first moment is (1 - b1) times the only gradient yet
+        if number == 0:  # AdamW's first moment is (1 - b1) times the first gradient
             moment = flat(gather(optax.tree.get(current.opt_state, "mu")), "gradient")
             norms = {n: np.linalg.norm(m) / (1 - run.optim.b1) for n, m in moment.items()}
-    params = gather(optim.measured(current))
-    (evaluate,) = loop.evaluations_of(task).periodic(task, mesh)
-    measured = evaluate(optim.measured(current))
-    if jax.process_count() > 1 and run.task == "pretrain":  # every process draws what they all have
-        drawn = pretraining.painter(task, mesh)(optim.measured(current))()["predictions"]
-        assert drawn.shape[1] > 500 and drawn.std() > 10
-    return {"losses": np.array(losses)} | norms | measured | flat(params, "params")
+    params = gather(optimizer.eval_params(current))
+    (evaluate,) = loop.evaluations_of(task).make_evaluators(task, mesh)
+    evals = evaluate(optimizer.eval_params(current))
+    if (
+        jax.process_count() > 1 and run.task == "pretrain"
+    ):  # every process draws the gathered figures
+        figure = pretraining.prediction_figures(task, mesh)(optimizer.eval_params(current))()[
+            "predictions"
+        ]
+        assert figure.shape[1] > 500 and figure.std() > 10
+    return {"losses": np.array(losses)} | norms | evals | flat(params, "params")
 
 
 def without_keys(name: str, leaf: np.ndarray) -> np.ndarray:
-    """Biases without those of attention's keys: the softmax does not see them, so their gradient is
+    """Removes the biases of attention keys: softmax is invariant to them, so their gradient is
     rounding noise, which Adam scales up to a full step."""
     if name.endswith("qkv/bias"):
         return leaf[:, [0, 2]]
@@ -125,23 +125,26 @@ def assert_same(a: dict, b: dict):
 
 
 def main():
-    made = argparse.ArgumentParser()
-    made.add_argument("out", type=Path)
-    made.add_argument("store")
-    made.add_argument("layouts", nargs="+")
-    made.add_argument("--hosts", default="")
-    made.add_argument("--fault", default="")
-    made.add_argument("--task", default="pretrain")
-    args = made.parse_args()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("store")
+    parser.add_argument("layouts", nargs="+")
+    parser.add_argument("--hosts", default="")
+    parser.add_argument("--fault", default="")
+    parser.add_argument("--task", default="pretrain")
+    args = parser.parse_args()
     if args.hosts:
         address, processes, process = args.hosts.split(",")
-        hosts.start(
-            config.Hosts(coordinator=address, processes=int(processes), process=int(process)), "cpu"
+        multihost.start(
+            roots.HostsConfig(
+                coordinator=address, num_processes=int(processes), process_id=int(process)
+            ),
+            "cpu",
         )
     for layout in args.layouts:
-        found = run(layout, args.store, args.fault, args.task)
+        arrays = run(layout, args.store, args.fault, args.task)
         if jax.process_index() == 0:
-            np.savez(args.out / f"{layout.replace(':', '_')}{args.fault}.npz", **found)
+            np.savez(args.out / f"{layout.replace(':', '_')}{args.fault}.npz", **arrays)
 
 
 if __name__ == "__main__":

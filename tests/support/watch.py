@@ -1,4 +1,4 @@
-"""Resources of a process and its children, sampled while it runs. Linux: /proc is read."""
+"""Resources of a process and its children, sampled while it runs. Linux only: reads /proc."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tests.processes import outputs_of, start
+from tests.support.processes import outputs_of, start
 
-# Runs code in a process that measures itself.
+# Runs code in a process that measures its own resources.
 MEASURED = """
 import json, sys
-from tests.watch import Usage
+from tests.support.watch import Usage
 code, sys.argv = sys.argv[1], sys.argv[1:]
 with Usage() as usage:
     try:
@@ -34,10 +34,10 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 @dataclass
 class Watch:
-    """A context that samples a process tree twice a second, in a thread.
+    """A context that samples a process tree twice per second in a thread.
 
-    Samples: (seconds, resident bytes, open files, threads) of all its processes together. It is
-    killed where it holds more than `limit` bytes, before the machine runs out of memory.
+    Samples: (seconds, resident bytes, open files, threads), summed over its processes. Kills the
+    process above `limit` bytes, before the machine runs out of memory.
     """
 
     pid: int
@@ -45,36 +45,35 @@ class Watch:
     samples: list[tuple[float, int, int, int]] = field(default_factory=list)
 
     def __enter__(self) -> "Watch":
-        self._ended, self._began = threading.Event(), time.monotonic()
+        self._stop, self._start = threading.Event(), time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_):
-        self._ended.set()
+        self._stop.set()
         self._thread.join()
 
     def _run(self):
-        while not self._ended.wait(0.5):
+        while not self._stop.wait(0.5):
             sums = np.zeros(3, int)
             try:
                 root = psutil.Process(self.pid)
                 for process in (root, *root.children(recursive=True)):
                     sums += (process.memory_info().rss, process.num_fds(), process.num_threads())
-            except psutil.Error:  # it has just ended
+            except psutil.Error:  # it just exited
                 continue
-            self.samples.append((time.monotonic() - self._began, *map(int, sums)))
+            self.samples.append((time.monotonic() - self._start, *map(int, sums)))
             if sums[0] > self.limit:
                 root.kill()
 
     def peak(self) -> dict[str, int]:
-        """The largest value of each resource."""
+        """Maximum of each resource."""
         memory, files, threads = (max(column) for column in list(zip(*self.samples))[1:])
         return {"memory": memory, "files": files, "threads": threads}
 
     def growth(self) -> dict[str, float]:
-        """How much each resource grew from the middle third of the time to the last: differences of
-        medians."""
+        """Growth of each resource from the middle to the last third of the samples, by medians."""
         table = np.array(self.samples, float)
         third = len(table) // 3
         middle, last = table[third : 2 * third], table[2 * third :]
@@ -85,40 +84,40 @@ class Watch:
 def memory(name: str = "VmHWM") -> int:
     """VmRSS (resident) or VmHWM (its peak) of this process, in bytes.
 
-    ru_maxrss is no peak of a process: it begins with that of the process that started it.
+    Not ru_maxrss, which starts with the value of the parent process.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def reset_peak():
-    """Makes the peak of this process what is resident now."""
+    """Resets VmHWM of this process to its current VmRSS."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 class Usage:
-    """A context in a process that measures itself; afterwards peak (bytes of memory), files (the
-    most open at a time) and seconds."""
+    """A context that measures this process: peak (bytes of memory), files (maximum open at a time)
+    and seconds."""
 
     def __enter__(self) -> "Usage":
-        self.files, self._began, self._ended = 0, time.monotonic(), threading.Event()
+        self.files, self._start, self._stop = 0, time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         return self
 
     def __exit__(self, *_):
-        self._ended.set()
+        self._stop.set()
         self._thread.join()
-        self.peak, self.seconds = memory(), time.monotonic() - self._began
+        self.peak, self.seconds = memory(), time.monotonic() - self._start
 
     def _run(self):
-        while not self._ended.wait(0.01):
+        while not self._stop.wait(0.01):
             self.files = max(self.files, len(os.listdir("/proc/self/fd")))
 
 
 def usage_of(code: str, *words, devices: int = 1) -> dict[str, float]:
-    """What a process of its own needs that executes `code` (SCRIPT: a file, with its words): peak
-    in bytes, most open files, seconds."""
+    """Usage of a new process that executes `code` (SCRIPT: a file and its arguments): peak (bytes),
+    maximum of open files, seconds."""
     process = start(["-c", MEASURED, code, *words], devices=devices)
     (output,) = outputs_of([process])
     assert process.returncode == 0, output[-2000:]

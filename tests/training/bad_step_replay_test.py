@@ -1,4 +1,4 @@
-"""A step that was written down and is run again: its numbers, its rows, its memory."""
+"""Replay of a dumped step: its numbers, rows, and memory."""
 
 import json
 import shutil
@@ -7,41 +7,48 @@ import jax
 import numpy as np
 import pytest
 
-from dgpt_jax import plan, replay, schema, sharding, step, tasks
-from dgpt_jax.config import Mesh, Train
-from dgpt_jax.schema import UserError
-from dgpt_jax.tasks.classify import starting_weights
-from dgpt_jax.tasks.pretrain import Pretrain, Target
-from dgpt_jax.tasks.probes import Probe
-from dgpt_jax.token_codec import Codec
-from tests import data, processes
-from tests.classifying import untrained
-from tests.paths import GOLDEN
+from dgpt_jax.config import MeshConfig, TrainConfig, schema
+from dgpt_jax.data.token_codec import Codec
+from dgpt_jax.distributed import sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.planning import plan
+from dgpt_jax.training import bad_step_replay, tasks, train_step
+from dgpt_jax.training.tasks.classify import starting_weights
+from dgpt_jax.training.tasks.pretrain import PretrainTask, Target
+from dgpt_jax.training.tasks.probes import ProbeTask
+from tests.support import data, processes
+from tests.support.classifying import untrained
+from tests.support.paths import GOLDEN
 
 BATCH, NUMBER = 32, 3
 SMALL = data.TINY | {"depth": 1, "taps": (1,), "decoder_depth": 1}
 CLASSIFY = {
-    "classify": {"num_classes": 2, "mix_group": 8, "drop_path": 0.3, "erase": 0.5},
+    "classify": {
+        "num_classes": 2,
+        "mixup_group_size": 8,
+        "drop_path": 0.3,
+        "random_erase_prob": 0.5,
+    },
     "optim": {"layer_decay": 0.8},
-}  # everything that is random within a step
+}  # everything that uses the key of the step
 PROBE = {
-    "classify": {"num_classes": 2, "mixup": 0.0, "cutmix": 0.0, "train": "head"},
+    "classify": {"num_classes": 2, "mixup": 0.0, "cutmix": 0.0, "trainable": "head"},
     "optim": {"kind": "lars", "layer_decay": 1.0},
 }
 
 
-def settings(task: str = "pretrain", **changes) -> Train:
+def settings(task: str = "pretrain", **changes) -> TrainConfig:
     base = {"batch_size": BATCH, "dtype": "float32", "model": SMALL, "data": {"path": "x"}}
-    both = CLASSIFY if task == "classify" else {}
-    return schema.parse(Train, base | {"task": task} | both | changes)
+    task_fields = CLASSIFY if task == "classify" else {}
+    return schema.parse(TrainConfig, base | {"task": task} | task_fields | changes)
 
 
-def task_of(config: Train):
-    """The task without data; tokens are int8 with a scale for each channel."""
+def task_of(config: TrainConfig):
+    """The task without data; tokens are int8 with a scale per channel."""
     if config.task == "classify":
-        return tasks.planned(config)
+        return tasks.task_without_data(config)
     codec = Codec("int8", np.linspace(0.1, 3, 24, dtype=np.float32))
-    return Pretrain(config, Target(24, (4, 4), True, codec))
+    return PretrainTask(config, Target(24, (4, 4), True, codec))
 
 
 def random_batch(task) -> dict[str, np.ndarray]:
@@ -57,25 +64,28 @@ def random_batch(task) -> dict[str, np.ndarray]:
 
 
 def dump(directory, task, devices: int = 1, params=None):
-    """(path of the written step, its parameters, its batch)."""
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:devices])
+    """(directory of the dumped step, its parameters, its batch)."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     params = params or jax.jit(task.init)(jax.random.key(1))
     batch = random_batch(task)
     params = jax.device_put(params, sharding.shard_state(mesh, params))
     ids = [f"train/{row}" for row in range(BATCH)]
-    return replay.write(directory, task, params, NUMBER, ids, batch, mesh), params, batch
+    return bad_step_replay.write(directory, task, params, NUMBER, ids, batch, mesh), params, batch
 
 
 def unsplit(task, params, batch) -> dict:
-    """What `measure` gives, in one piece on one device."""
+    """Result of `measure` without micro-batches, on one device."""
 
     @jax.jit
     def run(params, batch):
         if task.prepare is not None:
-            batch = task.prepare(step.step_key(task.config.seed, NUMBER), batch)
-        (loss, parts), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, batch)
-        norms = {"params": replay.layer_norms(params), "grads": replay.layer_norms(grads)}
-        return {"loss": loss, "losses": parts} | norms
+            batch = task.prepare(train_step.step_key(task.config.seed, NUMBER), batch)
+        (loss, losses), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, batch)
+        norms = {
+            "params": bad_step_replay.layer_norms(params),
+            "grads": bad_step_replay.layer_norms(grads),
+        }
+        return {"loss": loss, "losses": losses} | norms
 
     return jax.device_get(run(jax.device_get(params), batch))
 
@@ -97,116 +107,114 @@ SPLITS = {"pretrain": [(1, 1), (1, 4), (8, 2), (8, 8)], "classify": [(1, 2), (8,
 
 
 def check_layouts(directory, task: str):
-    """In the run and on one device, each split is the unsplit computation, example by example."""
-    loss = {"loss": {"visible": 0.0}} if task == "pretrain" else {}  # half to compile
+    """In the run and on one device, results equal the unsplit computation, example by example."""
+    loss = {"loss": {"visible": 0.0}} if task == "pretrain" else {}  # halves compile time
     expected, params = None, None
     for devices, accum_steps in SPLITS[task]:
-        of = task_of(settings(task, accum_steps=accum_steps, **loss))
-        path, *given = dump(f"{directory}/{devices}_{accum_steps}", of, devices, params)
-        expected, params = expected or unsplit(of, *given), jax.device_get(given[0])
-        replayed = replay.replay(path)
+        run = task_of(settings(task, accum_steps=accum_steps, **loss))
+        path, *inputs = dump(f"{directory}/{devices}_{accum_steps}", run, devices, params)
+        expected, params = expected or unsplit(run, *inputs), jax.device_get(inputs[0])
+        replayed = bad_step_replay.replay(path)
         assert replayed.before["batch_shards"] == devices
         assert_same(replayed.before, expected)
         assert_same(replayed.now, expected)
 
 
 @pytest.mark.parametrize("task", [pytest.param("pretrain", marks=pytest.mark.slow), "classify"])
-def test_splits_are_the_unsplit_computation(tmp_path, task):
+def test_splits_equal_the_unsplit_computation(tmp_path, task):
     processes.on_devices(8, check_layouts, str(tmp_path), task)
 
 
 def rows_of_microbatches(monkeypatch) -> list[int]:
-    """Rows of each batch that is put on devices from here on."""
-    rows, place = [], sharding.global_batch
+    """A list that grows by the size of each batch that is transferred to devices."""
+    rows, global_batch = [], sharding.global_batch
 
     def counting(mesh, size, local):
         rows.append(size)
-        return place(mesh, size, local)
+        return global_batch(mesh, size, local)
 
     monkeypatch.setattr(sharding, "global_batch", counting)
     return rows
 
 
 def as_of_devices(path, devices: int):
-    """Lets a step be one of so many devices."""
+    """Edits a dump to be of a run on so many devices."""
     metadata = json.loads((path / "step.json").read_text())
     (path / "step.json").write_text(json.dumps(metadata | {"batch_shards": devices}))
 
 
-def test_a_microbatch_is_a_share_of_one_device(tmp_path, monkeypatch):
+def test_a_microbatch_has_the_size_of_one_device(tmp_path, monkeypatch):
     path, _, _ = dump(tmp_path, task_of(settings(accum_steps=4)))
     as_of_devices(path, 2)
     for rows, expected in ((None, [4] * 8), (slice(1, 12), [4, 4, 3])):
-        placed = rows_of_microbatches(monkeypatch)
-        replay.replay(path, rows=rows)
-        assert placed == expected
+        sizes = rows_of_microbatches(monkeypatch)
+        bad_step_replay.replay(path, rows=rows)
+        assert sizes == expected
 
 
 @pytest.mark.parametrize("task", ["pretrain", "classify"])
-def test_some_rows(tmp_path, task):
-    """Their losses are those that they have within the batch, mixed with others of it."""
+def test_replay_of_selected_rows(tmp_path, task):
+    """Losses are those within the full batch, also if mixed with other rows of it."""
     path, _, _ = dump(tmp_path, task_of(settings(task, accum_steps=2)))
-    part = replay.replay(path, rows=slice(5, 12))
-    assert part.ids == [f"train/{row}" for row in range(5, 12)] and part.batch_size == BATCH
+    replayed = bad_step_replay.replay(path, rows=slice(5, 12))
+    assert replayed.ids == [f"train/{row}" for row in range(5, 12)]
+    assert replayed.batch_size == BATCH
     total = 0
-    for name, losses in part.now["losses"].items():
-        np.testing.assert_allclose(losses, part.before["losses"][name][5:12], rtol=1e-5)
+    for name, losses in replayed.now["losses"].items():
+        np.testing.assert_allclose(losses, replayed.before["losses"][name][5:12], rtol=1e-5)
         total += np.mean(losses)
-    assert part.now["loss"] == pytest.approx(total, rel=1e-5)
+    assert replayed.now["loss"] == pytest.approx(total, rel=1e-5)
 
 
-def test_batch_norm_sees_its_microbatch(tmp_path):
-    """Examples of a probe depend on others: micro-batches are those of the run, on any device."""
+def test_batch_norm_uses_the_microbatches_of_the_run(tmp_path):
+    """Examples of a probe depend on others of their micro-batch."""
     weights = untrained(tmp_path / "a.safetensors", "mean")
-    classify = PROBE["classify"] | {"weights": str(weights)}
-    changes = PROBE | {"classify": classify, "model": data.TINY, "accum_steps": 2}
-    config = schema.parse(
-        Train, {"task": "classify", "batch_size": BATCH, "dtype": "float32", "data": {"path": "x"}}
-        | changes
-    )  # fmt: skip
-    task = Probe(config, start=starting_weights(config))
+    changes = PROBE | {"init": {"weights": str(weights)}, "model": data.TINY, "accum_steps": 2}
+    changes |= {"task": "classify", "batch_size": BATCH, "dtype": "float32"}
+    config = schema.parse(TrainConfig, {"data": {"path": "x"}} | changes)
+    task = ProbeTask(config, start=starting_weights(config))
     path, _, _ = dump(tmp_path, task)
     as_of_devices(path, 4)
-    replayed = replay.replay(path)
+    replayed = bad_step_replay.replay(path)
     for name in ("losses", "grads"):
         for key, values in replayed.before[name].items():
             np.testing.assert_allclose(replayed.now[name][key], values, rtol=1e-5)
-    with pytest.raises(UserError, match="classify.head=linear.*replay all 32 rows"):
-        replay.replay(path, rows=slice(0, 4))
+    with pytest.raises(UserError, match="config.classify.head=linear.* 32 rows"):
+        bad_step_replay.replay(path, rows=slice(0, 4))
 
 
-def test_rows_find_their_places(tmp_path):
-    """Processes hold rows that are not next to each other, and some of them the same ones."""
+def test_rows_of_processes_are_reordered(tmp_path):
+    """Processes hold interleaved rows, and some rows are in several files."""
     path, _, _ = dump(tmp_path, task_of(settings("classify")))
     with np.load(path / "batch_0000.npz") as file:
         arrays = dict(file)
     for process, rows in enumerate((np.arange(0, 32, 2), np.arange(1, 32, 2), np.arange(8))):
-        part = {name: x[rows] for name, x in arrays.items()}
-        np.savez(path / f"batch_{process:04d}.npz", **part)
-    replayed = replay.replay(path)
+        selected = {name: x[rows] for name, x in arrays.items()}
+        np.savez(path / f"batch_{process:04d}.npz", **selected)
+    replayed = bad_step_replay.replay(path)
     assert replayed.ids == [f"train/{row}" for row in range(BATCH)]
     np.testing.assert_allclose(
         replayed.now["losses"]["loss"], replayed.before["losses"]["loss"], rtol=1e-5
     )
 
 
-def test_a_step_of_an_older_version(tmp_path):
-    """Tokens as float32, no codec, no numbers of rows; also where two processes have written it."""
-    replayed = replay.replay(GOLDEN / "bad_step_float32")
+def test_a_dump_of_an_older_version(tmp_path):
+    """Tokens are float32, without codec and row numbers; also if two processes have written it."""
+    replayed = bad_step_replay.replay(GOLDEN / "bad_step_float32")
     assert replayed.now["loss"] == pytest.approx(replayed.before["loss"], rel=1e-5)
     assert len(replayed.ids) == 4
     shutil.copytree(GOLDEN / "bad_step_float32", tmp_path / "two")
     with np.load(tmp_path / "two/batch_0000.npz") as file:
         arrays = dict(file)
     for process, rows in enumerate((slice(0, 2), slice(2, 4))):
-        part = {name: x[rows] for name, x in arrays.items()}
-        np.savez(tmp_path / f"two/batch_{process:04d}.npz", **part)
-    two = replay.replay(tmp_path / "two")
+        selected = {name: x[rows] for name, x in arrays.items()}
+        np.savez(tmp_path / f"two/batch_{process:04d}.npz", **selected)
+    two = bad_step_replay.replay(tmp_path / "two")
     assert two.ids == replayed.ids
     np.testing.assert_allclose(two.now["losses"]["next"], replayed.now["losses"]["next"], rtol=1e-5)
 
 
-def test_tokens_are_written_as_they_are_stored(tmp_path):
+def test_tokens_are_dumped_as_stored(tmp_path):
     path, _, batch = dump(tmp_path, task_of(settings()))
     with np.load(path / "batch_0000.npz") as file:
         assert file["tokens"].dtype == np.int8
@@ -214,13 +222,13 @@ def test_tokens_are_written_as_they_are_stored(tmp_path):
 
 
 def test_memory_is_that_of_the_train_step():
-    """At 16 micro-batches; compiled, not run."""
+    """With 16 micro-batches; compiled, not run."""
     config = settings(accum_steps=16, batch_size=256)
-    task, mesh = task_of(config), sharding.make_mesh(Mesh(), jax.devices()[:1])
+    task, mesh = task_of(config), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     lowered, state, batch = plan.lower(config, task, mesh)
     microbatch = {n: jax.ShapeDtypeStruct((16, *x.shape[1:]), x.dtype) for n, x in batch.items()}
     scalar, params = jax.ShapeDtypeStruct((), np.float32), state.params
-    add = replay.accumulator(task, mesh, params)
+    add = bad_step_replay.accumulator(task, mesh, params)
     add = add.lower((scalar, params), params, {}, microbatch, scalar)
     ours, steps = (x.compile().memory_analysis() for x in (add, lowered))
     assert ours.temp_size_in_bytes <= 1.5 * steps.temp_size_in_bytes

@@ -1,4 +1,4 @@
-"""Runs that are killed outright, again and again, end as if nothing had been (`pytest -m slow`)."""
+"""Runs killed repeatedly end with the same parameters and losses (`pytest -m slow`)."""
 
 import contextlib
 import json
@@ -7,26 +7,25 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from dgpt_jax import checkpoint
-from dgpt_jax.schema import UserError
-from tests.data import image_dataset, random_teacher, token_store
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import orbax_checkpoint
+from tests.support.data import image_dataset, random_teacher, token_store
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", "20"))
 STEPS = 60
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path):
+def test_runs_killed_at_random_times_resume(tmp_path):
     dataset = image_dataset(tmp_path, per_class=10)
     store = token_store(tmp_path, dataset, random_teacher(tmp_path / "teacher"), views=2)
-    words = [
+    argv = [
         sys.executable, "-m", "dgpt_jax.train", f"--config={ROOT / 'configs/quickstart.py'}",
         f"--config.data.path={store}", "--config.model.image_size=16", "--config.model.width=24",
         "--config.model.depth=2", "--config.model.heads=2", f"--config.total={STEPS} steps",
@@ -36,7 +35,7 @@ def test_killed_at_any_moment(tmp_path):
     def start(name: str) -> subprocess.Popen:
         with (tmp_path / f"{name}.log").open("a") as log:
             return subprocess.Popen(
-                [*words, f"--workdir={tmp_path / name}"], cwd=ROOT, stdout=log, stderr=log
+                [*argv, f"--workdir={tmp_path / name}"], cwd=ROOT, stdout=log, stderr=log
             )
 
     def losses(name: str) -> dict:
@@ -49,41 +48,41 @@ def test_killed_at_any_moment(tmp_path):
         lines = file.read_text().splitlines() if file.exists() else []
         try:
             return json.loads(lines[-1])["step"] if lines else 0
-        except ValueError:  # half a line
+        except ValueError:  # incomplete line
             return 0
 
     def is_saving(name: str, since: float) -> bool:
         for path in (tmp_path / name / "checkpoints").glob("*.orbax-checkpoint-tmp"):
-            with contextlib.suppress(FileNotFoundError):  # complete by now
-                if path.stat().st_mtime > since:  # else what an earlier kill has left
+            with contextlib.suppress(FileNotFoundError):  # renamed on completion
+                if path.stat().st_mtime > since:  # else left by an earlier kill
                     return True
         return False
 
-    assert start("whole").wait() == 0
-    whole, _ = checkpoint.load_params(tmp_path / "whole")
-    expected = losses("whole")
+    assert start("full").wait() == 0
+    full_params, _ = orbax_checkpoint.load_params(tmp_path / "full")
+    expected = losses("full")
     rng = np.random.default_rng(0)
     killed = rounds = in_a_save = 0
 
     def complete(name: str) -> list[int]:
         try:
-            return checkpoint.steps(tmp_path / name)
-        except UserError:  # none yet
+            return orbax_checkpoint.steps(tmp_path / name)
+        except UserError:  # no checkpoint yet
             return []
 
     while killed < KILLS:
         name, rounds, newest = f"killed{rounds}", rounds + 1, []
-        while True:  # until the run comes to its end
+        while True:  # until the run finishes
             process, began = start(name), time.time()
             reached = newest_step(name)
             target = reached + rng.integers(1, STEPS // 3)
-            wanted = killed < KILLS and target < STEPS
-            while wanted and process.poll() is None and newest_step(name) < target:
+            kill = killed < KILLS and target < STEPS
+            while kill and process.poll() is None and newest_step(name) < target:
                 time.sleep(0.001)
-            if killed % 2:  # every other one in the middle of a save
-                while wanted and process.poll() is None and not is_saving(name, began):
+            if killed % 2:  # every other one during a save
+                while kill and process.poll() is None and not is_saving(name, began):
                     time.sleep(0.0002)
-            if not wanted or process.poll() is not None:
+            if not kill or process.poll() is not None:
                 process.wait()
                 break
             process.kill()
@@ -93,10 +92,10 @@ def test_killed_at_any_moment(tmp_path):
             newest += complete(name)[-1:]
         assert process.returncode == 0, (tmp_path / f"{name}.log").read_text()[-2000:]
         log = (tmp_path / f"{name}.log").read_text()
-        assert [int(step) for step in re.findall(r"continuing from step (\d+)", log)] == newest
-        params, metadata = checkpoint.load_params(tmp_path / name)
+        assert [int(step) for step in re.findall(r"resuming from step (\d+)", log)] == newest
+        params, metadata = orbax_checkpoint.load_params(tmp_path / name)
         assert metadata["step"] == STEPS
-        jax.tree.map(np.testing.assert_array_equal, whole, params)
+        jax.tree.map(np.testing.assert_array_equal, full_params, params)
         assert losses(name) == expected
     assert in_a_save >= KILLS // 4
-    print(f"{killed} kills in {rounds} runs, {in_a_save} in the middle of a save")
+    print(f"{killed} kills in {rounds} runs, {in_a_save} during a save")

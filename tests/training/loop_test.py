@@ -1,4 +1,4 @@
-"""The whole loop: resuming is exact, the loss falls, what it writes is read by everything else."""
+"""Training runs: exact resume, decreasing loss, and outputs that all other commands can read."""
 
 import io
 import json
@@ -6,55 +6,42 @@ import shutil
 import signal
 import sys
 from functools import partial
-from pathlib import Path
 
-import convert
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import report_run
-import visualize
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import dgpt_jax
-from dgpt_jax import (
-    batching,
-    checkpoint,
-    cli,
-    config,
-    evaluate,
-    images,
-    metrics,
-    optim,
-    saving,
-    schema,
-    sharding,
-    signals,
-    state,
-    step,
-    train,
-)
-from dgpt_jax.schema import UserError
-from dgpt_jax.tasks.pretrain import open_pretrain
-from tests.data import TINY, image_dataset, random_teacher, token_store
-from tests.metrics_test import events
-
-ROOT = Path(__file__).parent.parent
+from dgpt_jax import cli, evaluate, train
+from dgpt_jax.commands import convert, report_run, visualize
+from dgpt_jax.config import roots, schema
+from dgpt_jax.data import loader
+from dgpt_jax.data.ingest import importer
+from dgpt_jax.distributed import preemption, sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.monitoring import metrics
+from dgpt_jax.storage import orbax_checkpoint
+from dgpt_jax.training import checkpointing, optimizer, train_step
+from dgpt_jax.training.tasks.pretrain import open_pretrain
+from tests.monitoring.metrics_test import events
+from tests.support.data import TINY, image_dataset, random_teacher, token_store
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(image dataset, teacher, token store) of 20 pictures."""
+def inputs(tmp_path_factory):
+    """(image dataset, teacher, token store) of 20 images."""
     root = tmp_path_factory.mktemp("train")
     dataset = image_dataset(root, per_class=10)
     teacher = random_teacher(root / "teacher")
     return dataset, teacher, token_store(root, dataset, teacher, views=2)
 
 
-def settings(path, **changes) -> config.Train:
+def settings(path, **changes) -> roots.TrainConfig:
     defaults = dict(
         total="20 steps",
         batch_size=8,
@@ -68,7 +55,7 @@ def settings(path, **changes) -> config.Train:
     for name, value in changes.items():
         both = isinstance(value, dict) and name in defaults
         defaults[name] = defaults[name] | value if both else value
-    return schema.parse(config.Train, defaults)
+    return schema.parse(roots.TrainConfig, defaults)
 
 
 def metrics_of(workdir) -> list[dict]:
@@ -77,11 +64,11 @@ def metrics_of(workdir) -> list[dict]:
 
 
 def stop_after(monkeypatch, steps: int, number):
-    """The process gets a signal while it works on a step."""
-    ahead = batching.ahead
+    """Raises a signal in this process while a step is in progress."""
+    prefetch = loader.prefetch_to_device
 
-    def interrupted(batches, place):
-        stream = ahead(batches, place)
+    def interrupted(batches, to_device):
+        stream = prefetch(batches, to_device)
         try:
             for count, batch in enumerate(stream, start=1):
                 if count == steps:
@@ -90,87 +77,103 @@ def stop_after(monkeypatch, steps: int, number):
         finally:
             stream.close()
 
-    monkeypatch.setattr(batching, "ahead", interrupted)
+    monkeypatch.setattr(loader, "prefetch_to_device", interrupted)
 
 
 @pytest.fixture(scope="module")
-def whole(made, tmp_path_factory):
-    """The work directory of 20 steps in one go."""
-    workdir = tmp_path_factory.mktemp("whole")
-    assert train.train(settings(made[2]), workdir) == 0
+def full_run(inputs, tmp_path_factory):
+    """Work directory of an uninterrupted run of 20 steps."""
+    workdir = tmp_path_factory.mktemp("full")
+    assert train.train(settings(inputs[2]), workdir) == 0
     return workdir
 
 
 @pytest.mark.smoke
-def test_20_steps_are_10_and_10_more(made, whole, tmp_path, monkeypatch):
-    run = settings(made[2], profile=(2, 4))
+def test_an_interrupted_run_resumes_exactly(inputs, full_run, tmp_path, monkeypatch):
+    run = settings(inputs[2], profile=(2, 4))
     with monkeypatch.context() as patch:
         stop_after(patch, 10, signal.SIGTERM)
-        assert train.train(run, tmp_path) == signals.EXIT_PREEMPTED
-    assert checkpoint.find(tmp_path)[1] == 10
+        assert train.train(run, tmp_path) == preemption.EXIT_PREEMPTED
+    assert orbax_checkpoint.find(tmp_path)[1] == 10
     assert train.train(run, tmp_path) == 0
-    expected, parts = metrics_of(whole), metrics_of(tmp_path)
-    assert [line["step"] for line in parts] == list(range(1, 21))
+    expected, resumed = metrics_of(full_run), metrics_of(tmp_path)
+    assert [line["step"] for line in resumed] == list(range(1, 21))
     for name in ("loss", "next", "visible", "grad_norm", "learning_rate"):
-        assert [line[name] for line in parts] == [line[name] for line in expected]
-    a, b = (state_of(run, workdir, step=20) for workdir in (whole, tmp_path))
+        assert [line[name] for line in resumed] == [line[name] for line in expected]
+    a, b = (state_of(run, workdir, step=20) for workdir in (full_run, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert traces(tmp_path) == ["step_12", "step_2"]  # counted from where each command begins
+    for trace in tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"):
+        assert b"step_num" in trace.read_bytes()  # of StepTraceAnnotation
+    assert traces(tmp_path) == ["step_12", "step_2"]  # relative to the first step of each command
 
 
 def traces(workdir) -> list[str]:
-    """The directories that TensorBoard shows as profiles, of one file each."""
+    """Directories with a profile for TensorBoard."""
     files = workdir.glob("profile/plugins/profile/*/*.xplane.pb")
     return sorted(file.parent.name for file in files if file.stat().st_size)
 
 
-def state_of(run, workdir, step: int) -> state.TrainState:
+def state_of(run, workdir, step: int) -> train_step.TrainState:
     """Parameters, optimizer state and step of a run."""
-    tx = optim.optimizer(run.optim, optim.schedule(1.0, 2, 20))
-    abstract = state.abstract(open_pretrain(run).init, tx, sharding.make_mesh(run.mesh))
-    checkpoints = saving.Checkpoints(workdir, keep=2)
+    tx = optimizer.optimizer(run.optim, optimizer.schedule(1.0, 2, 20))
+    abstract = train_step.abstract_state(open_pretrain(run).init, tx, sharding.make_mesh(run.mesh))
+    checkpoints = checkpointing.Checkpoints(workdir, keep=2)
     try:
         return checkpoints.restore(step, abstract)
     finally:
         checkpoints.close()
 
 
-def test_a_finished_run_is_left_alone(made, whole, capsys):
-    before = (whole / "metrics.jsonl").read_bytes()
-    assert train.train(settings(made[2]), whole) == 0
-    assert (whole / "metrics.jsonl").read_bytes() == before
-    assert f"{whole} holds step 20" in capsys.readouterr().err
+def test_a_finished_run_is_not_changed(inputs, full_run, capsys):
+    before = (full_run / "metrics.jsonl").read_bytes()
+    assert train.train(settings(inputs[2]), full_run) == 0
+    assert (full_run / "metrics.jsonl").read_bytes() == before
+    assert f"{full_run} holds step 20" in capsys.readouterr().err
 
 
-def test_another_model_does_not_continue_a_run(made, whole, tmp_path, capsys):
-    workdir = shutil.copytree(whole, tmp_path / "copy")
-    with pytest.raises(UserError, match=r"config.model.depth is 2, in the checkpoint .* 3: choose"):
-        train.train(settings(made[2], model={"depth": 2, "taps": (1, 2)}), workdir)
-    assert (workdir / "config.json").read_bytes() == (whole / "config.json").read_bytes()
-    other = settings(made[2], total="20 steps", log_every=2)
+def test_a_run_does_not_resume_with_another_model(inputs, full_run, tmp_path, capsys):
+    workdir = shutil.copytree(full_run, tmp_path / "copy")
+    with pytest.raises(UserError, match=r"config.model.depth is 2.* 3: .*--workdir"):
+        train.train(settings(inputs[2], model={"depth": 2, "taps": (1, 2)}), workdir)
+    assert (workdir / "config.json").read_bytes() == (full_run / "config.json").read_bytes()
+    other = settings(inputs[2], total="20 steps", log_every=2)
     assert train.train(other, workdir) == 0
-    assert "config.log_every is 2, in the checkpoint of step 20 1" in capsys.readouterr().err
+    assert "config.log_every is 2" in capsys.readouterr().err
 
 
-def test_preflight_comes_before_the_data(tmp_path, capsys):
-    with pytest.raises(UserError, match="no such directory"):
+def test_preflight_runs_before_data_are_opened(tmp_path, capsys):
+    with pytest.raises(UserError, match=str(tmp_path / "absent")):
         train.train(settings(tmp_path / "absent"), tmp_path / "run")
     assert "process  host" in capsys.readouterr().err
 
 
-def test_ctrl_c_saves(made, tmp_path, monkeypatch):
+def test_ctrl_c_saves(inputs, tmp_path, monkeypatch):
     stop_after(monkeypatch, 3, signal.SIGINT)
-    assert train.train(settings(made[2], profile=(1, 9)), tmp_path) == 130
-    assert checkpoint.find(tmp_path)[1] == 3
-    assert traces(tmp_path) == ["step_1"]  # of the two steps that were done
+    assert train.train(settings(inputs[2], profile=(1, 9)), tmp_path) == 130
+    assert orbax_checkpoint.find(tmp_path)[1] == 3
+    assert traces(tmp_path) == ["step_1"]
 
 
-def test_the_loss_falls_on_digits(tmp_path):
+def test_an_implicit_transfer_in_the_loop_is_an_error(inputs, tmp_path, monkeypatch):
+    make_train_step = train.make_train_step
+
+    def with_host_arrays(*args, **kwargs):
+        step = make_train_step(*args, **kwargs)
+        return lambda state, running, batch, frozen: step(
+            state, running, batch | {"order": np.asarray(batch["order"])}, frozen
+        )
+
+    monkeypatch.setattr(train, "make_train_step", with_host_arrays)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train.train(settings(inputs[2]), tmp_path)
+
+
+def test_the_loss_decreases_on_digits(tmp_path):
     (tmp_path / "folder").mkdir()
-    for i, picture in enumerate(load_digits().images[:200]):
-        image = Image.fromarray((picture * 255 / 16).astype(np.uint8)).resize((24, 24))
+    for i, digit in enumerate(load_digits().images[:200]):
+        image = Image.fromarray((digit * 255 / 16).astype(np.uint8)).resize((24, 24))
         image.save(tmp_path / f"folder/{i:03d}.png")
-    images.import_images(tmp_path / "folder", tmp_path / "images", say=lambda _: None)
+    importer.import_images(tmp_path / "folder", tmp_path / "images", say=lambda _: None)
     store = token_store(tmp_path, tmp_path / "images", random_teacher(tmp_path / "teacher"))
     run = settings(
         store, total="60 steps", batch_size=32, optim={"blr": 0.016},
@@ -179,36 +182,36 @@ def test_the_loss_falls_on_digits(tmp_path):
     assert train.train(run, tmp_path / "run") == 0
     lines = metrics_of(tmp_path / "run")
     for name in ("next", "visible"):
-        first, last = (np.mean([x[name] for x in part]) for part in (lines[:5], lines[-5:]))
+        first, last = (np.mean([x[name] for x in some]) for some in (lines[:5], lines[-5:]))
         assert last < 0.75 * first, name
     heldout = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     heldout = [x for x in heldout if "heldout/next" in x]
     assert [x["step"] for x in heldout] == [30, 60]
     assert heldout[-1]["heldout/visible"] < heldout[0]["heldout/visible"]
-    # And what TensorBoard shows: the first batch, and predictions whenever they are measured.
-    shown = [(s, v.tag, v.image) for s, v in events(tmp_path / "run") if v.HasField("image")]
-    assert [(step, tag) for step, tag, _ in shown] == [
+    # Images in TensorBoard: the first batch, and predictions at every evaluation.
+    images = [(s, v.tag, v.image) for s, v in events(tmp_path / "run") if v.HasField("image")]
+    assert [(step, tag) for step, tag, _ in images] == [
         (0, "crops"), (30, "predictions"), (60, "predictions"),
     ]  # fmt: skip
-    assert (shown[0][2].height, shown[1][2].height) == (116, 6 * 116)
-    cosines = [_mean_of_last_rows(image) for _, _, image in shown[1:]]
+    assert (images[0][2].height, images[1][2].height) == (116, 6 * 116)
+    cosines = [_mean_of_last_rows(image) for _, _, image in images[1:]]
     assert cosines[1] > cosines[0]  # brighter
 
 
 def _mean_of_last_rows(image) -> float:
-    """The green of the cosine maps, which viridis raises with the value."""
+    """Mean green of the cosine maps; in viridis it increases with the value."""
     pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
     return pixels[4 * 116 :, 160:, 1].mean()
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_the_best_of_what_is_not_measured(made, tmp_path, measured):
-    """Refused before the first step."""
-    _, _, store = made
-    evals = {"heldout": str(store), "every": "1 steps", "pictures": 0} if measured else {}
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_best_metric_that_is_not_evaluated_is_refused(inputs, tmp_path, evaluated):
+    """Before the first step."""
+    _, _, store = inputs
+    evals = {"heldout": str(store), "every": "1 steps", "figures": 0} if evaluated else {}
     config = settings(store, evals=evals, checkpoint={"best": "heldout/loss"})
-    known = "name one of heldout/next" if measured else "config.evals names no data"
-    with pytest.raises(UserError, match=f"heldout/loss is not measured: {known}"):
+    remedy = "heldout/next" if evaluated else "config.evals.heldout"
+    with pytest.raises(UserError, match=f"config.checkpoint.best=heldout/loss .*{remedy}"):
         train.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -227,19 +230,19 @@ def test_overfit_8_images(tmp_path):
     assert lines[0]["loss"] > 1 and lines[-1]["loss"] < 0.02
 
 
-def test_accumulated_gradients_are_the_batchs(made):
-    """One step whole and in 4 micro-batches: the same metrics and the same update."""
-    mesh = sharding.make_mesh(config.Mesh())
+def test_accumulated_gradients_equal_those_of_the_batch(inputs):
+    """One step with 1 and with 4 micro-batches: the same metrics and the same update."""
+    mesh = sharding.make_mesh(roots.MeshConfig())
     tx = optax.sgd(1.0)  # unlike Adam, shows a gradient of the wrong scale
-    task = open_pretrain(settings(made[2]))
-    batch = next(batching.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
+    task = open_pretrain(settings(inputs[2]))
+    batch = next(loader.train_batches(task.examples, 8, rows=np.arange(8), start_step=0))
     results = []
     for k in (1, 4):
-        begun = state.create(task.init, tx, mesh, seed=0)
-        step_fn = step.make_train_step(task.loss, tx, mesh, accum_steps=k)
+        initial = train_step.init_state(task.init, tx, mesh, seed=0)
+        step_fn = train_step.make_train_step(task.loss, tx, mesh, accum_steps=k)
         running = metrics.averages(task.metric_names).empty()
         placed = sharding.global_batch(mesh, 8, batch)
-        results.append(step_fn(begun, running, placed, {}))
+        results.append(step_fn(initial, running, placed, {}))
     for after, running in results[1:]:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -250,15 +253,15 @@ def test_accumulated_gradients_are_the_batchs(made):
             np.testing.assert_allclose(value, expected[name], rtol=1e-5)
 
 
-def test_the_online_teacher_gives_the_stored_tokens_losses(made):
-    """The same pictures and orders: tokens from the step's own teacher, or from the store."""
-    dataset, teacher, store = made
+def test_losses_of_online_and_stored_tokens_agree(inputs):
+    """On the same images and orders."""
+    dataset, teacher, store = inputs
     stored = open_pretrain(settings(store))
     online = open_pretrain(
         settings(dataset, data={"targets": "online"}, teacher={"weights": str(teacher)})
     )
     params = stored.init(jax.random.key(0))
-    batch = next(batching.train_batches(stored.examples, 8, rows=np.arange(8), start_step=0))
+    batch = next(loader.train_batches(stored.examples, 8, rows=np.arange(8), start_step=0))
     _, a = jax.jit(stored.loss)(params, {}, batch)
     _, b = jax.jit(online.loss)(params, online.frozen, batch)
     for name in ("next", "visible"):
@@ -267,15 +270,15 @@ def test_the_online_teacher_gives_the_stored_tokens_losses(made):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
-def test_online_and_pixel_runs(made, tmp_path, monkeypatch):
-    """Each with a step that is compiled once, though the first metrics come from elsewhere."""
-    dataset, teacher, _ = made
+def test_online_and_pixel_runs(inputs, tmp_path, monkeypatch):
+    """The step of each is compiled once."""
+    dataset, teacher, _ = inputs
     steps, make = [], train.make_train_step
     monkeypatch.setattr(
         train, "make_train_step", lambda *a, **kw: steps.append(make(*a, **kw)) or steps[-1]
     )
     knn = {"knn": str(dataset), "knn_test": "train", "knn_resize": 16, "every": "3 steps"}
-    heldout = {"heldout": str(dataset), "heldout_split": "train", "most": 16}
+    heldout = {"heldout": str(dataset), "heldout_split": "train", "max_examples": 16}
     for targets, visible, evals in (("online", 1.0, knn | heldout), ("pixels", 0.0, knn)):
         run = settings(
             dataset, total="3 steps", log_every=2, data={"targets": targets},
@@ -285,15 +288,15 @@ def test_online_and_pixel_runs(made, tmp_path, monkeypatch):
         assert train.train(run, tmp_path / targets) == 0
         text = (tmp_path / targets / "metrics.jsonl").read_text()
         assert ("visible" in text) == bool(visible) and "knn/cls" in text
-        drawn = {value.tag for _, value in events(tmp_path / targets) if value.HasField("image")}
-        assert drawn == ({"crops", "predictions"} if "heldout" in evals else {"crops"})
+        tags = {value.tag for _, value in events(tmp_path / targets) if value.HasField("image")}
+        assert tags == ({"crops", "predictions"} if "heldout" in evals else {"crops"})
     assert [step._cache_size() for step in steps] == [1, 1]
 
 
-def test_a_run_is_opened_again(made, whole):
-    saved = json.loads((whole / "config.json").read_text())
-    assert schema.parse(config.Train, saved) == settings(made[2])
-    encoder, model = dgpt_jax.load_encoder(whole), dgpt_jax.load_digpt(whole)
+def test_load_encoder_and_load_digpt_read_a_run(inputs, full_run):
+    saved = json.loads((full_run / "config.json").read_text())
+    assert schema.parse(roots.TrainConfig, saved) == settings(inputs[2])
+    encoder, model = dgpt_jax.load_encoder(full_run), dgpt_jax.load_digpt(full_run)
     assert encoder.model == model.model and "step 20" in encoder.source
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
@@ -312,23 +315,24 @@ def test_a_run_is_opened_again(made, whole):
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients["encoder"]["blocks"]))
 
 
-def test_a_run_is_looked_at(made, whole, monkeypatch):
-    words = [whole, "--show=predictions", f"--store={made[2]}", "--count=2"]
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, words), f"--out={whole / 'predictions.png'}"])
+def test_visualize_and_report_run_read_a_run(inputs, full_run, monkeypatch):
+    argv = [full_run, "--show=predictions", f"--store={inputs[2]}", "--count=2"]
+    argv += [f"--out={full_run / 'predictions.png'}"]
+    monkeypatch.setattr(sys, "argv", ["visualize", *map(str, argv)])
     visualize.main()
-    page = report_run.page(whole)
+    page = report_run.page(full_run)
     assert page.count("data:image/png") == 1 and "checkpoints of steps</td><td>20" in page
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear", "fewshot"])
-def test_a_run_is_measured(made, whole, tmp_path, monkeypatch, capsys, protocol):
-    words = [
-        f"--config={ROOT}/configs/{protocol}_in1k.py", f"--config.data={made[0]}",
+def test_evaluate_reads_a_run(inputs, full_run, tmp_path, monkeypatch, capsys, protocol):
+    argv = [
+        f"--config={ROOT}/configs/{protocol}_in1k.py", f"--config.data={inputs[0]}",
         "--config.train=train", "--config.test=train[:8]", "--config.k=3,5", "--config.shots=2,0",
         "--config.seeds=0,1", "--config.resize=16", "--config.batch_size=8",
-        f"--checkpoint={whole}", f"--out={tmp_path}/results.json", "--config.features=mean",
+        f"--checkpoint={full_run}", f"--out={tmp_path}/results.json", "--config.features=mean",
     ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+    monkeypatch.setattr(sys, "argv", ["evaluate", *argv])
     cli.run(evaluate.main)
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     single = [r for r in results if not str(r["seed"]).startswith("mean")]
@@ -338,19 +342,19 @@ def test_a_run_is_measured(made, whole, tmp_path, monkeypatch, capsys, protocol)
         for _ in range(2 if protocol == "knn" else 1)
     ]
     assert all(r["test"] == 8 and 0 <= r["accuracy"] <= 100 for r in results)
-    if protocol != "knn":  # the mean colours tell the two classes apart
+    if protocol != "knn":  # the classes differ in mean color
         assert single[-1]["accuracy"] == 100
     assert "step 20" in capsys.readouterr().out
 
 
-def test_a_run_is_exported(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["convert", str(whole), str(tmp_path), "--to=timm"])
+def test_convert_exports_a_run(full_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert", str(full_run), str(tmp_path), "--to=timm"])
     cli.run(convert.main)
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        exported = dgpt_jax.load_encoder(path).features(pictures, "mean")
+        exported = dgpt_jax.load_encoder(path).features(images, "mean")
         np.testing.assert_array_equal(
-            exported, dgpt_jax.load_encoder(whole).features(pictures, "mean")
+            exported, dgpt_jax.load_encoder(full_run).features(images, "mean")
         )
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["num_features"] == 24 and written["pretrained_cfg"]["input_size"] == [3, 16, 16]

@@ -1,4 +1,4 @@
-"""Encoders in use: compiled once, a bounded number of images at a time, and open to tracing."""
+"""Pretrained models: compiled once, computed in chunks, traceable."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,43 +8,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgpt_jax import digpt, heads, load, maps, sharding
-from dgpt_jax.config import Mesh
-from dgpt_jax.schema import UserError
-from tests import processes
-from tests.data import tiny_model
+from dgpt_jax.config import MeshConfig
+from dgpt_jax.distributed import sharding
+from dgpt_jax.errors import UserError
+from dgpt_jax.evals import feature_maps
+from dgpt_jax.models import classifier as classifiers
+from dgpt_jax.models import digpt
+from dgpt_jax.weights import api, chunking
+from tests.support import processes
+from tests.support.data import tiny_model
 
 MODEL = tiny_model()
 
 
 def random_params(module, *inputs, seed: int = 0) -> dict:
-    """NumPy arrays, none of which is what training starts with."""
+    """NumPy arrays without any value of the initialization."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     return jax.tree.map(lambda x: 0.4 * rng.standard_normal(x.shape).astype(np.float32), shapes)
 
 
-def classifier(seed: int = 0) -> load.Classifier:
-    module = heads.classifier(MODEL, "mean", 5)
+def classifier(seed: int = 0) -> api.PretrainedClassifier:
+    module = classifiers.classifier(MODEL, "mean", 5)
     params = random_params(module, jnp.zeros((1, 16, 16, 3)), seed=seed)
-    return load.Classifier(MODEL, params, "random", num_classes=5)
+    return api.PretrainedClassifier(MODEL, params, "random", num_classes=5)
 
 
-def encoder(seed: int = 0) -> load.Encoder:
+def encoder(seed: int = 0) -> api.PretrainedEncoder:
     params = {name: x for name, x in classifier(seed).params.items() if name != "head"}
-    return load.Encoder(MODEL, params, "random")
+    return api.PretrainedEncoder(MODEL, params, "random")
 
 
-def pretrained(seed: int = 0) -> load.Pretrained:
+def pretrained(seed: int = 0) -> api.PretrainedDiGPT:
     module = digpt.build(MODEL, out_width=7)
-    return load.Pretrained(MODEL, random_params(module, *digpt.dummy_inputs(MODEL)), module)
+    return api.PretrainedDiGPT(MODEL, random_params(module, *digpt.dummy_inputs(MODEL)), module)
 
 
 def images(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
 
 
-def normalised(count: int) -> np.ndarray:
+def normalized(count: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((count, 16, 16, 3)).astype(np.float32)
 
 
@@ -57,19 +61,19 @@ def tokens(count: int) -> np.ndarray:
     return np.random.default_rng(2).standard_normal((count, 17, 7)).astype(np.float32)
 
 
-# {name: (what is loaded, its result for so many images)}
+# {name: (loader, function of model and number of images)}
 FUNCTIONS = {
     "features": (encoder, lambda e, n: e.features(images(n), "mean")),
     "tokens": (encoder, lambda e, n: e.tokens(images(n))),
     "pooled": (encoder, lambda e, n: e.pooled(images(n), ["cls", "mean"])),
     "logits": (classifier, lambda c, n: c.logits(images(n))),
-    "predictions": (pretrained, lambda p, n: p.predictions(normalised(n), orders(n))),
-    "losses": (pretrained, lambda p, n: p.losses(normalised(n), tokens(n), orders(n))),
-    "cls_attention": (encoder, lambda e, n: maps.cls_attention(e, images(n))),
-    "last_attention": (encoder, lambda e, n: maps.last_attention(e, images(n))),
+    "predictions": (pretrained, lambda p, n: p.predictions(normalized(n), orders(n))),
+    "losses": (pretrained, lambda p, n: p.losses(normalized(n), tokens(n), orders(n))),
+    "cls_attention": (encoder, lambda e, n: feature_maps.cls_attention(e, images(n))),
+    "last_attention": (encoder, lambda e, n: feature_maps.last_attention(e, images(n))),
     "prediction_maps": (
         pretrained,
-        lambda p, n: maps.prediction_maps(p, images(n), tokens(n), orders(n), True),
+        lambda p, n: feature_maps.prediction_maps(p, images(n), tokens(n), orders(n), True),
     ),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -77,18 +81,18 @@ every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 @contextmanager
 def compilations():
-    """A list of the events of tracing, lowering and compiling within the context."""
+    """List of tracing, lowering and compilation events within the context."""
     events = []
 
-    def note(event: str, _seconds: float, **_):
+    def record(event: str, _seconds: float, **_):
         if event.startswith("/jax/core/compile/"):
             events.append(event)
 
-    jax.monitoring.register_event_duration_secs_listener(note)
+    jax.monitoring.register_event_duration_secs_listener(record)
     try:
         yield events
     finally:
-        jax.monitoring.unregister_event_duration_listener(note)
+        jax.monitoring.unregister_event_duration_listener(record)
 
 
 def test_compilations_are_counted():
@@ -104,32 +108,32 @@ def test_only_the_first_call_compiles(name):
     results = call(first, 3)
     with compilations() as events:
         again = call(first, 3)
-        call(second, 3)  # other weights of the same shape, too
+        call(second, 3)  # other weights of the same shape
     assert not events
     jax.tree.map(np.testing.assert_array_equal, results, again)
 
 
 @every_function
 def test_batches_of_any_size_are_computed_in_few_shapes(monkeypatch, name):
-    """They equal what is computed at once, to 1e-5 of the largest value."""
+    """Results equal those of one call, to 1e-5 of the largest value."""
     loaded, call = FUNCTIONS[name]
     model = loaded()
     at_once = call(model, 8)
-    monkeypatch.setattr(load, "CHUNK", 4)
-    shapes, in_chunks = set(), load.in_chunks
+    monkeypatch.setattr(chunking, "CHUNK", 4)
+    shapes, in_chunks = set(), api.in_chunks
 
-    def noting(run, params, *arrays):
-        def noted(params, *chunks):
+    def recording(run, params, *arrays):
+        def record(params, *chunks):
             shapes.update(len(x) for x in chunks)
             return run(params, *chunks)
 
-        return in_chunks(noted, params, *arrays)
+        return in_chunks(record, params, *arrays)
 
-    monkeypatch.setattr(load, "in_chunks", noting)
+    monkeypatch.setattr(api, "in_chunks", recording)
     results = [call(model, count) for count in range(1, 9)]
     assert shapes == {1, 2, 4}
     jax.tree.map(almost_equal, results[-1], at_once)
-    kinds = [jax.tree.map(type, found) for found in results]  # one chunk, padded ones, several
+    kinds = [jax.tree.map(type, result) for result in results]  # one chunk, padded ones, several
     assert all(kind == kinds[0] for kind in kinds)
 
 
@@ -141,7 +145,7 @@ def almost_equal(a, b):
 
 @pytest.mark.parametrize("name", ["features", "logits", "losses"])
 def test_within_a_callers_jit(name):
-    """Traced weights go through in one call; a batch that is not traced may be a constant."""
+    """Traced weights are computed in one call; an untraced batch may be a constant."""
     loaded, call = FUNCTIONS[name]
     model, other = loaded(), loaded(seed=1)
     traced = jax.jit(lambda params: call(replace(model, params=params), 6))
@@ -165,13 +169,13 @@ def test_gradients():
 def test_weights_go_to_the_device_once(monkeypatch):
     model = encoder()
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(model.params))
-    placed, device_put = [], jax.device_put
-    monkeypatch.setattr(jax, "device_put", lambda x: placed.append(x) or device_put(x))
+    calls, device_put = [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x: calls.append(x) or device_put(x))
     for count in (1, 3, 3, 100):
         model.features(images(count))
     model.tokens(images(2))
-    maps.cls_attention(model, images(2))
-    assert len(placed) == 1
+    feature_maps.cls_attention(model, images(2))
+    assert len(calls) == 1
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(model.device_params))
     other = replace(model, params=encoder(seed=1).params)
     assert np.any(other.features(images(2)) != model.features(images(2)))
@@ -180,17 +184,17 @@ def test_weights_go_to_the_device_once(monkeypatch):
 @pytest.mark.parametrize("lengths", [(4, 3), (3, 4), (100, 99)])
 def test_arrays_of_different_lengths_are_refused(lengths):
     with pytest.raises(UserError, match=f"{lengths[0]}, {lengths[1]}"):
-        pretrained().predictions(normalised(lengths[0]), orders(lengths[1]))
+        pretrained().predictions(normalized(lengths[0]), orders(lengths[1]))
 
 
 def over_devices():
-    """Images that lie split over devices are computed where they lie, all at once."""
-    mesh = sharding.make_mesh(Mesh())
-    place = sharding.batch_sharding(mesh)
+    """Sharded images are computed on their devices in one call."""
+    mesh = sharding.make_mesh(MeshConfig())
+    layout = sharding.batch_sharding(mesh)
     model = replace(encoder(), params=jax.device_put(encoder().params, sharding.replicated(mesh)))
-    found = model.features(jax.device_put(images(256), place))
-    assert found.sharding.is_equivalent_to(place, found.ndim)
-    almost_equal(found, encoder().features(images(256)))
+    features = model.features(jax.device_put(images(256), layout))
+    assert features.sharding.is_equivalent_to(layout, features.ndim)
+    almost_equal(features, encoder().features(images(256)))
     almost_equal(model.features(images(6)), encoder().features(images(6)))
 
 

@@ -1,5 +1,4 @@
-"""JSON beside an encoder's weights (timm's, Hugging Face's): taken, refused by name, or assumed and
-said."""
+"""JSON beside an encoder's weights (timm's, Hugging Face's): settings, errors and defaults."""
 
 import dataclasses
 import json
@@ -7,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from dgpt_jax.convert import digpt, files, formats, layout, timm
-from dgpt_jax.convert.weights import Preprocess
-from dgpt_jax.schema import UserError
-from tests.conversions import HALF, SQUASH, change_json, pretrained, random_weights
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights import files, mapping, registry
+from dgpt_jax.weights.layouts import digpt, timm
+from dgpt_jax.weights.types import Preprocess
+from tests.support.conversions import HALF, SQUASH, change_json, pretrained, random_weights
 
 CONFIG, PRE, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 LISTS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
@@ -19,13 +19,13 @@ IMAGENET = {"mean": Preprocess().mean, "std": Preprocess().std}
 
 
 def directory(path, kind: str, changes: dict):
-    """random_weights in a layout, its JSON files changed."""
+    """random_weights in a layout, with changed JSON files."""
     path.mkdir()
-    formats.LAYOUTS[kind].save(random_weights("cls"), path)
+    registry.LAYOUTS[kind].save(random_weights("cls"), path)
     return change_json(path, changes)
 
 
-TAKEN = [
+SUPPORTED = [
     ("timm", {CONFIG: {"pretrained_cfg.mean": 0.5, "pretrained_cfg.std": [0.5] * 3}}, {}),
     ("timm", {CONFIG: {"model_args.img_size": [16, 16], "model_args.drop_path_rate": 0.1}}, {}),
     ("timm", {CONFIG: {"model_args.fc_norm": False, "model_args.block_fn": None}}, {}),
@@ -41,15 +41,15 @@ TAKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "changes", "expected"), TAKEN)
-def test_taken(tmp_path, kind, changes, expected):
+@pytest.mark.parametrize(("kind", "changes", "expected"), SUPPORTED)
+def test_supported(tmp_path, kind, changes, expected):
     expected = {"mean": SQUASH.mean, "std": SQUASH.std} | expected
-    _, found = formats.read(directory(tmp_path / "a", kind, changes), heads=3)
-    assert {name: getattr(found.preprocess, name) for name in expected} == expected
+    _, weights = registry.read(directory(tmp_path / "a", kind, changes), heads=3)
+    assert {name: getattr(weights.preprocess, name) for name in expected} == expected
 
 
 ARGS = "model_args"
-REFUSED = [
+UNSUPPORTED = [
     *(
         ("timm", {CONFIG: {f"{ARGS}.{key}": value}}, key)
         for key, value in [
@@ -71,8 +71,8 @@ REFUSED = [
             ("crop_mode", ["center"]),
         ]
     ),
-    ("timm", {CONFIG: {"pretrained_cfg": [1]}}, "pretrained_cfg is [1], an object"),
-    ("timm", {CONFIG: {"model_args": "x"}}, 'model_args is "x", an object'),
+    ("timm", {CONFIG: {"pretrained_cfg": [1]}}, "pretrained_cfg is [1]"),
+    ("timm", {CONFIG: {"model_args": "x"}}, 'model_args is "x"'),
     *(
         ("hf", {CONFIG: {key: value}}, key)
         for key, value in [
@@ -94,28 +94,28 @@ REFUSED = [
         (kind, {name: text}, message)
         for kind, name in [("timm", CONFIG), ("hf", CONFIG), ("hf", PRE), ("hf", PROCESSOR)]
         for text, message in [
-            ("", "is empty"), ("{'a': 1}", "is no JSON"), ("[]", "holds a JSON list"),
-            ("null", "holds a JSON NoneType"), ("<html>\x1b[0m", "is no JSON"),
+            ("", "empty"), ("{'a': 1}", "JSON"), ("[]", "JSON list"), ("null", "JSON NoneType"),
+            ("<html>\x1b[0m", "JSON"),
             ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ]
     ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "changes", "message"), REFUSED)
-def test_refused(tmp_path, kind, changes, message):
+@pytest.mark.parametrize(("kind", "changes", "message"), UNSUPPORTED)
+def test_unsupported(tmp_path, kind, changes, message):
     path = directory(tmp_path / "a", kind, changes)
-    with pytest.raises(UserError) as refused:
-        formats.read(path)
-    assert message in str(refused.value) and str(refused.value).isprintable(), refused.value
-    assert str(path) in str(refused.value)
+    with pytest.raises(UserError) as error:
+        registry.read(path)
+    assert message in str(error.value) and str(error.value).isprintable(), error.value
+    assert str(path) in str(error.value)
 
 
-def of(kind: str, tmp_path):
-    """The notes of weights beside which nothing tells the preprocessing."""
+def notes_of(kind: str, tmp_path):
+    """Notes of weights without JSON for the preprocessing."""
     path = tmp_path / "a.safetensors"
     weights = random_weights(width=384, heads=6)
-    state = layout.write(timm.LAYOUT.table(weights), weights.params)
+    state = mapping.write(timm.LAYOUT.table(weights), weights.params)
     if kind == "mae":
         state |= {"mask_token": np.zeros((1, 1, 8), np.float32)}
         state["decoder_embed.weight"] = np.zeros((8, 384), np.float32)
@@ -127,50 +127,52 @@ def of(kind: str, tmp_path):
         state = digpt.write(weights.params, weights.model)
     files.write_safetensors(path, state, {})
     heads = {"heads": 6} if kind != "digpt" else {"heads": 3, "decoder_heads": 2}
-    found, weights = formats.read(path, **heads)
-    assert found.name == kind and weights.preprocess == Preprocess()
+    layout, weights = registry.read(path, **heads)
+    assert layout.name == kind and weights.preprocess == Preprocess()
     return weights.notes
 
 
 @pytest.mark.parametrize("kind", ["timm", "mae", "dinov2_pth", "digpt"])
-def test_what_is_assumed_is_said(tmp_path, kind):
-    assert "does not tell its mean and std: ImageNet's" in of(kind, tmp_path)[0]
+def test_default_preprocessing_is_noted(tmp_path, kind):
+    note = notes_of(kind, tmp_path)[0]
+    assert "mean and std" in note and "ImageNet" in note
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "names"),
     [
-        ({PRE: None}, ["mean and std and filter"]),
-        ({PRE: json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})}, ["filter"]),
-        ({PRE: json.dumps({"resample": 3})}, ["mean and std"]),
-        ({}, []),
+        ({PRE: None}, "mean and std and filter"),
+        ({PRE: json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})}, "filter"),
+        ({PRE: json.dumps({"resample": 3})}, "mean and std"),
+        ({}, None),
     ],
 )
-def test_hugging_faces_defaults_are_said(tmp_path, changes, said):
-    _, found = formats.read(directory(tmp_path / "a", "hf", changes))
-    assert (found.preprocess.mean, found.preprocess.std) == (HALF, HALF)
-    assert [note.split(" its ")[1].split(":")[0] for note in found.notes] == said
+def test_hugging_face_defaults_are_noted(tmp_path, changes, names):
+    _, weights = registry.read(directory(tmp_path / "a", "hf", changes))
+    assert (weights.preprocess.mean, weights.preprocess.std) == (HALF, HALF)
+    assert len(weights.notes) == (names is not None)
+    assert all(f" {names}: " in note for note in weights.notes)
 
 
-def test_arrays_and_metadata_of_no_use(tmp_path):
+def test_malformed_arrays_and_metadata(tmp_path):
     path = tmp_path / "a.safetensors"
-    state = layout.write(timm.LAYOUT.table(random_weights()), random_weights().params)
+    state = mapping.write(timm.LAYOUT.table(random_weights()), random_weights().params)
     flat = {"patch_embed.proj.weight": state["patch_embed.proj.weight"].reshape(24, -1)}
     files.write_safetensors(path, state | flat, {})
-    with pytest.raises(UserError, match="is no weights of layout timm: ValueError not enough"):
-        formats.read(path, heads=3)
+    with pytest.raises(UserError, match="layout timm: ValueError"):
+        registry.read(path, heads=3)
     for text in ("{", "[]", '{"format": "x"}', '{"format": 1}'):
         files.write_safetensors(path, state, {"dgpt_jax": text})
-        with pytest.raises(UserError, match="is no weights of layout safetensors"):
-            formats.read(path)
+        with pytest.raises(UserError, match="layout safetensors"):
+            registry.read(path)
 
 
-def test_a_change_of_one_value_is_read_back(tmp_path):
-    """What is written is read as it was, so that no check here is in the way of an export."""
-    for number, how in enumerate([SQUASH, dataclasses.replace(SQUASH, **OTHER)]):
+def test_preprocessing_round_trip(tmp_path):
+    """Own exports pass all checks."""
+    for number, preprocess in enumerate([SQUASH, dataclasses.replace(SQUASH, **OTHER)]):
         for kind in ("timm", "hf"):
             path = tmp_path / f"{kind}{number}"
             path.mkdir()
-            formats.LAYOUTS[kind].save(random_weights(preprocess=how), path)
-            _, found = formats.read(path)
-            assert (found.preprocess, found.notes) == (how, ())
+            registry.LAYOUTS[kind].save(random_weights(preprocess=preprocess), path)
+            _, weights = registry.read(path)
+            assert (weights.preprocess, weights.notes) == (preprocess, ())

@@ -1,4 +1,4 @@
-"""Files of weights: any suffix, several state dicts, prefixes of names, no weights at all."""
+"""Weights files: any suffix, several state dicts, prefixes of names, invalid files."""
 
 import json
 import shutil
@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dgpt_jax.convert import files, formats, layout, teacher, timm
-from dgpt_jax.schema import UserError
-from tests.conversions import random_weights
-from tests.data import random_teacher
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights import files, mapping, registry, teacher_loading
+from dgpt_jax.weights.layouts import timm
+from tests.support.conversions import random_weights
+from tests.support.data import random_teacher
 
 A, B = {"a": np.arange(2.0, dtype=np.float32)}, {"b": np.arange(3.0, dtype=np.float32)}
 NAMES = ("x.ckpt", "x.pth.tar", "x", "x.weights", "x.safetensors", "x.pth", "x.npz", "x.bin")
@@ -39,7 +40,7 @@ def index(path, names=("1.safetensors", "2.safetensors")):
 
 
 def savez(path):
-    with path.open("wb") as file:  # of a path, NumPy changes the suffix
+    with path.open("wb") as file:  # given a path, NumPy changes the suffix
         np.savez(file, **A, **B)
 
 
@@ -54,17 +55,17 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", WRITERS)
-def test_by_contents_whatever_the_suffix(tmp_path, kind, name):
+def test_formats_are_detected_by_content(tmp_path, kind, name):
     WRITERS[kind](tmp_path / name)
-    found = files.read(tmp_path / name)
-    assert found.path == tmp_path / name and found.notes == ()
+    state, path, notes = files.read(tmp_path / name)
+    assert path == tmp_path / name and notes == ()
     for key, value in (A | B).items():
-        np.testing.assert_array_equal(found.state[key], value)
+        np.testing.assert_array_equal(state[key], value)
 
 
 @pytest.mark.parametrize("size", [ord("<"), ord("{")])
-def test_a_header_whose_length_reads_as_text(tmp_path, size):
-    """A safetensors file begins with that length, so its first byte may be any."""
+def test_safetensors_header_length_that_looks_like_text(tmp_path, size):
+    """A safetensors file starts with the length of its header."""
     header = json.dumps({"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}})
     data = header.replace(" ", "").encode().ljust(size) + bytes(4)
     (tmp_path / "x").write_bytes(size.to_bytes(8, "little") + data)
@@ -87,27 +88,28 @@ STATES = [
 ]
 
 
-@pytest.mark.parametrize(("content", "key", "taken", "others"), STATES)
-def test_one_of_several_state_dicts(tmp_path, content, key, taken, others):
+@pytest.mark.parametrize(("content", "key", "selected", "others"), STATES)
+def test_several_state_dicts(tmp_path, content, key, selected, others):
     path = save(tmp_path / "x.pth", content)
-    found = files.read(f"{path}#{key}" if key else path)
+    state, file, notes = files.read(f"{path}#{key}" if key else path)
     expected = B if key in ("state_dict_ema", "model_ema", "ema") else A
-    assert found.state.keys() == expected.keys()
-    assert found.path.name == (f"x.pth#{taken}" if taken else "x.pth")
-    said = [f"{path}: its weights under {taken} are taken; others are {path}#{o}" for o in others]
-    assert list(found.notes) == said
+    assert state.keys() == expected.keys()
+    assert file.name == (f"x.pth#{selected}" if selected else "x.pth")
+    assert len(notes) == len(others)
+    for note, other in zip(notes, others, strict=True):
+        assert f" {selected};" in note and f"{path}#{other}" in note
 
 
-def test_a_prefix_of_arrays_that_are_no_weights_is_no_choice(tmp_path):
+def test_keys_of_state_dicts(tmp_path):
     path = save(tmp_path / "x.pth", {"teacher": A, "student": B})
-    with pytest.raises(UserError, match=r"several state dicts: .* teacher, student: give .*#KEY"):
+    with pytest.raises(UserError, match=r"teacher, student.*#KEY"):
         files.read(path)
-    with pytest.raises(UserError, match="no weights under 'ema': it has them under teacher, stud"):
+    with pytest.raises(UserError, match="'ema'.*teacher, student"):
         files.read(f"{path}#ema")
     save_file(A, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="holds one set of weights, #ema is for files of torch"):
+    with pytest.raises(UserError, match="x.safetensors.*#ema"):
         files.read(tmp_path / "x.safetensors#ema")
-    with pytest.raises(UserError, match="no such weights file: .*absent.pth$"):
+    with pytest.raises(UserError, match="absent.pth$"):
         files.read(tmp_path / "absent.pth#ema")
     save(tmp_path / "y#z.pth", A)
     assert files.read(tmp_path / "y#z.pth").path.name == "y#z.pth"
@@ -118,37 +120,37 @@ def test_a_prefix_of_arrays_that_are_no_weights_is_no_choice(tmp_path):
     ["module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.module."],
 )
 @pytest.mark.parametrize("more", [{}, {"n_averaged": np.zeros((), np.int64)}])
-def test_one_prefix_of_all_names(tmp_path, prefix, more):
+def test_a_prefix_of_all_names_is_removed(tmp_path, prefix, more):
     path = save(tmp_path / "x.pth", {"model": {f"{prefix}{n}": x for n, x in (A | B).items()}})
     state, _, notes = files.read(path)
     assert state.keys() == (A | B).keys()
-    assert notes == (f"{path}: all names begin with {prefix}, which is left out",)
+    assert len(notes) == 1 and f"prefix {prefix} " in notes[0]
 
 
-def test_a_prefix_of_some_names_stays(tmp_path):
+def test_a_prefix_of_some_names_remains(tmp_path):
     state = {"module.a": A["a"], "b": B["b"]}
     assert files.read(save(tmp_path / "x.pth", state)).state.keys() == state.keys()
-    for name, part in (("1.bin", {"module.a": A["a"]}), ("2.bin", {"b": B["b"]})):
-        save(tmp_path / name, part)
+    for name, shard in (("1.bin", {"module.a": A["a"]}), ("2.bin", {"b": B["b"]})):
+        save(tmp_path / name, shard)
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"weight_map": {"module.a": "1.bin", "b": "2.bin"}}))
     assert files.read(path).state.keys() == state.keys()
     path.write_text(json.dumps({"weight_map": {"module.a": "1.bin", "module.c": "1.bin"}}))
-    with pytest.raises(UserError, match="names arrays that its shards have not: module.c"):
+    with pytest.raises(UserError, match="module.c"):
         files.read(path)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-NOTHING = {
-    "empty": (b"", "is empty: download it again"),
-    "pointer": (POINTER, "is a git-LFS pointer, not the file: run `git lfs pull`"),
-    "page": (b"\n<!DOCTYPE html><html>\x1b[1mSign in", "is a web page, not the file: download"),
-    "error": (b'{"error": "not found"}', "is JSON without a weight_map"),
-    "list": (b"[1, 2]", "holds a JSON list, an object is expected"),
-    "broken JSON": (b'{"weight_map": ', "is no JSON"),
-    "shard outside": (b'{"weight_map": {"a": "../x"}}', "names a shard outside its directory"),
-    "shard missing": (b'{"weight_map": {"a": "y.bin"}}', "there is no such file beside it"),
-    "itself": (b'{"weight_map": {"a": "NAME"}}', "is JSON, and an index names it as a shard"),
+INVALID = {
+    "empty": (b"", "empty"),
+    "pointer": (POINTER, "git lfs pull"),
+    "page": (b"\n<!DOCTYPE html><html>\x1b[1mSign in", "web page"),
+    "error": (b'{"error": "not found"}', "weight_map"),
+    "list": (b"[1, 2]", "JSON list"),
+    "broken JSON": (b'{"weight_map": ', "JSON"),
+    "shard outside": (b'{"weight_map": {"a": "../x"}}', "../x"),
+    "shard missing": (b'{"weight_map": {"a": "y.bin"}}', "y.bin"),
+    "itself": (b'{"weight_map": {"a": "NAME"}}', "shard"),
     "words": (b"some words \x1b[31m", None),
     "pickle": (b"\x80\x04N.", None),
     "zip": (b"PK\x03\x04 nothing", None),
@@ -157,92 +159,96 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", NOTHING)
-def test_what_is_no_weights_is_one_line(tmp_path, case, name, recwarn):
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_files(tmp_path, case, name, recwarn):
     pytest.importorskip("torch")
-    data, message = NOTHING[case]
+    data, message = INVALID[case]
     (tmp_path / name).write_bytes(data.replace(b"NAME", name.encode()))
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         files.read(tmp_path / name)
-    line = str(refused.value)
+    line = str(error.value)
     assert (message or "") in line and line.isprintable() and str(tmp_path / name) in line
-    assert not recwarn.list  # they would be lines on stderr
+    assert not recwarn.list  # warnings would be printed on stderr
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("place", ["whole", "model", "beside"])
-def test_a_pickled_module_is_told_what_to_do(tmp_path, place, legacy):
+@pytest.mark.parametrize("case", ["module", "under a key", "beside a state dict"])
+def test_pickled_modules_are_refused_with_a_remedy(tmp_path, case, legacy):
     torch = pytest.importorskip("torch")
     module = torch.nn.Linear(2, 2)
     content = {
-        "whole": module, "model": {"model": module},
-        "beside": {"model": module.state_dict(), "ema": module},
-    }[place]  # fmt: skip
+        "module": module, "under a key": {"model": module},
+        "beside a state dict": {"model": module.state_dict(), "ema": module},
+    }[case]  # fmt: skip
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         files.read(tmp_path / "x.pth")
-    line = str(refused.value)
-    assert "not plain PyTorch weights: it holds torch.nn.modules.linear.Linear" in line
+    line = str(error.value)
+    assert "torch.nn.modules.linear.Linear" in line
     assert "`state_dict()`" in line and line.isprintable()
 
 
-def test_parameters_and_odd_tensors(tmp_path):
+def test_parameters_and_sparse_tensors(tmp_path):
     torch = pytest.importorskip("torch")
     linear = torch.nn.Linear(2, 2)
     torch.save(linear.state_dict(keep_vars=True), tmp_path / "x.pth")
     assert files.read(tmp_path / "x.pth").state.keys() == {"weight", "bias"}
     torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="x.pth is not plain PyTorch weights"):
+    with pytest.raises(UserError, match="x.pth"):
         files.read(tmp_path / "x.pth")
 
 
 def encoder_state():
     weights = random_weights(width=192)
-    return weights, layout.write(timm.LAYOUT.table(weights), weights.params)
+    return weights, mapping.write(timm.LAYOUT.table(weights), weights.params)
 
 
-def test_an_encoder_out_of_a_training_checkpoint(tmp_path):
-    """Key and prefix are said, and the key is part of the source, which results are named by."""
+def test_an_encoder_in_a_training_checkpoint(tmp_path):
+    """Notes name key and prefix; the key is part of the source, by which results are named."""
     weights, state = encoder_state()
     ema = {f"module.{name}": 2 * array for name, array in state.items()}
     path = save(tmp_path / "x.ckpt", {"state_dict": state, "state_dict_ema": ema})
-    _, found = formats.read(path, heads=3)
-    assert found.source == f"{path}#state_dict" and "state_dict_ema" in found.notes[0]
-    _, found = formats.read(f"{path}#state_dict_ema", heads=3)
-    assert found.source == f"{path}#state_dict_ema" and "module." in found.notes[0]
+    _, default = registry.read(path, heads=3)
+    assert default.source == f"{path}#state_dict" and "state_dict_ema" in default.notes[0]
+    _, average = registry.read(f"{path}#state_dict_ema", heads=3)
+    assert average.source == f"{path}#state_dict_ema" and "module." in average.notes[0]
     for name, array in weights.params.items():
-        np.testing.assert_array_equal(found.params[name], 2 * array)
+        np.testing.assert_array_equal(average.params[name], 2 * array)
 
 
 @pytest.mark.parametrize("name", ["teacher.ckpt", "teacher.pth.tar", "teacher"])
-def test_a_teacher_out_of_a_training_checkpoint(tmp_path, name):
+def test_a_teacher_in_a_training_checkpoint(tmp_path, name):
     random_teacher(tmp_path)
-    expected = teacher.load(str(tmp_path))
+    expected = teacher_loading.load(str(tmp_path))
     file = tmp_path / "open_clip_model.safetensors"
     state = files.read_state(file)
     file.unlink()
-    named = {f"module.{n}": x for n, x in state.items()}
-    path = save(tmp_path / name, {"model": {"a": A["a"]}, "model_ema": named})
-    found = teacher.load(f"{path}#model_ema")
-    assert (found.hash, found.tower) == (expected.hash, expected.tower)
-    assert found.name == name.split("#")[0].removesuffix(".ckpt").removesuffix(".tar")
-    with pytest.raises(UserError, match="is in no layout of a teacher.* 1 arrays are a$"):
-        teacher.load(str(path))
+    average = {f"module.{n}": x for n, x in state.items()}
+    path = save(tmp_path / name, {"model": {"a": A["a"]}, "model_ema": average})
+    teacher = teacher_loading.load(f"{path}#model_ema")
+    assert (teacher.hash, teacher.tower) == (expected.hash, expected.tower)
+    assert teacher.name == name.split("#")[0].removesuffix(".ckpt").removesuffix(".tar")
+    with pytest.raises(UserError, match="teacher.* 1 arrays are a$"):
+        teacher_loading.load(str(path))
 
 
 def test_an_index_as_the_file_of_a_teacher(tmp_path):
     random_teacher(tmp_path)
-    expected = teacher.load(str(tmp_path))
+    expected = teacher_loading.load(str(tmp_path))
     shutil.move(tmp_path / "open_clip_model.safetensors", tmp_path / "1.safetensors")
     names = files.read_state(tmp_path / "1.safetensors")
     path = tmp_path / files.INDEX
     path.write_text(json.dumps({"weight_map": dict.fromkeys(names, "1.safetensors")}))
-    assert teacher.load(str(path)).hash == teacher.load(str(tmp_path)).hash == expected.hash
+    assert (
+        teacher_loading.load(str(path)).hash
+        == teacher_loading.load(str(tmp_path)).hash
+        == expected.hash
+    )
 
 
 def test_first_names_of_unknown_arrays(tmp_path):
     state = {f"net.{i}.weight": np.ones(1, np.float32) for i in range(9)}
     save_file(state, tmp_path / "x.safetensors")
-    for read in (teacher.load, formats.read):
+    for read in (teacher_loading.load, registry.read):
         with pytest.raises(UserError, match="the first of its 9 arrays are net.0.weight, net.1.w"):
             read(str(tmp_path / "x.safetensors"))

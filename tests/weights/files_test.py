@@ -1,4 +1,4 @@
-"""Weight files: what is read, what is refused, and that nothing in them is run."""
+"""Weights files: reading, errors, and that no code in them is run."""
 
 import os
 import pickle
@@ -8,27 +8,26 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import dgpt_jax
-from dgpt_jax.convert import files
-from dgpt_jax.schema import UserError
-from tests.paths import GOLDEN
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights import files
+from tests.support.paths import GOLDEN
 
 
 def test_safetensors(tmp_path):
     path = tmp_path / "a.safetensors"
     state = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.ones(2, np.float16)}
     files.write_safetensors(path, state | {"t": state["x"].T}, {"format": "pt"})
-    read = files.read_state(path)
-    np.testing.assert_array_equal(read["t"], state["x"].T)
-    assert read["n"].dtype == np.float32 and os.listdir(tmp_path) == ["a.safetensors"]
+    result = files.read_state(path)
+    np.testing.assert_array_equal(result["t"], state["x"].T)
+    assert result["n"].dtype == np.float32 and os.listdir(tmp_path) == ["a.safetensors"]
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match="no readable safetensors"):
+    with pytest.raises(UserError, match="a.safetensors"):
         files.read_state(path)
 
 
-def test_arrays_without_numbers(tmp_path):
-    """Sizes that models divide by are read off them."""
+def test_empty_arrays(tmp_path):
     save_file({"x": np.ones(2, np.float32), "y": np.ones((0, 3), np.float32)}, tmp_path / "a")
-    with pytest.raises(UserError, match=r"a: y has shape \(0, 3\), which holds no number"):
+    with pytest.raises(UserError, match=r"y .*\(0, 3\)"):
         files.read(tmp_path / "a")
 
 
@@ -77,14 +76,14 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     torch.save({"model": Malicious()}, tmp_path / "new.pth")
     (tmp_path / "old.pth").write_bytes(pickle.dumps(Malicious()))
     for name in ("new.pth", "old.pth"):
-        with pytest.raises(UserError, match="not plain PyTorch weights"):
+        with pytest.raises(UserError, match=name):
             files.read_state(tmp_path / name)
     assert not mark.exists()
-    pickle.loads((tmp_path / "old.pth").read_bytes())  # the bait would have worked
+    pickle.loads((tmp_path / "old.pth").read_bytes())  # the pickle works
     assert mark.exists()
 
 
-def test_torchscript_is_refused_with_the_route(tmp_path):
+def test_torchscript_is_refused_with_a_remedy(tmp_path):
     torch = pytest.importorskip("torch")
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "openai.pt"))
     with pytest.raises(UserError, match="TorchScript.*torch.jit.load.*safetensors"):
@@ -99,10 +98,10 @@ def test_broken_torch_files(tmp_path):
     with pytest.raises(UserError, match="a.pth"):
         files.read_state(tmp_path / "a.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="holds a list"):
+    with pytest.raises(UserError, match="list.pth"):
         files.read_state(tmp_path / "list.pth")
     (tmp_path / "a.h5").write_text("")
-    with pytest.raises(UserError, match="weights are .safetensors"):
+    with pytest.raises(UserError, match="a.h5.*.safetensors"):
         files.read_state(tmp_path / "a.h5")
 
 
@@ -112,7 +111,7 @@ def test_load_digpt_from_the_official_files():
     rng = np.random.default_rng(7)
     images = rng.standard_normal((2, 3, 224, 224)).astype(np.float32).transpose(0, 2, 3, 1)
     tokens = rng.standard_normal((2, 257, 1024)).astype(np.float32)
-    with pytest.raises(UserError, match="give heads and decoder_heads"):
+    with pytest.raises(UserError, match="--heads and --decoder_heads"):
         dgpt_jax.load_digpt(GOLDEN / "digpt_tiny.pth")
     model = dgpt_jax.load_digpt(GOLDEN / "digpt_tiny.pth", heads=3, decoder_heads=2)
     losses = model.losses(images, tokens, expected["perm"])

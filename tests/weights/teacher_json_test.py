@@ -1,13 +1,13 @@
-"""JSON beside a teacher's weights: what is taken of it, and that the rest is refused by name."""
+"""JSON beside a teacher's weights: settings, and errors for unsupported keys and values."""
 
 import json
 
 import numpy as np
 import pytest
 
-from dgpt_jax.convert import files, teacher
-from dgpt_jax.schema import UserError
-from tests.published import (
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights import files, teacher_loading
+from tests.support.published import (
     HALF,
     HF,
     IMAGE,
@@ -26,14 +26,14 @@ from tests.published import (
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """{layout: directory of weights with a JSON that tells all but mean and std}."""
+    """Directory of weights per layout, with JSON for all settings but mean and std."""
     root = tmp_path_factory.mktemp("published")
     write_all(root)
     return root
 
 
-CLIP_TOLD = {PRE: IMAGE}
-# Of a CLIPVisionConfig as transformers 4.16 wrote it, what is neither null nor empty.
+CLIP_JSON = {PRE: IMAGE}
+# Non-empty values of a CLIPVisionConfig by transformers 4.16.
 OLDER = {
     "add_cross_attention": False, "attention_dropout": 0.0, "chunk_size_feed_forward": 0,
     "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0, "early_stopping": False,
@@ -47,8 +47,8 @@ OLDER = {
     "torchscript": False, "typical_p": 1.0, "use_bfloat16": False, "bos_token_id": 0,
     "_attn_implementation_autoset": True, "transformers_version": "4.16.0.dev0",
 }  # fmt: skip
-WHOLE = {"model_type": "clip", "projection_dim": 24, "vision_config": VISION | OLDER}
-TAKEN = [
+FULL = {"model_type": "clip", "projection_dim": 24, "vision_config": VISION | OLDER}
+SUPPORTED = [
     ("open_clip", {OPEN: {f"preprocess_cfg.{n}": v for n, v in LISTS.items()}}, OTHER),
     ("open_clip", {OPEN: {"preprocess_cfg.mean": 0.5, "preprocess_cfg.std": 1}},
      {"mean": HALF, "std": ONE}),
@@ -65,15 +65,15 @@ TAKEN = [
     ("clip", {PROCESSOR: {"image_processor": IMAGE}}, OTHER),
     ("clip", {PROCESSOR: {"processor_class": "CLIPProcessor"}, PRE: IMAGE}, OTHER),
     ("clip", {PRE: {"do_normalize": False}}, {"mean": (0.0,) * 3, "std": ONE}),
-    ("clip", CLIP_TOLD | {HF: {"layer_norm_eps": 1e-6, "hidden_act": "gelu_new"}},
+    ("clip", CLIP_JSON | {HF: {"layer_norm_eps": 1e-6, "hidden_act": "gelu_new"}},
      {"eps": 1e-6, "activation": "gelu_tanh"}),
-    ("clip", CLIP_TOLD | {HF: json.dumps({"model_type": "clip", "vision_config": VISION})},
+    ("clip", CLIP_JSON | {HF: json.dumps({"model_type": "clip", "vision_config": VISION})},
      {"eps": 1e-5, "activation": "quick_gelu"}),
-    ("clip", CLIP_TOLD | {HF: json.dumps(WHOLE)}, {"activation": "quick_gelu", "heads": 2}),
-    ("clip", CLIP_TOLD | {HF: json.dumps(WHOLE | {"vision_config_dict": {
+    ("clip", CLIP_JSON | {HF: json.dumps(FULL)}, {"activation": "quick_gelu", "heads": 2}),
+    ("clip", CLIP_JSON | {HF: json.dumps(FULL | {"vision_config_dict": {
         "num_attention_heads": 2, "hidden_act": "gelu", "hidden_size": 32}})},
      {"activation": "gelu", "heads": 2}),
-    ("clip", CLIP_TOLD | {HF: {"image_size": [16, 16], "return_dict": True, "top_k": 50}}, OTHER),
+    ("clip", CLIP_JSON | {HF: {"image_size": [16, 16], "return_dict": True, "top_k": 50}}, OTHER),
     ("siglip", {}, {"mean": HALF, "std": HALF}),
     ("siglip", {PROCESSOR: {"image_processor": IMAGE}}, OTHER),
     ("siglip", {HF: {"vision_use_head": False}}, {"activation": "gelu_tanh", "eps": 1e-6}),
@@ -82,24 +82,24 @@ TAKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "changes", "expected"), TAKEN)
-def test_taken(published, tmp_path, kind, changes, expected):
-    tower = teacher.load(str(changed(published, tmp_path, kind, changes))).tower
+@pytest.mark.parametrize(("kind", "changes", "expected"), SUPPORTED)
+def test_supported(published, tmp_path, kind, changes, expected):
+    tower = teacher_loading.load(str(changed(published, tmp_path, kind, changes))).tower
     assert {name: getattr(tower, name) for name in expected} == expected
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 VISION_CFG = "model_cfg.vision_cfg"
-REFUSED = [
-    # Nothing tells mean and std.
+UNSUPPORTED = [
+    # Unspecified mean and std.
     ("open_clip", {}, "config.teacher.mean and config.teacher.std"),
-    ("open_clip", {OPEN: {"preprocess_cfg.mean": [0.1, 0.2, 0.3]}}, "set config.teacher.std"),
+    ("open_clip", {OPEN: {"preprocess_cfg.mean": [0.1, 0.2, 0.3]}}, "config.teacher.std"),
     ("clip", {}, "config.teacher.mean and config.teacher.std"),
-    ("clip", {PRE: {"image_mean": None, "image_std": None}}, "set config.teacher.mean and"),
+    ("clip", {PRE: {"image_mean": None, "image_std": None}}, "config.teacher.mean and config"),
     ("dinov2", {}, "config.teacher.mean and config.teacher.std"),
-    # Values that are no mean and std of pictures in [0, 1], or of two files.
+    # Invalid mean and std for images in [0, 1], and files that disagree.
     *(
-        ("clip", {PRE: IMAGE | {key: value}}, f"{key} is ")
+        ("clip", {PRE: IMAGE | {key: value}}, key)
         for key, value in [
             ("image_mean", [123.675, 116.28, 103.53]), ("image_mean", [-0.1, 0, 0]),
             ("image_mean", [0.1, 0.2]), ("image_mean", [0.1] * 4), ("image_mean", "half"),
@@ -108,13 +108,13 @@ REFUSED = [
             ("image_std", [-0.5] * 3), ("image_std", [0.5, 0.5, None]),
         ]
     ),
-    ("clip", {PRE: IMAGE | {"rescale_factor": 1}}, "rescale_factor is 1"),
-    ("clip", {PRE: IMAGE | {"do_rescale": False}}, "do_rescale false"),
-    ("clip", {PRE: IMAGE | {"do_flip_channel_order": True}}, "do_flip_channel_order true"),
-    ("clip", {PRE: IMAGE, PROCESSOR: {"image_processor": {"image_mean": 0.5}}}, "says mean"),
-    ("open_clip", {PRE: IMAGE, OPEN: {"preprocess_cfg.mean": 0.5}}, "says mean"),
-    ("open_clip", {PRE: IMAGE, OPEN: {"preprocess_cfg.mode": "BGR"}}, 'mode "BGR"'),
-    # Keys that change what is computed.
+    ("clip", {PRE: IMAGE | {"rescale_factor": 1}}, "rescale_factor"),
+    ("clip", {PRE: IMAGE | {"do_rescale": False}}, "do_rescale"),
+    ("clip", {PRE: IMAGE | {"do_flip_channel_order": True}}, "do_flip_channel_order"),
+    ("clip", {PRE: IMAGE, PROCESSOR: {"image_processor": {"image_mean": 0.5}}}, "mean is "),
+    ("open_clip", {PRE: IMAGE, OPEN: {"preprocess_cfg.mean": 0.5}}, "mean is "),
+    ("open_clip", {PRE: IMAGE, OPEN: {"preprocess_cfg.mode": "BGR"}}, "BGR"),
+    # Keys that change the outputs.
     *(
         ("open_clip", {OPEN: {f"{VISION_CFG}.{key}": value}, PRE: IMAGE}, key)
         for key, value in [
@@ -148,35 +148,35 @@ REFUSED = [
             ("attention_bias", False), ("use_cls_token", 0),
         ]
     ),
-    ("clip", {PRE: IMAGE, HF: json.dumps(WHOLE | {"vision_config_dict": {"patch_size": 4}})},
-     "vision_config has num_attention_heads 2, vision_config_dict 12"),
+    ("clip", {PRE: IMAGE, HF: json.dumps(FULL | {"vision_config_dict": {"patch_size": 4}})},
+     "num_attention_heads 2, vision_config_dict 12"),
     ("siglip", {HF: {"hidden_act": "gelu_10"}}, "hidden_act"),
     ("siglip", {HF: {"model_type": "siglip2_vision_model"}}, "model_type"),
     ("dinov2", {HF: {"qkv_bias": False}, PRE: IMAGE}, "qkv_bias"),
     ("dinov2", {HF: {"num_register_tokens": 4}, PRE: IMAGE}, "num_register_tokens"),
     ("dinov2", {HF: {"key_bias": False, "use_gated_attention": True}, PRE: IMAGE}, "use_gated"),
-    # Files that are no JSON object.
+    # Files without a JSON object.
     *(
         (kind, {name: text} | ({PRE: IMAGE} if name != PRE else {}), message)
         for kind, name in [("open_clip", OPEN), ("clip", HF), ("clip", PRE), ("siglip", PROCESSOR)]
         for text, message in [
-            ("", "is empty"), ("{", "is no JSON"), ("[1, 2]", "holds a JSON list"),
-            ("7", "holds a JSON int"), (POINTER, "git lfs pull"), ("[" * 99999, "is no JSON"),
-            ("<!DOCTYPE html>\x1b[1m", "is no JSON"), ("\x1b[31m{", "is no JSON"),
+            ("", "empty"), ("{", "JSON"), ("[1, 2]", "JSON list"), ("7", "JSON int"),
+            (POINTER, "git lfs pull"), ("[" * 99999, "JSON"),
+            ("<!DOCTYPE html>\x1b[1m", "JSON"), ("\x1b[31m{", "JSON"),
         ]
     ),
-    ("open_clip", {OPEN: json.dumps({"model_cfg": [1]})}, "model_cfg is [1], an object"),
-    ("open_clip", {OPEN: "{}"}, "has no vision_cfg"),
-    ("clip", {PROCESSOR: {"image_processor": "x"}}, "image_processor is \"x\", an object"),
+    ("open_clip", {OPEN: json.dumps({"model_cfg": [1]})}, "model_cfg is [1]"),
+    ("open_clip", {OPEN: "{}"}, "vision_cfg"),
+    ("clip", {PROCESSOR: {"image_processor": "x"}}, 'image_processor is "x"'),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "changes", "message"), REFUSED)
-def test_refused(published, tmp_path, kind, changes, message):
+@pytest.mark.parametrize(("kind", "changes", "message"), UNSUPPORTED)
+def test_unsupported(published, tmp_path, kind, changes, message):
     path = changed(published, tmp_path, kind, changes)
-    with pytest.raises(UserError) as refused:
-        teacher.load(str(path))
-    line = str(refused.value)
+    with pytest.raises(UserError) as error:
+        teacher_loading.load(str(path))
+    line = str(error.value)
     assert message in line and line.isprintable(), line
     assert str(path) in line
 
@@ -186,7 +186,7 @@ def test_refused(published, tmp_path, kind, changes, message):
     ("clip", "vision_model.embeddings.position_embedding.weight"),
     ("siglip", "encoder.layers.0.mlp.fc1.bias"), ("dinov2", "embeddings.position_embeddings"),
 ])  # fmt: skip
-def test_arrays_of_other_ranks(published, tmp_path, kind, name):
+def test_arrays_of_wrong_rank(published, tmp_path, kind, name):
     path = changed(published, tmp_path, kind, {PRE: IMAGE})
     (file,) = path.glob("*.safetensors")
     state = files.read_state(file)
@@ -194,13 +194,13 @@ def test_arrays_of_other_ranks(published, tmp_path, kind, name):
         files.write_safetensors(file, state | {name: np.zeros(shape, np.float32)}, {})
         if shape == state[name].shape:
             continue
-        with pytest.raises(UserError) as refused:
-            teacher.load(str(path))
-        assert str(refused.value).isprintable()
+        with pytest.raises(UserError) as error:
+            teacher_loading.load(str(path))
+        assert str(error.value).isprintable()
 
 
-def test_bytes_that_are_no_text(published, tmp_path):
+def test_json_that_is_not_utf8(published, tmp_path):
     path = changed(published, tmp_path, "clip", {PRE: IMAGE})
     (path / HF).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="config.json is no JSON"):
-        teacher.load(str(path))
+    with pytest.raises(UserError, match="config.json"):
+        teacher_loading.load(str(path))

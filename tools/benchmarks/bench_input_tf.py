@@ -1,9 +1,9 @@
-"""tf.data doing the work of tools/bench_input.py, for an interpreter that has TensorFlow.
+"""The work of bench_input.py in tf.data, run by an interpreter that has TensorFlow.
 
-    PYTHON tools/bench_input_tf.py DIR store|live
+    PYTHON tools/benchmarks/bench_input_tf.py DIR store|live
 
-DIR holds numbered .jpg files, and .tokens beside them, which are packed into a TFRecord first. Each
-line that it prints is what was measured, images a second, and images a second of processor time.
+DIR holds numbered .jpg files and optional .tokens, which are packed into a TFRecord first. Prints
+lines of the stage, images per second, and images per second of CPU time.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SIZE = 224
 
 
 def pack(directory: Path) -> str:
-    """All pictures, and their tokens, in one TFRecord."""
+    """Packs all images and their tokens into one TFRecord. Returns its path."""
     path = str(directory / "examples.tfrecord")
     with tf.io.TFRecordWriter(path) as writer:
         for jpeg in sorted(directory.glob("*.jpg")):
@@ -34,20 +34,20 @@ def pack(directory: Path) -> str:
     return path
 
 
-def parsed(record):
+def parse(record: tf.Tensor) -> dict[str, tf.Tensor]:
     spec = tf.io.FixedLenFeature((), tf.string)
     return tf.io.parse_single_example(record, {"image": spec, "tokens": spec})
 
 
-def stored(record):
-    example = parsed(record)
+def read_store(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    example = parse(record)
     image = tf.io.decode_jpeg(example["image"], channels=3)
     return tf.ensure_shape(image, (SIZE, SIZE, 3)), tf.io.decode_raw(example["tokens"], tf.int8)
 
 
-def live(record):
-    """A random resized crop, decoded in its box alone, antialiased bicubic, mirrored."""
-    jpeg = parsed(record)["image"]
+def draw_view(record: tf.Tensor) -> tuple[tf.Tensor]:
+    """Random resized crop and flip; decodes only the crop, resizes by antialiased bicubic."""
+    jpeg = parse(record)["image"]
     shape = tf.io.extract_jpeg_shape(jpeg)
     begin, size, _ = tf.image.sample_distorted_bounding_box(
         shape, tf.zeros((0, 0, 4)), aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.2, 1.0),
@@ -61,26 +61,29 @@ def live(record):
 
 
 def main():
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("directory", type=Path)
-    made.add_argument("kind", choices=("store", "live"))
-    made.add_argument("--seconds", type=float, default=3.0)
-    made.add_argument("--batch_size", type=int, default=64)
-    args = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("kind", choices=("store", "live"))
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--batch_size", type=int, default=64)
+    args = parser.parse_args()
     path = pack(args.directory)
-    work = stored if args.kind == "store" else live
+    transform = read_store if args.kind == "store" else draw_view
     for threads in (1, 2, 8):
         options = tf.data.Options()
         options.threading.private_threadpool_size = threads
         data = tf.data.TFRecordDataset(path).repeat().shuffle(1024)
-        data = data.map(work, num_parallel_calls=threads).batch(args.batch_size, True).prefetch(2)
+        data = (
+            data.map(transform, num_parallel_calls=threads).batch(args.batch_size, True).prefetch(2)
+        )
         stream = iter(data.with_options(options))
         next(stream)
-        done, began, used = 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() - began < args.seconds:
+        images, start, cpu_start = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - start < args.seconds:
             next(stream)
-            done += args.batch_size
-        rate, core = done / (time.perf_counter() - began), done / (time.process_time() - used)
+            images += args.batch_size
+        rate = images / (time.perf_counter() - start)
+        core = images / (time.process_time() - cpu_start)
         print(f"tf.data, {threads} threads {rate} {core}", flush=True)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A batch script for Slurm: one process a node, or a GPU, and again after 75. Never run on a cluster.
-#     sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 tools/launch_slurm.sh [--per=gpu] -- WORDS…
-# Submit it in the working tree; WORDS find the interpreter of its .venv (VENV names another), as in
+# Slurm batch script: one process per node or GPU, requeued after exit code 75. Never run on a cluster.
+#     sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 tools/launch/launch_slurm.sh [--per=gpu] -- COMMAND…
+# Submit from the working tree, whose .venv (or VENV) is on the PATH of COMMAND, such as
 #     … -- python -m dgpt_jax.train --config=configs/….py --workdir=RUN --config.data.path=TOKENS
-# Five minutes before the time is up training gets SIGTERM, saves and ends with 75; the job then
-# queues again, and continues. After scancel it does not. Without Slurm, on one machine, no launcher
-# is needed: one process takes all GPUs.
+# Five minutes before the time limit, training gets SIGTERM, saves and exits with 75; the job is then
+# requeued and continues, but not after scancel. A single machine without Slurm needs no launcher:
+# one process uses all GPUs.
 #SBATCH --job-name=dgpt_jax
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
@@ -24,12 +24,12 @@ while [ $# -gt 0 ]; do
     --per=node | --per=gpu) per=${1#*=} ;;
     -h | --help) sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \?//p}' "$0" && exit ;;
     --) shift && break ;;
-    *) fail "cannot read $1: --per=node or --per=gpu, and WORDS after --" ;;
+    *) fail "unknown argument $1: --per=node or --per=gpu, and COMMAND after --" ;;
   esac
   shift
 done
 [ $# -gt 0 ] || fail "a command after -- is missing"
-[ -n "${SLURM_JOB_ID:-}" ] || fail "this is no job of Slurm: start it by sbatch (--help)"
+[ -n "${SLURM_JOB_ID:-}" ] || fail "not in a Slurm job: submit with sbatch (--help)"
 
 cd "$SLURM_SUBMIT_DIR"
 export PATH=$PWD/${VENV:-.venv}/bin:$PATH
@@ -38,12 +38,12 @@ if [ "$per" = gpu ]; then
   tasks=${SLURM_GPUS_ON_NODE:?error: --per=gpu needs --gpus-per-node}
 fi
 
-# scancel, and preemption by Slurm, which queues the job again itself, tell this shell too; --signal
-# tells the processes alone.
-told=false
-trap 'told=true interrupted=true' TERM
-# A process takes as many of the node's cores as fall to it: srun would give it one. Those that have
-# not saved yet go on when another has.
+# scancel and preemption by Slurm (which requeues by itself) signal this shell too; --signal reaches
+# only the processes.
+cancelled=false
+trap 'cancelled=true interrupted=true' TERM
+# Divides the node's cores among its processes; srun's default is one core each. --kill-on-bad-exit=0
+# lets the others finish saving.
 srun --ntasks-per-node="$tasks" --cpus-per-task="$((SLURM_CPUS_ON_NODE / tasks))" \
   --kill-on-bad-exit=0 "$@" &
 code=200 interrupted=true
@@ -52,13 +52,13 @@ while $interrupted && [ "$code" -gt 128 ]; do
   wait "$!" || code=$?
 done
 
-if [ "$code" = 75 ] && ! $told; then
-  echo "next: nothing; stopped after saving, job $SLURM_JOB_ID queues again and continues"
+if [ "$code" = 75 ] && ! $cancelled; then
+  echo "next: nothing; stopped after saving, job $SLURM_JOB_ID is requeued and continues"
   scontrol requeue "$SLURM_JOB_ID"
 elif [ "$code" = 75 ]; then
   echo "next: stopped after saving, the same command continues"
 else
-  echo "next: $([ "$code" = 0 ] && echo 'measure it: python -m dgpt_jax.evaluate' ||
-    echo 'read the log and mend: the same command continues')"
+  echo "next: $([ "$code" = 0 ] && echo 'evaluate: python -m dgpt_jax.evaluate' ||
+    echo 'read the log and fix the error: the same command continues')"
 fi
 exit "$code"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One worker's part of tools/launch_tpu_vm.sh, which copies it to the worker's home:
+# Worker side of tools/launch/launch_tpu_vm.sh, which copies it to the worker's home:
 #     tpu_vm_worker.sh setup EXTRAS | start WORDS… | state | follow | log | stop
-# It answers in one line, "worker NUMBER …". A run is the process that holds run/lock; it is a
-# session of its own, so that it outlives the connection that started it.
+# Answers with one line, "worker NUMBER …". The run is the process that holds run/lock; it has its
+# own session, so it survives the connection that started it.
 set -eEuo pipefail
 run=$HOME/dgpt_jax_run
 tree=$HOME/dgpt_jax
 venv=$HOME/dgpt_jax_venv
 mkdir -p "$run"
 
-# The line break before it: another worker's half line may stand there.
+# Starts with a line break, since another worker's line may be incomplete.
 answer() { printf '\nworker %s %s\n' "${SLICE:+$SLICE.}${HOSTNAME##*-w-}" "$*"; }
 
 running() { ! flock -n "$run/lock" true; }
@@ -21,7 +21,7 @@ refuse_while_running() {
   fi
 }
 
-# The image's own Python may be too old (Ubuntu 22.04: 3.10), so uv fetches another.
+# uv installs Python 3.11: the image's may be too old (Ubuntu 22.04: 3.10).
 setup() {
   refuse_while_running
   trap 'answer "failed: setup, line $LINENO"' ERR
@@ -45,7 +45,7 @@ start() {
     exit 1
   fi
   rm -f "$run/exit" "$run/stopped" "$run/pid"
-  touch "$run/begun"
+  touch "$run/started"
   echo "--- $(date -u +%FT%TZ) $*" >>"$run/log"
   setsid nohup flock -n -o "$run/lock" bash "$0" hold "$@" </dev/null >>"$run/log" 2>&1 &
   for _ in {1..100}; do
@@ -69,13 +69,13 @@ hold() {
   mv "$run/exit.new" "$run/exit"
 }
 
-# running; ended CODE [stopped]; gone, where a run has left no exit code (a reboot); idle.
+# running; ended CODE [stopped]; gone (no exit code, e.g. after a reboot); idle.
 state() {
   if running; then
     answer "running"
   elif [ -e "$run/exit" ]; then
     answer "ended $(cat "$run/exit")$([ ! -e "$run/stopped" ] || echo ' stopped')"
-  elif [ -e "$run/begun" ]; then
+  elif [ -e "$run/started" ]; then
     answer "gone"
   else
     answer "idle"
@@ -89,7 +89,7 @@ follow() {
 
 log() { cat "$run/log"; }
 
-# SIGTERM to the run that this script started, by its number, and the wait for its end.
+# Sends SIGTERM to the process of the run and waits for its end.
 stop() {
   if running; then
     touch "$run/stopped"

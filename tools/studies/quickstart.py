@@ -1,14 +1,14 @@
-"""The whole job on real images, on a laptop: digits → tokens → pretraining → numbers → PyTorch.
+"""Full pipeline on small real images: images → tokens → pretraining → probes → timm.
 
 scikit-learn's 1,797 handwritten digits become image files, a dataset, and a token store of 4 views
-from a small CLIP-shaped teacher that is trained on the spot. Four tiny encoders are pretrained:
-D-iGPT with both losses, with `next` and with `visible` alone, and iGPT's pixel target. Then kNN and
-linear probes on held-out digits, the export, and pictures. The teacher is a supervised one: it has
-seen the training labels. Neither it nor any encoder sees the test split. With --images=glyphs the
-same is done with characters in many fonts (tools/glyphs.py), tested on fonts that were not seen.
+from a small CLIP-like teacher trained here. Four tiny encoders are pretrained: D-iGPT with both
+losses, with `next` only, with `visible` only, and iGPT's pixel target. Then kNN and linear probes
+on held-out digits, an export to timm, and figures. The teacher is supervised and sees the training
+labels; neither it nor any encoder sees the test split. --images=glyphs uses characters in many
+fonts (glyphs.py) instead, with a test split of held-out fonts.
 """
 
-import dgpt_jax.starting  # noqa: F401
+import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import dataclasses
 import os
@@ -16,48 +16,50 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plot
-import visualize
-from small_images import IMAGES, accuracies, banks, once, raw_pixels
 
-from dgpt_jax import cli, load, outputs, progress, towers
-from dgpt_jax.convert import teacher as teacher_weights
-from dgpt_jax.schema import UserError
+from dgpt_jax import cli
+from dgpt_jax.commands import plot, visualize
+from dgpt_jax.errors import UserError
+from dgpt_jax.evals.features import FeatureBank
+from dgpt_jax.models import teacher_vit
+from dgpt_jax.monitoring import progress
+from dgpt_jax.storage import output_paths
+from dgpt_jax.weights import api
+from dgpt_jax.weights import teacher_loading as teacher_weights
+from tools.studies import small_images
+from tools.studies.small_images import Images, say
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = ("both", "next", "visible", "pixels")
-
-
-def say(text: str):
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of the README; logs/NAME.txt gets itself as the first line, then its output."""
+    """A command that creates `output`; logs/NAME.txt holds its command line and its output."""
 
     name: str
-    makes: Path
-    words: tuple
+    output: Path
+    words: tuple[Path | str, ...]
 
     @property
     def line(self) -> str:
         return " ".join(["python", *map(str, self.words)])
 
     def done(self, logs: Path) -> bool:
-        """Whether the very same command has succeeded before, and what it made is still there."""
+        """True if the same command succeeded before and its output still exists."""
         log = logs / f"{self.name}.txt"
-        kept = self.makes.exists() and log.exists()
-        return kept and log.read_text().startswith(f"{self.line}\n")
+        exists = self.output.exists() and log.exists()
+        return exists and log.read_text().startswith(f"{self.line}\n")
 
     def start(self, logs: Path, core: int | None) -> subprocess.Popen:
         with (logs / f"{self.name}.running.txt").open("w") as log:
@@ -77,14 +79,14 @@ class Command:
         log.rename(logs / f"{self.name}.txt")
 
 
-def run(logs: Path, *commands: Command, cores=(None,)) -> bool:
-    """Runs the commands that are not done yet, one on each core; whether there were any."""
+def run(logs: Path, *commands: Command, cores: Sequence[int | None] = (None,)) -> bool:
+    """Runs the commands that are not done yet, one per core. Returns True if there were any."""
     logs.mkdir(parents=True, exist_ok=True)
     waiting = [c for c in commands if not c.done(logs)]
-    any_left, running = bool(waiting), {}
+    any_run, running = bool(waiting), {}
     for command in commands:
         if command not in waiting:
-            say(f"{command.name}: done before, kept")
+            say(f"{command.name}: already done")
     try:
         while waiting or running:
             for core in cores:
@@ -96,14 +98,14 @@ def run(logs: Path, *commands: Command, cores=(None,)) -> bool:
                     command, process = running.pop(core)
                     command.finish(logs, process)
             time.sleep(0.2)
-    finally:  # Ctrl-C reaches the commands too: they save and end
+    finally:  # Ctrl-C reaches the commands too, which save and exit
         for _, process in running.values():
             process.wait()
-    return any_left
+    return any_run
 
 
 def pretraining(out: Path, name: str, steps: int | None) -> Command:
-    """The training `name` of configs/quickstart.py."""
+    """Training with configs/quickstart.py:NAME."""
     data = "images" if name == "pixels" else "tokens"
     words = [
         "-m", "dgpt_jax.train", f"--config=configs/quickstart.py:{name}",
@@ -116,7 +118,7 @@ def pretraining(out: Path, name: str, steps: int | None) -> Command:
 
 
 def token_store(out: Path, name: str, *overrides: str) -> Command:
-    """A store of the teacher's tokens, by configs/quickstart_tokens.py."""
+    """Token store built with configs/quickstart_tokens.py."""
     words = (
         "tools/build_tokens.py", "--config=configs/quickstart_tokens.py", f"--out={out / name}",
         f"--config.source={out / 'images'}", f"--config.teacher.weights={out / 'teacher'}",
@@ -124,83 +126,89 @@ def token_store(out: Path, name: str, *overrides: str) -> Command:
     return Command(name, out / name / "dataset_info.json", words + overrides)
 
 
-def feature_sets(out: Path, images: dict) -> dict:
-    """{name: {split: Bank}} of everything that is compared."""
+def feature_sets(out: Path, images: Images) -> dict[str, dict[str, FeatureBank]]:
+    """{name: {split: features and labels}} of all encoders and baselines."""
     teacher = teacher_weights.load(str(out / "teacher"))
-    trained = {name: load.load_encoder(out / "runs" / name) for name in RUNS}
+    trained = {name: api.load_encoder(out / "runs" / name) for name in RUNS}
     students = {
-        "untrained encoder": load.untrained(trained["both"].model, seed=0),
+        "untrained encoder": api.untrained(trained["both"].model, seed=0),
         "iGPT (pixels)": trained["pixels"],
         "D-iGPT visible only": trained["visible"],
         "D-iGPT next only": trained["next"],
         "D-iGPT both": trained["both"],
     }
-    encoders = {
-        "raw pixels": raw_pixels,
+    encoders: dict[str, Any] = {
+        "raw pixels": small_images.raw_pixels,
         **{name: partial(student.features, pooling="mean") for name, student in students.items()},
-        "the teacher": lambda x: towers.teacher_tokens(teacher.tower, teacher.params, x)[:, 0],
+        "the teacher": lambda x: teacher_vit.teacher_tokens(teacher.tower, teacher.params, x)[:, 0],
     }
-    return {name: banks(jax.jit(encode), images) for name, encode in encoders.items()}
+    return {
+        name: small_images.feature_banks(jax.jit(encode), images)
+        for name, encode in encoders.items()
+    }
 
 
-def measure(features: dict) -> dict:
-    """{name: {(protocol, shots): (mean, standard error) accuracy in percent over the draws}}."""
+def measure(features: Mapping[str, Mapping[str, FeatureBank]]) -> plot.Cells:
+    """Accuracy in percent, mean and standard error over subsets of labels, by name."""
     return {
         name: {
-            key: (np.mean(v), np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0.0)
-            for key, v in accuracies(splits).items()
+            key: (
+                float(np.mean(v)),
+                float(np.std(v, ddof=1)) / len(v) ** 0.5 if len(v) > 1 else 0.0,
+            )
+            for key, v in small_images.accuracies(splits).items()
         }
         for name, splits in features.items()
     }
 
 
-def pictures_of_runs(out: Path, images: dict):
-    """loss.png, accuracy.png's companion tokens.png: what the encoders' tokens look like."""
+def save_figures(out: Path, images: Images):
+    """Writes losses.png (curves) and tokens.png (PCA of the encoders' patch tokens)."""
     runs = [out / "runs" / name for name in RUNS]
     plot.curves(runs, ["next", "visible", "heldout/next", "heldout/visible"], out / "losses.png")
-    pictures, labels = images["test"]
-    shown = np.unique(labels)[:: max(1, len(np.unique(labels)) // 10)][:10]
-    pictures = pictures[[np.flatnonzero(labels == label)[0] for label in shown]]
-    rows = {"image": pictures}
-    encoders = {name: load.load_encoder(out / "runs" / name) for name in ("both", "pixels")}
-    encoders = {"untrained": load.untrained(encoders["both"].model, seed=0)} | encoders
+    pixels, labels = images["test"]
+    classes = np.unique(labels)
+    classes = classes[:: max(1, len(classes) // 10)][:10]
+    examples = pixels[[np.flatnonzero(labels == label)[0] for label in classes]]
+    rows = {"image": examples}
+    encoders = {name: api.load_encoder(out / "runs" / name) for name in ("both", "pixels")}
+    encoders = {"untrained": api.untrained(encoders["both"].model, seed=0)} | encoders
     for name, encoder in encoders.items():
-        tokens = np.asarray(encoder.tokens(pictures))[:, 1:]
+        tokens = np.asarray(encoder.tokens(examples))[:, 1:]
         side = encoder.model.grid
-        rows[name] = visualize.pca_colours(tokens).reshape(len(pictures), side, side, 3)
+        rows[name] = visualize.pca_colors(tokens).reshape(len(examples), side, side, 3)
     visualize.grid(rows, out / "tokens.png")
 
 
-def check_export(out: Path, images: dict):
-    """The exported encoder, loaded again, has the checkpoint's features."""
-    pictures = images["test"][0][:64]
-    ours = load.load_encoder(out / "runs" / "both").features(pictures, "mean")
-    again = load.load_encoder(out / "timm").features(pictures, "mean")
-    say(f"export: features differ by at most {float(jnp.abs(ours - again).max()):.1e}")
+def check_export(out: Path, images: Images):
+    """Prints the largest difference between features of the checkpoint and of the export."""
+    pixels = images["test"][0][:64]
+    expected = api.load_encoder(out / "runs" / "both").features(pixels, "mean")
+    exported = api.load_encoder(out / "timm").features(pixels, "mean")
+    say(f"export: features differ by at most {float(jnp.abs(expected - exported).max()):.1e}")
 
 
 def main():
-    made = cli.parser(__doc__)
-    made.add_argument(
-        "--out", type=cli.local_path, default="quickstart_run", help="directory for everything"
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--out", type=cli.local_path, default="quickstart_run", help="output directory"
     )
-    made.add_argument("--images", default="digits", choices=IMAGES, help="which images")
-    made.add_argument("--steps", type=int, help="steps of each training; default: the configs'")
-    args = made.parse_args()
+    parser.add_argument(
+        "--images", default="digits", choices=small_images.WRITERS, help="image set"
+    )
+    parser.add_argument("--steps", type=int, help="steps per training; default: the config's")
+    args = parser.parse_args()
     out, started = args.out.resolve(), time.monotonic()
-    outputs.directory(args.out)
-    logs, pictures = out / "logs", out / "pictures"
-    say(f"everything goes to {out}")
-    once(pictures, IMAGES[args.images])
-    words = ("tools/import_images.py", pictures, f"--out={out / 'images'}")
+    output_paths.directory(args.out)
+    logs, image_files = out / "logs", out / "pictures"
+    say(f"output directory: {out}")
+    small_images.create_once(image_files, small_images.WRITERS[args.images])
+    words = ("tools/import_images.py", image_files, f"--out={out / 'images'}")
     run(logs, Command("import", out / "images" / "dataset_info.json", words))
-    images = {split: digits.read_pictures(out / "images", split) for split in ("train", "test")}
-    if not (out / "teacher").exists():
-        say("training the teacher (supervised: it sees the training labels)")
-    train_teacher = partial(digits.train_teacher, out / "images", steps=args.steps or 600)
-    once(out / "teacher", train_teacher)
+    images = small_images.read_splits(out)
+    small_images.train_teacher_once(out, args.steps or small_images.TEACHER_STEPS)
     run(logs, token_store(out, "tokens"))
-    held_out = ("--config.split=test", "--config.views=1", f"--config.like={out / 'tokens'}")
+    held_out = ("--config.split=test", "--config.views=1", f"--config.codec_from={out / 'tokens'}")
     run(logs, token_store(out, "tokens_test", *held_out))
     words = ("tools/verify_tokens.py", out / "tokens", f"--weights={out / 'teacher'}")
     run(logs, Command("verify", out / "tokens", words))
@@ -210,17 +218,17 @@ def main():
     if trained or not text.exists():
         words = ("tools/convert.py", out / "runs" / "both", out / "timm", "--to=timm")
         (logs / "export.txt").unlink(missing_ok=True)
-        shutil.rmtree(out / "timm", ignore_errors=True)  # an export is not written over
+        shutil.rmtree(out / "timm", ignore_errors=True)  # exports are never overwritten
         run(logs, Command("export", out / "timm", words))
         check_export(out, images)
-        pictures_of_runs(out, images)
+        save_figures(out, images)
         say("measuring")
         table = measure(feature_sets(out, images))
         plot.accuracies(table, out / "accuracy.png")
         text.write_text(plot.table(table) + "\n")
-    shown = f"Accuracy on {len(images['test'][1])} held-out {args.images}, %, by labels a class:"
-    print(f"\n{shown}\n\n{text.read_text()}")
-    say(f"done in {progress.duration(time.monotonic() - started)}: tables and pictures in {out}")
+    title = f"Accuracy on {len(images['test'][1])} held-out {args.images}, %, by labels per class:"
+    print(f"\n{title}\n\n{text.read_text()}")
+    say(f"done in {progress.duration(time.monotonic() - started)}: tables and figures in {out}")
     print(f"next: look at {out}/accuracy.png, losses.png, tokens.png; load {out}/timm in timm")
 
 

@@ -1,39 +1,42 @@
-"""Where the images of a collection lie: folders, lists and tars, seen as one tree of paths.
+"""Discovers images, splits and classes in folders, tars and lists, as one tree of paths.
 
     SRC/*.jpg                      a folder: one split, no labels
     SRC/CLASS/*.jpg                one split, labels
-    SRC/{train,val,test,…}/CLASS/… a split a folder, with or without class folders
-    SRC.tar                        a tar of such a folder. A tar in a folder or in a tar counts as a
-                                   folder of its name, so ImageNet's files are taken as they are:
+    SRC/{train,val,test,…}/CLASS/… one split per folder, with or without class folders
+    SRC.tar                        a tar of such a folder. A tar in a folder or in a tar is treated
+                                   as a folder of its name, so ImageNet needs no unpacking:
                                    ILSVRC2012_img_{train,val,test…}.tar, alone or in one folder, and
                                    ImageNet-21K's class tars, in a tar or in a folder
-    SRC.txt                        a list: a path a line, relative to the list's folder, and perhaps
-                                   a TAB and the class
+    SRC.txt                        a list: one path per line, relative to the list's folder,
+                                   optionally followed by a TAB and the class
 
-An image's id is its path below the split's folder, CLASS/file, in a tar as in the folder that it
-unpacks to. A folder around all the others is left out. Labels come from --labels, else the list,
-else class folders, else, for ILSVRC2012_val_*.JPEG, ImageNet's own list. Classes are sorted, by
-value where all are integers; with ImageNet's validation images they are ImageNet's 1000.
+An image's id is its path below the split's folder, CLASS/file, in tars as in folders. A single
+folder around all others is dropped. Labels come from --labels, else the list, else class folders,
+else, for ILSVRC2012_val_*.JPEG, ImageNet's own list. Classes are sorted, numerically if all are
+integers; with ImageNet's validation images they are ImageNet's 1000.
 """
 
 import hashlib
 import itertools
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax import class_labels, shards, tars
-from dgpt_jax.image_walk import Passed, Walk, unpack_first
-from dgpt_jax.members import Members, text
-from dgpt_jax.schema import UserError
-from dgpt_jax.user_images import EXTENSIONS
+from dgpt_jax.data.ingest import labels as class_labels
+from dgpt_jax.data.ingest import tar_index
+from dgpt_jax.data.ingest.directory_walk import Skipped, Walk, unpack_first
+from dgpt_jax.data.ingest.image_index import ImageIndex, text
+from dgpt_jax.data.ingest.user_images import EXTENSIONS
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import gcs
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 IMAGENET = re.compile(rb"ILSVRC2012_img_(train|val|test)(_v\d+)?")
-# Folders that hold a split, or an image's annotation, rather than a class.
+# Names of folders with a split or with annotations, rather than a class.
 NO_CLASS = re.compile(
     r"(train|training|trainval|val|valid|validation|eval|dev|test|testing|unlabell?ed)"
     r"([-_ ]?(set|data|images|split))?[-_ ]?\d*"
@@ -44,133 +47,143 @@ NO_CLASS = re.compile(
 
 
 @dataclass(frozen=True)
-class Found:
-    """Splits by name, class names (none: no labels) and what was passed over."""
+class Discovered:
+    """Splits by name, class names (empty: no labels) and skipped files."""
 
-    splits: dict[str, Members]
+    splits: dict[str, ImageIndex]
     classes: list[str]
-    passed: Passed
+    skipped: Skipped
 
     @property
     def bytes(self) -> int:
-        return sum(int(members.size.clip(0).sum()) for members in self.splits.values())
+        """Size of all images."""
+        return sum(int(images.size.clip(0).sum()) for images in self.splits.values())
 
     def digest(self) -> str:
-        """Of all that decides what is written, but for the files' contents.
+        """Returns a digest of everything that determines the dataset, except the files' contents.
 
-        Paths are padded to one width, as they once were in memory: imports begun then resume.
+        Paths are padded to one width, as earlier versions stored them: their imports can resume.
         """
         state = hashlib.sha256("\n".join(self.classes).encode())
-        for name, members in self.splits.items():
-            width = members.paths.width
+        for name, images in self.splits.items():
+            width = images.paths.width
             state.update(f"{name} |S{width}".encode())
-            for path in members.paths:
+            for path in images.paths:
                 state.update(path.ljust(width, b"\0"))
-            for column in (members.offset, members.size, members.label):
-                state.update(np.ascontiguousarray(column))
+            for column in (images.offset, images.size, images.label):
+                state.update(np.ascontiguousarray(column).data)
         return state.hexdigest()[:16]
 
 
-def find(src, *, split: str | None = None, labels=None, say=lambda _: None) -> Found:
-    """The images of a folder, tar or list `src`; `labels` is a file of "name<TAB or space>class".
+def discover(
+    src: Path | str,
+    *,
+    split: str | None = None,
+    labels: Path | str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Discovered:
+    """Returns the images of a folder, tar or list; `labels`: a file of "name<TAB or space>class".
 
-    `split` names the one split of a source without split folders. `say` hears of every million
-    images; for 14 million in a tar it takes minutes and 2 GB. Raises UserError.
+    `split` names the only split of a source without split folders. `say` logs every million images;
+    14 million in a tar take minutes and 2 GB. Raises UserError.
     """
-    if split and (split == "all" or not re.fullmatch(r"\w[\w-]*", split)):  # as TFDS reads them
-        raise UserError(f"--split={split}: letters, digits, _ and - make a split's name, not 'all'")
-    if shards.is_remote(src):
-        raise UserError(f"{src} is not on this machine's disks: copy or mount it")
+    if split and (split == "all" or not re.fullmatch(r"\w[\w-]*", split)):  # TFDS's syntax
+        raise UserError(f"--split={split}: use letters, digits, _ and -, and not 'all'")
+    if gcs.is_remote(src):
+        raise UserError(f"{src} is not a local path: copy or mount it")
     src = Path(src)
     if not src.exists():
         raise UserError(f"no such file or directory: {src}")
     if not (src.is_dir() or src.is_file()):
         raise UserError(f"{src} is a pipe, socket or device: give a folder, tar or list")
-    table = class_labels.table(labels) if labels else {}
-    walk = Walk(say, _folder_of)
+    table = class_labels.read_table(labels) if labels else {}
+    walk = Walk(say, _folder_name)
     try:
-        default = _gather(walk, src)
+        default = _list_images(walk, src)
     except OSError as e:  # permissions, or files that vanish
         raise UserError(f"{text(os.fsencode(e.filename or src))}: {e.strerror}") from e
-    members = walk.columns.members()
-    if not len(members):
-        if walk.passed.compressed:
-            raise UserError(unpack_first(walk.passed.compressed[0], "gunzip"))
-        lines = "".join(f"; {line}" for line in walk.passed.lines())
-        raise UserError(f"{src} holds no images ({', '.join(EXTENSIONS)}), at no depth{lines}")
+    index = walk.builder.build()
+    if not len(index):
+        if walk.skipped.compressed:
+            raise UserError(unpack_first(walk.skipped.compressed[0], "gunzip"))
+        lines = "".join(f"; {line}" for line in walk.skipped.lines())
+        raise UserError(f"{src} contains no images ({', '.join(EXTENSIONS)}){lines}")
     if walk.classes or walk.elsewhere:
-        splits = {split or default: members}
+        splits = {split or default: index}
     else:
-        splits = _splits(members, src, split, default)
-    splits = {name: _in_order(part) for name, part in splits.items()}
-    splits, classes = class_labels.apply(splits, walk.classes, table, walk.passed.notes.append)
+        splits = _divide(index, src, split, default)
+    splits = {name: _sorted_unique(images) for name, images in splits.items()}
+    splits, classes = class_labels.apply(splits, walk.classes, table, walk.skipped.notes.append)
     if not (split or walk.classes or table):
-        _refuse_no_classes(src, classes)
-    return Found(splits, classes, walk.passed)
+        _check_class_names(src, classes)
+    return Discovered(splits, classes, walk.skipped)
 
 
-def _gather(walk: Walk, src: Path) -> str:
-    """Lists the images of `src`; the name of their split where no folder tells it."""
+def _list_images(walk: Walk, src: Path) -> str:
+    """Adds the images of `src` to the walk; returns the default name of their split."""
     if src.is_dir():
-        walk.folder(os.fsencode(src))
-    elif tool := tars.compression(src):
+        walk.add_folder(os.fsencode(src))
+    elif tool := tar_index.compression(src):
         raise UserError(unpack_first(src, tool))
-    elif tars.is_tar(src):
-        walk.tar(os.fsencode(src))
-        name = text(_folder_of(os.fsencode(src.stem)))
+    elif tar_index.is_tar(src):
+        walk.add_tar(os.fsencode(src))
+        name = text(_folder_name(os.fsencode(src.stem)))
         return name if name in SPLITS else "train"
     else:
-        walk.list(src)
+        walk.add_list(src)
     return "train"
 
 
-def _folder_of(name: bytes) -> bytes:
-    """The folder that a tar or folder stands for: its name, or TFDS's name of ImageNet's split."""
-    known = IMAGENET.fullmatch(name)
-    return {b"val": b"validation"}.get(known[1], known[1]) if known else name
+def _folder_name(name: bytes) -> bytes:
+    """Returns the folder name of a tar or folder: TFDS's split name if it is ImageNet's."""
+    match = IMAGENET.fullmatch(name)
+    return {b"val": b"validation"}.get(match[1], match[1]) if match else name
 
 
-def _splits(members: Members, src, split: str | None, default: str) -> dict[str, Members]:
-    index, tops = members.tops()
+def _divide(
+    images: ImageIndex, src: Path, split: str | None, default: str
+) -> dict[str, ImageIndex]:
+    """Divides images by split folders, if there are any. Raises UserError."""
+    index, tops = images.top_dirs()
     while len(tops) == 1 and tops[0] and text(tops[0]) not in SPLITS:
-        inner = members.below(tops[0])
-        inner_index, inner_tops = inner.tops()
+        inner = images.strip_prefix(tops[0])
+        inner_index, inner_tops = inner.top_dirs()
         if b"" in inner_tops:
             break
-        members, index, tops = inner, inner_index, inner_tops
-    named = sorted(top for top in tops if text(top) in SPLITS)
-    others = sorted(text(top) or "images of its own" for top in tops if top not in named)
-    if named and others and not split:
+        images, index, tops = inner, inner_index, inner_tops
+    names = sorted(top for top in tops if text(top) in SPLITS)
+    others = sorted(text(top) or "images" for top in tops if top not in names)
+    if names and others and not split:
         raise UserError(
-            f"{src} holds {', '.join(map(text, named))} and beside that {', '.join(others[:3])}"
-            f"{', …' * (len(others) > 3)}: if these are all classes, give --split=train; if the "
-            f"first are splits, move the others away"
+            f"{src} contains {', '.join(map(text, names))} and also {', '.join(others[:3])}"
+            f"{', …' * (len(others) > 3)}: if all are classes, set --split=train; if the first are "
+            f"splits, move the others"
         )
-    if named and not others:
-        return {text(top): members.take(index == tops.index(top)).below(top) for top in named}
-    return {split or default: members}
+    if names and not others:
+        return {text(top): images.take(index == tops.index(top)).strip_prefix(top) for top in names}
+    return {split or default: images}
 
 
-def _refuse_no_classes(src, classes: list[str]):
-    """Raises UserError where folders that look like splits or annotations would be classes: images
-    to be measured on would be trained on."""
-    named = [name for name in classes if NO_CLASS.fullmatch(name)]
-    if named and len(classes) > 1:  # one alone is just a folder around all
+def _check_class_names(src: Path, classes: list[str]):
+    """Raises UserError if classes are named like splits or annotations: test images would be
+    trained on."""
+    suspicious = [name for name in classes if NO_CLASS.fullmatch(name)]
+    if suspicious and len(classes) > 1:  # a single one is a folder around all images
         raise UserError(
-            f"{src}: the folder{'s' * (len(named) > 1)} {', '.join(named[:6])} would be among "
-            f"{len(classes)} classes: rename splits to {'/'.join(SPLITS)} and move all else away; "
-            f"if these are classes, give --split=train"
+            f"{src}: {', '.join(suspicious[:6])} would be among its {len(classes)} classes: rename "
+            f"splits to {'/'.join(SPLITS)} and move other folders; if these are classes, set "
+            f"--split=train"
         )
 
 
-def _in_order(members: Members) -> Members:
-    """Sorted by first folder, then path. Raises UserError where a path is there twice."""
-    members = members.sorted()
-    twice = [i for i, (a, b) in enumerate(itertools.pairwise(members.paths)) if a == b]
+def _sorted_unique(images: ImageIndex) -> ImageIndex:
+    """Returns the sorted images. Raises UserError if two have the same id."""
+    images = images.sorted()
+    twice = [i for i, (a, b) in enumerate(itertools.pairwise(images.paths)) if a == b]
     if twice:
-        places = {text(members[twice[0] + i].file): None for i in range(2)}
+        files = {text(images[twice[0] + i].file): None for i in range(2)}
         raise UserError(
-            f"{len(twice)} images are there twice, the first is {members[twice[0]].id}, in "
-            f"{' and '.join(places)}: remove one of each"
+            f"{len(twice)} images occur twice, the first is {images[twice[0]].id}, in "
+            f"{' and '.join(files)}: remove one of each"
         )
-    return members
+    return images

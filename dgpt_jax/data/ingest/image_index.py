@@ -1,26 +1,29 @@
-"""Lists of millions of images, in columns: what an import reads, and from where."""
+"""Index of millions of images in columns: ids, containers, byte ranges and labels."""
 
 import os
 import posixpath
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dgpt_jax.schema import UserError
+from dgpt_jax.errors import UserError
 
-OWN_FILE = -1  # the offset of an image that is a file by itself
-BOM = b"\xef\xbb\xbf"  # with which Windows begins UTF-8
-PIECE = 1 << 16
+OWN_FILE = -1  # offset of an image that is a file of its own
+BOM = b"\xef\xbb\xbf"  # UTF-8 byte order mark, written by Windows
+BLOCK = 1 << 16  # paths
 SAY_EVERY = 1 << 20  # images
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One image: bytes `offset` to `offset + size` of a file; a whole file if that is OWN_FILE.
+Rows = slice | np.ndarray
 
-    The size is -1 where it could not be known, the label -1 where there is none.
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """One image: bytes `offset` to `offset + size` of a file; the full file if offset is OWN_FILE.
+
+    size: -1 if unknown. label: -1 if there is none.
     """
 
     id: str
@@ -30,8 +33,9 @@ class Member:
     label: int
 
     def read(self) -> bytes:
-        """Raises OSError where this one file is at fault, UserError where the disk fails or the
-        file is not what was listed: going on would leave out all that follows."""
+        """Reads the bytes. Raises OSError if only this file is at fault; UserError if the disk
+        fails or the file has changed since it was listed: skipping would then drop all later
+        files."""
         try:
             with open(self.file, "rb", buffering=0) as file:
                 if self.offset == OWN_FILE:
@@ -52,14 +56,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Paths:
-    """N byte strings in one block: path i is `block[start[i] : start[i] + length[i]]`.
+    """N byte strings in one buffer: path i is `buffer[start[i] : start[i] + length[i]]`.
 
-    One long path costs its own bytes, where a column of fixed width would widen every row. Parts
-    and rests of paths share the block. width: of the longest in the whole collection, that
-    `image_files.Found.digest` pads to.
+    A long path costs only its own bytes, where a fixed-width column would widen every row. Subsets
+    and suffixes of paths share the buffer. width: length of the longest path in the collection, to
+    which `discovery.Discovered.digest` pads.
     """
 
-    block: bytearray
+    buffer: bytearray
     start: np.ndarray
     length: np.ndarray
     width: int
@@ -67,37 +71,38 @@ class Paths:
     def __len__(self) -> int:
         return len(self.start)
 
-    def __getitem__(self, i) -> bytes:
-        return bytes(self.block[self.start[i] : self.start[i] + self.length[i]])
+    def __getitem__(self, i: int) -> bytes:
+        return bytes(self.buffer[self.start[i] : self.start[i] + self.length[i]])
 
     def __iter__(self) -> Iterator[bytes]:
-        view = memoryview(self.block)
-        for piece in range(0, len(self), PIECE):
-            rows = slice(piece, piece + PIECE)
+        view = memoryview(self.buffer)
+        for first in range(0, len(self), BLOCK):
+            rows = slice(first, first + BLOCK)
             starts, lengths = self.start[rows].tolist(), self.length[rows].tolist()
             for start, length in zip(starts, lengths, strict=True):
                 yield bytes(view[start : start + length])
 
-    def take(self, rows) -> "Paths":
+    def take(self, rows: Rows) -> "Paths":
+        """Returns the paths of some rows."""
         return replace(self, start=self.start[rows], length=self.length[rows])
 
-    def without_first(self, count: int) -> "Paths":
-        """The paths without their first `count` bytes."""
+    def drop_prefix(self, count: int) -> "Paths":
+        """Returns the paths without their first `count` bytes."""
         start, length = self.start + count, self.length - count
         return replace(self, start=start, length=length, width=self.width - count)
 
 
 @dataclass(frozen=True)
-class Members:
-    """The images of one split, in order, as columns: ImageNet-21K has 14 million.
+class ImageIndex:
+    """Images of one split, in order, as columns: ImageNet-21K has 14 million.
 
-    paths; places: the tars and folders that they lie in, and place, an index into these; offset and
-    size in bytes; label.
+    containers: paths of the tars and folders that hold the images. container: index into them, per
+    image. offset, size: in bytes. label: -1 if there is none.
     """
 
-    places: list[bytes]
+    containers: list[bytes]
     paths: Paths
-    place: np.ndarray
+    container: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     label: np.ndarray
@@ -105,31 +110,37 @@ class Members:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i) -> Member:
-        path, file, offset = self.paths[i], self.places[self.place[i]], int(self.offset[i])
+    def __iter__(self) -> Iterator[ImageEntry]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, i: int) -> ImageEntry:
+        path, file, offset = self.paths[i], self.containers[self.container[i]], int(self.offset[i])
         if offset == OWN_FILE:
             file = os.path.join(file, posixpath.basename(path))
-        return Member(text(path), file, offset, int(self.size[i]), int(self.label[i]))
+        return ImageEntry(text(path), file, offset, int(self.size[i]), int(self.label[i]))
 
-    def take(self, rows) -> "Members":
-        columns = ("place", "offset", "size", "label")
-        chosen = {name: getattr(self, name)[rows] for name in columns}
-        return replace(self, paths=self.paths.take(rows), **chosen)
+    def take(self, rows: Rows) -> "ImageIndex":
+        """Returns the images of some rows."""
+        names = ("container", "offset", "size", "label")
+        columns = {name: getattr(self, name)[rows] for name in names}
+        return replace(self, paths=self.paths.take(rows), **columns)
 
-    def below(self, folder: bytes) -> "Members":
-        """The same, with paths from inside a folder that all of them begin with."""
-        return replace(self, paths=self.paths.without_first(len(folder) + 1))
+    def strip_prefix(self, folder: bytes) -> "ImageIndex":
+        """Returns the index with paths relative to a folder that contains all images."""
+        return replace(self, paths=self.paths.drop_prefix(len(folder) + 1))
 
-    def tops(self) -> tuple[np.ndarray, list[bytes]]:
-        """(index, N; names): the first folder of every path, b"" where it has none."""
-        seen: dict[bytes, int] = {}
+    def top_dirs(self) -> tuple[np.ndarray, list[bytes]]:
+        """Returns (index, names) of the first folder of every path: index int32 (N,) into names;
+        b"" is the name for paths without a folder."""
+        numbers: dict[bytes, int] = {}
         tops = (path[: max(path.find(b"/"), 0)] for path in self.paths)
-        index = np.fromiter((seen.setdefault(top, len(seen)) for top in tops), np.int32, len(self))
-        return index, list(seen)
+        index = (numbers.setdefault(top, len(numbers)) for top in tops)
+        return np.fromiter(index, np.int32, len(self)), list(numbers)
 
-    def sorted(self) -> "Members":
-        """By first folder, then path. Each folder by itself: only its paths are objects then."""
-        index, tops = self.tops()
+    def sorted(self) -> "ImageIndex":
+        """Returns the index sorted by first folder, then path. Sorts folder by folder, so that only
+        the paths of one are Python objects at a time."""
+        index, tops = self.top_dirs()
         rank = np.empty(len(tops), np.int32)
         rank[sorted(range(len(tops)), key=tops.__getitem__)] = np.arange(len(tops))
         order = np.argsort(rank[index], kind="stable")
@@ -141,34 +152,43 @@ class Members:
 
 
 def text(path: bytes) -> str:
+    """Decodes a path for messages and ids; escapes bytes that are not UTF-8."""
     return path.decode("utf-8", "backslashreplace")
 
 
-class Columns:
-    """Gathers members, in 40 bytes for each and those of its path."""
+class ImageIndexBuilder:
+    """Collects images, in 40 bytes each plus those of its path."""
 
-    def __init__(self, say):
+    def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._places: dict[bytes, int] = {}
-        self._block = bytearray()
+        self._containers: dict[bytes, int] = {}
+        self._buffer = bytearray()
         self._start, self._length = array("q"), array("i")
-        self._place, self._label = array("i"), array("i")
+        self._container, self._label = array("i"), array("i")
         self._offset, self._size = array("q"), array("q")
 
-    def add(self, path: bytes, place: bytes, offset: int, size: int, label: int = -1):
-        self._start.append(len(self._block))
+    def add(self, path: bytes, container: bytes, offset: int, size: int, label: int = -1):
+        """Adds an image; `container` is the tar or folder that holds it."""
+        self._start.append(len(self._buffer))
         self._length.append(len(path))
-        self._block += path
-        self._place.append(self._places.setdefault(place, len(self._places)))
+        self._buffer += path
+        self._container.append(self._containers.setdefault(container, len(self._containers)))
         self._offset.append(offset)
         self._size.append(size)
         self._label.append(label)
         if len(self._start) % SAY_EVERY == 0:
             self._say(f"listing: {len(self._start)} images so far")
 
-    def members(self) -> Members:
-        """The columns share the memory that they were gathered in."""
-        columns = (self._start, self._length, self._place, self._offset, self._size, self._label)
+    def build(self) -> ImageIndex:
+        """Returns the index; its columns share the memory of the builder."""
+        columns = (
+            self._start,
+            self._length,
+            self._container,
+            self._offset,
+            self._size,
+            self._label,
+        )
         start, length, *others = (np.frombuffer(c, c.typecode) for c in columns)
-        paths = Paths(self._block, start, length, width=max(self._length, default=0) or 1)
-        return Members(list(self._places), paths, *others)
+        paths = Paths(self._buffer, start, length, width=max(self._length, default=0) or 1)
+        return ImageIndex(list(self._containers), paths, *others)

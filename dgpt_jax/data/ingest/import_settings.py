@@ -1,65 +1,69 @@
-"""Settings of an import, kept beside its shards, so that only the same import is continued."""
+"""Settings of an import, stored next to its shards, so that only the same import is resumed."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from etils import epath
 
-from dgpt_jax import user_images
-from dgpt_jax.schema import UserError
+from dgpt_jax.data.ingest import user_images
+from dgpt_jax.data.ingest.discovery import Discovered
+from dgpt_jax.errors import UserError
 
 FILE = "import.json"
 
 
-def of(src, found, shard_size: int, options: user_images.Options) -> dict:
-    """The settings of an import of image_files.Found, for JSON."""
+def describe(
+    src: Path | str, images: Discovered, shard_size: int, options: user_images.Options
+) -> dict:
+    """Returns the settings of an import as JSON."""
     return {
         "source": str(Path(src).resolve()),
         "shard_size": shard_size,
-        "images": {name: len(members) for name, members in found.splits.items()},
-        "classes": len(found.classes),
-        "files_digest": found.digest(),
-        **_reading(options),
+        "images": {name: len(split) for name, split in images.splits.items()},
+        "classes": len(images.classes),
+        "files_digest": images.digest(),
+        **_decoding(options),
     }
 
 
-def _reading(options: user_images.Options) -> dict:
-    """How images are read, which earlier versions did not write."""
+def _decoding(options: user_images.Options) -> dict:
+    """Decoding options; absent from files of earlier versions."""
     return {
         "background": list(options.background),
         "range": options.range and list(options.range),
     }
 
 
-def refuse_another(out: epath.Path, settings: dict):
-    """Raises UserError where `out` holds anything but this import."""
-    began = out / FILE
-    if began.exists():
-        before = _reading(user_images.DEFAULT) | json.loads(began.read_text())
-        for key, now in settings.items():
-            if before.get(key) != now:
+def check_same_import(out: epath.Path, settings: dict):
+    """Raises UserError if `out` contains anything but this import."""
+    file = out / FILE
+    if file.exists():
+        saved = _decoding(user_images.DEFAULT) | json.loads(file.read_text())
+        for key, value in settings.items():
+            if saved.get(key) != value:
                 raise UserError(
-                    f"{out} was begun with {key} {before.get(key)!r}, now it is {now!r}: repeat "
-                    f"the first command, or choose another --out"
+                    f"{out} was started with {key} {saved.get(key)!r}, not {value!r}: repeat the "
+                    f"first command, or choose another --out"
                 )
     elif (out / "dataset_info.json").exists() or (
         out.exists() and any("array_record" in path.name for path in out.iterdir())
     ):
-        raise UserError(f"{out} already holds a dataset: choose another --out")
+        raise UserError(f"{out} already contains a dataset: choose another --out")
 
 
-def refuse_earlier_rules(out: epath.Path, receipts: dict):
-    """Raises UserError where an earlier version, which did not composite transparent images, wrote
-    a part of the shards that are to be completed."""
-    if receipts and "background" not in json.loads((out / FILE).read_text()):
+def check_decoding_version(out: epath.Path, shard_infos: Mapping):
+    """Raises UserError if some shards are by an earlier version, which did not composite
+    transparent images."""
+    if shard_infos and "background" not in json.loads((out / FILE).read_text()):
         raise UserError(
-            f"{out} was begun by an earlier version, which read transparent and deep images "
-            f"otherwise, and is not finished: choose another --out, or delete it"
+            f"{out} was started by an earlier version, which decoded transparent and deep images "
+            f"differently, and is unfinished: choose another --out, or delete it"
         )
 
 
 def write(out: epath.Path, settings: dict):
-    """Writes the file at once, or not at all."""
-    half = out / f".{FILE}.partial"
-    half.write_text(json.dumps(settings, indent=1) + "\n")
-    half.replace(out / FILE)
+    """Writes the file atomically."""
+    partial = out / f".{FILE}.partial"
+    partial.write_text(json.dumps(settings, indent=1) + "\n")
+    partial.replace(out / FILE)

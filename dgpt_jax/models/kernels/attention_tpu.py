@@ -1,11 +1,12 @@
-"""The attention kernels for TPUs: one program does one image, forward or backward.
+"""Attention kernels for TPUs: one program per image, forward or backward.
 
-The scores of one head of an image (148 tokens in pretraining B/16) fit in on-chip memory whole. XLA
-would write them to HBM in float32, their last axis padded to 256: they were most of what a step
-moved. Heads lie side by side along the last axis, because an axis of 32 or 64 is padded to 128.
+The scores of one head of an image (148 tokens in pretraining B/16) fit in on-chip memory. XLA would
+write them to HBM in float32, with the last axis padded to 256: they were most of a step's memory
+traffic. Heads lie side by side along the last axis, because an axis of 32 or 64 is padded to 128.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -15,9 +16,15 @@ from jax.experimental import pallas as pl
 LANES = 128  # the width of a TPU's vector registers
 
 
-def fused(projections, bias=(), *, head_width: int, interpret: bool = False):
-    """attention.attend of one device. `bias`: float32 (N, M) to add to all scores, or none.
-    `interpret` runs the kernels anywhere, slowly."""
+def fused(
+    projections: Sequence[jax.Array],
+    bias: Sequence[jax.Array] = (),
+    *,
+    head_width: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """attention.attend on one device. `bias`: at most one array, float32 (N, M), added to all
+    scores. `interpret` runs the kernels on any platform, slowly."""
     call = partial(_call, interpret=interpret)
 
     @jax.custom_vjp
@@ -29,18 +36,18 @@ def fused(projections, bias=(), *, head_width: int, interpret: bool = False):
     def forward(projections, bias):
         return attention(projections, bias), (projections, bias)
 
-    def backward(residuals, gradient):
+    def backward(residuals, d_out):
         projections, bias = residuals
-        like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in projections]
-        found = call(partial(_backward, head_width), bias, (*projections, gradient), like)
-        return tuple(found), jax.tree.map(jnp.zeros_like, bias)  # the mask is not learned
+        out_like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in projections]
+        grads = call(partial(_backward, head_width), bias, (*projections, d_out), out_like)
+        return tuple(grads), jax.tree.map(jnp.zeros_like, bias)  # the mask is not learned
 
     attention.defvjp(forward, backward)
     return attention(tuple(projections), tuple(bias))
 
 
 def _call(kernel, bias, arrays, results, *, interpret):
-    """A kernel over arrays (…, B, N, D), one example a program."""
+    """Runs a kernel over arrays (…, B, N, D), one example per program."""
 
     def one_example(x):
         lead = x.ndim - 3
@@ -76,30 +83,32 @@ def _forward(head_width, biases, *refs):
 
 def _backward(head_width, biases, *refs):
     arrays = (len(refs) - biases - 1) // 2
-    projections, gradient, results = (
+    projections, d_out, results = (
         refs[biases : biases + arrays], refs[biases + arrays], refs[biases + arrays + 1 :]
     )  # fmt: skip
 
     def heads(lanes, group):
         q, k, v = (ref[i, 0, :, lanes] for ref, i in _planes(projections))
-        d_out = gradient[0, :, lanes]
-        found = []
+        d_o = d_out[0, :, lanes]
+        grads = []
         for at in group:
             p = _probabilities(q[:, at], k[:, at], refs[:biases])
-            d_v = _dot(p.astype(v.dtype), d_out[:, at], 0, 0)
-            d_p = _dot(d_out[:, at], v[:, at], 1, 1)
+            d_v = _dot(p.astype(v.dtype), d_o[:, at], 0, 0)
+            d_p = _dot(d_o[:, at], v[:, at], 1, 1)
             d_s = p * (d_p - (p * d_p).sum(axis=1, keepdims=True)) * head_width**-0.5
             d_s = d_s.astype(q.dtype)
-            found.append((_dot(d_s, k[:, at], 1, 0), _dot(d_s, q[:, at], 0, 0), d_v))
-        for (ref, i), parts in zip(_planes(results), zip(*found, strict=True), strict=True):
-            ref[i, 0, :, lanes] = jnp.concatenate(parts, axis=1).astype(ref.dtype)
+            grads.append((_dot(d_s, k[:, at], 1, 0), _dot(d_s, q[:, at], 0, 0), d_v))
+        for (ref, i), by_head in zip(_planes(results), zip(*grads, strict=True), strict=True):
+            ref[i, 0, :, lanes] = jnp.concatenate(by_head, axis=1).astype(ref.dtype)
 
-    _for_groups_of_heads(heads, gradient.shape[-1], head_width)
+    _for_groups_of_heads(heads, d_out.shape[-1], head_width)
 
 
 def _for_groups_of_heads(body, width: int, head_width: int):
-    """body(lanes, heads within them) for as many heads at a time as fill whole vector registers, in
-    a loop: unrolled over 32 heads, the kernels take minutes to compile."""
+    """Calls body(lanes, their heads) in a loop over groups of heads that fill vector registers.
+
+    Unrolled over 32 heads, the kernels take minutes to compile.
+    """
     group = math.lcm(head_width, LANES)
     group = width if width % group else group
     heads = [slice(i, i + head_width) for i in range(0, group, head_width)]
@@ -124,7 +133,7 @@ def _probabilities(q, k, biases):
 
 
 def _dot(a, b, a_axis: int, b_axis: int):
-    """The product that contracts one axis of each of two matrices, in float32."""
+    """Contracts one axis of each of two matrices, in float32."""
     return jax.lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
     )

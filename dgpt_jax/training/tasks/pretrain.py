@@ -1,30 +1,27 @@
-"""The pretraining task: D-iGPT on stored tokens, on a live teacher, or iGPT on pixels."""
+"""Pretraining: D-iGPT on stored tokens or with an online teacher, or iGPT on pixels."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from dgpt_jax import (
-    digpt,
-    flops,
-    optim,
-    pipeline,
-    segments,
-    token_codec,
-    token_store,
-    towers,
-    vit,
-)
-from dgpt_jax.config import Train
-from dgpt_jax.convert import teacher as teacher_weights
-from dgpt_jax.schema import UserError
-from dgpt_jax.token_codec import Codec
+from dgpt_jax.config import TrainConfig
+from dgpt_jax.data import dataset, segments, token_codec, token_store
+from dgpt_jax.data.token_codec import Codec
+from dgpt_jax.errors import UserError
+from dgpt_jax.models import digpt, flops, teacher_vit, vit
+from dgpt_jax.training import optimizer
+from dgpt_jax.training.tasks.base import Batch
+from dgpt_jax.weights import teacher_loading
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is predicted: width C, the teacher's square grid, its CLS token; how it is stored."""
+    """Prediction targets: width C, the teacher's square grid, with or without its CLS token, and
+    the codec of stored tokens."""
 
     width: int
     grid: tuple[int, int]
@@ -33,34 +30,49 @@ class Target:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an image."""
+        """Tokens per image."""
         return self.grid[0] * self.grid[1] + self.cls
 
 
-class Pretrain:
-    """What pretraining adds to the loop. `frozen` are weights that the step reads, not trains.
+class PretrainTask:
+    """A base.Task. `open_pretrain` makes one with its data, `task_without_data` one without.
 
-    `open_pretrain` makes one with its data, `planned` one without.
+    teacher: computes the targets within the step; None for stored tokens and pixels.
     """
 
-    prepare = None
-    independent = True
-    then = "python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint={workdir}"
+    prepare: None = None
+    independent: bool = True
+    next_command: str = (
+        "python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint={workdir}"
+    )
 
-    def __init__(self, config: Train, target: Target, *, examples=None, teacher=None, notes=()):
-        """examples: pipeline.Examples; teacher: a loaded tower that runs within the step."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        target: Target,
+        *,
+        examples: dataset.ExampleDataset | None = None,
+        teacher: teacher_loading.Loaded | None = None,
+        notes: tuple[str, ...] = (),
+    ):
         self.config = config
         self.target = target
-        self.examples = examples
+        self.examples: Any = examples
         self.teacher = teacher
         self.notes = notes
-        self.frozen = teacher.params if teacher else {}
-        self.given: dict = {}
-        self.weights = {name: weight for name, weight in asdict(config.loss).items() if weight}
-        self.metric_names = (*self.weights, "loss", "grad_norm")
-        self.module = digpt.build(
+        self.frozen: dict[str, Any] = teacher.params if teacher else {}
+        self.initial_params: dict[str, Any] = {}
+        self.weights = config.loss.by_head()
+        self.metric_names: tuple[str, ...] = (*self.weights, "loss", "grad_norm")
+        self.module: Any = digpt.build(
             config.model, out_width=target.width, decoders=tuple(self.weights), dtype=config.dtype
         )
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of stored tokens."""
+        assert self.target.codec is not None, "there are no stored tokens"
+        return self.target.codec
 
     def abstract_example(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of one example."""
@@ -70,21 +82,21 @@ class Pretrain:
             "order": jax.ShapeDtypeStruct((segments.count(self.config.model.segments),), np.int32),
         }
         if self.config.data.targets == "stored":
-            dtype = token_codec.CODECS[target.codec.name]
-            width = token_codec.stored_width(target.codec.name, target.width)
+            dtype = token_codec.CODECS[self.codec.name]
+            width = token_codec.stored_width(self.codec.name, target.width)
             example["tokens"] = jax.ShapeDtypeStruct((target.tokens, width), dtype)
         return example
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> dict[str, Any]:
         """Initial parameters, a nested dict."""
         return self.module.init(key, *digpt.dummy_inputs(self.config.model))["params"]
 
-    def optimizer(self, rate):
-        """The optimizer of the config at a schedule."""
-        return optim.optimizer(self.config.optim, rate)
+    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of the config with a learning-rate schedule."""
+        return optimizer.optimizer(self.config.optim, rate)
 
     def model_flops(self) -> float:
-        """FLOPs of an image in a step, by flops.FORMULA."""
+        """FLOPs per image of a train step, by flops.FORMULA."""
         return flops.step_flops(
             self.config.model,
             out_width=self.target.width,
@@ -92,25 +104,25 @@ class Pretrain:
             teacher=self.teacher and self.teacher.tower,
         )
 
-    def told(self) -> dict:
-        """What `replayed` needs beside the config."""
+    def replay_metadata(self) -> dict[str, Any]:
+        """The Target, for `task_from_dump`."""
         target, codec = self.target, self.target.codec
         metadata = {"width": target.width, "grid": target.grid, "cls": target.cls}
         if codec is not None:
             metadata["codec"] = {"name": codec.name, "scale": codec.scale.tolist()}
         return {"target": metadata}
 
-    def loss(self, params, frozen, batch):
-        """(scalar, {"next", "visible", "direct": (B,)}): the weighted sum and its parts."""
-        model, pictures, order_BS = self.config.model, batch["image"], batch["order"]
-        images = vit.normalise(pictures)
+    def loss(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Batch]:
+        """(weighted sum, {"next", "visible", "direct": (B,)}): the losses by decoder."""
+        model, order_BS = self.config.model, batch["order"]
+        images = vit.normalize(batch["image"])
         predictions = self.module.apply({"params": params}, images, order_BS)
         if self.config.data.targets == "pixels":
-            parts = digpt.pixel_losses(
+            losses = digpt.pixel_losses(
                 predictions, images, order_BS, patch=model.patch, segment_grid=model.segments
             )
         else:
-            parts = digpt.token_losses(
+            losses = digpt.token_losses(
                 predictions,
                 jax.lax.stop_gradient(self.tokens(frozen, batch)),
                 order_BS,
@@ -118,114 +130,115 @@ class Pretrain:
                 segment_grid=model.segments,
                 cls=self.target.cls,
             )
-        total = sum(weight * parts[name].mean() for name, weight in self.weights.items())
-        return total, parts
+        total: Any = sum(weight * losses[name].mean() for name, weight in self.weights.items())
+        return total, losses
 
-    def tokens(self, frozen, batch):
-        """The teacher's tokens of a batch, (B, [1+]N, C), stored or made."""
-        if self.config.data.targets == "online":
+    def tokens(self, frozen: Any, batch: Batch) -> jax.Array:
+        """The teacher's tokens of a batch, (B, [1+]N, C), decoded or computed."""
+        if self.teacher is not None:
             tower, dtype = self.teacher.tower, self.config.teacher.dtype
-            return towers.teacher_tokens(tower, frozen, batch["image"], dtype=dtype)
-        return self.target.codec.decode(batch["tokens"])
+            return teacher_vit.teacher_tokens(tower, frozen, batch["image"], dtype=dtype)
+        return self.codec.decode(batch["tokens"])
 
-    def heldout(self):
-        """(load, length) of the held-out examples: one fixed view and order each."""
+    def heldout(self) -> tuple[Callable[[int], Batch], int]:
+        """(load, length) of the held-out examples, with one fixed view and order each.
+
+        Raises UserError if a held-out store has another codec than the training store.
+        """
         config = self.config
         data = replace(
             config.data, path=config.evals.heldout, split=config.evals.heldout_split, views=None,
             examples=None, workers=0,
         )  # fmt: skip
-        examples = pipeline.open_examples(data, config.model, config.seed)
+        examples = dataset.open_examples(data, config.model, config.seed)
         if data.targets == "stored":
-            found = stored_target(replace(config, data=replace(data, source="")), self.target)
-            if not found.codec.equals(self.target.codec):
+            heldout = stored_target(replace(config, data=replace(data, source="")), self.target)
+            if heldout.codec is None or not heldout.codec.equals(self.codec):
                 raise UserError(
                     f"{data.path} (config.evals.heldout) has another codec, scale or basis than "
-                    f"{config.data.path}: build it with --config.like={config.data.path}"
+                    f"{config.data.path}: build it with --config.codec_from={config.data.path}"
                 )
         return lambda index: examples(int(index), int(index)), len(examples)
 
 
-def open_pretrain(config: Train) -> Pretrain:
-    """The task with its data and its teacher. Raises UserError where they do not fit the config."""
-    examples = pipeline.open_examples(config.data, config.model, config.seed)
+def open_pretrain(config: TrainConfig) -> PretrainTask:
+    """The task with its data and its teacher. Raises UserError if they do not match the config."""
+    examples = dataset.open_examples(config.data, config.model, config.seed)
     notes: tuple[str, ...] = ()
     teacher = load_teacher(config)
     if config.data.targets == "stored":
         target = stored_target(config)
-        stored, size = (
-            token_store.StoreInfo.load(config.data.path).picture_size,
-            config.model.image_size,
-        )
-        if stored != size:
-            notes = (f"{config.data.path}: pictures of {stored} px are resized to {size}",)
+        size = token_store.StoreInfo.load(config.data.path).image_size
+        if size != config.model.image_size:
+            to = config.model.image_size
+            notes = (f"{config.data.path}: images of {size} px are resized to {to}",)
     else:
-        target = live_target(config, teacher)
+        target = online_target(config, teacher)
     notes += teacher.notes if teacher else ()
-    return Pretrain(config, target, examples=examples, teacher=teacher, notes=notes)
+    return PretrainTask(config, target, examples=examples, teacher=teacher, notes=notes)
 
 
-def planned(config: Train) -> Pretrain:
-    """The task without its data: what is stored is taken to be what the config expects, as int8."""
+def task_without_data(config: TrainConfig) -> PretrainTask:
+    """The task without its data; an absent store is assumed to hold int8 tokens of the config's
+    teacher. Raises UserError if config.teacher.width and grid are needed and not set."""
     teacher = load_teacher(config)
     if config.data.targets != "stored":
-        return Pretrain(config, live_target(config, teacher), teacher=teacher)
+        return PretrainTask(config, online_target(config, teacher), teacher=teacher)
     if token_store.exists(config.data.path):
-        return Pretrain(config, stored_target(config))
+        return PretrainTask(config, stored_target(config))
     width, grid = config.teacher.width, config.teacher.grid
     if width is None or grid is None:
         raise UserError(
-            f"{config.data.path} is not there: set config.teacher.width and config.teacher.grid, "
-            f"what a store of it will hold"
+            f"{config.data.path} does not exist: set config.teacher.width and config.teacher.grid "
+            f"to those of the tokens that it will hold"
         )
-    return Pretrain(config, Target(width, (grid, grid), True, Codec("int8", np.zeros(0))))
+    return PretrainTask(config, Target(width, (grid, grid), True, Codec("int8", np.zeros(0))))
 
 
-def replayed(config: Train, told: dict) -> Pretrain:
-    """The task of a step that was written down. Older ones name no codec: their tokens are decoded
-    already, which is read as float16's are."""
-    target = told["target"]
+def task_from_dump(config: TrainConfig, metadata: dict[str, Any]) -> PretrainTask:
+    """The task of a dumped step. Old dumps have no codec: their tokens are decoded floats, which
+    the float16 codec passes through."""
+    target = metadata["target"]
     codec = target.get("codec", {"name": "float16", "scale": []})
     codec = Codec(codec["name"], np.array(codec["scale"], np.float32))
     target = Target(target["width"], tuple(target["grid"]), target["cls"], codec)
-    return Pretrain(config, target, teacher=load_teacher(config))
+    return PretrainTask(config, target, teacher=load_teacher(config))
 
 
-def load_teacher(config: Train):
-    """The loaded tower that runs within the step, or None. Raises UserError."""
+def load_teacher(config: TrainConfig) -> teacher_loading.Loaded | None:
+    """The teacher that runs within the step, or None. Raises UserError."""
     if config.data.targets != "online":
         return None
-    return teacher_weights.load_configured(config.teacher)
+    return teacher_loading.load_configured(config.teacher)
 
 
-def live_target(config: Train, teacher) -> Target:
+def online_target(config: TrainConfig, teacher: teacher_loading.Loaded | None) -> Target:
     """The Target of a teacher within the step, or of pixels."""
     if teacher:
         tower = teacher.tower
         return Target(tower.token_width, tower.grid, cls=tower.cls)
-    return Target(3 * config.model.patch**2, (config.model.grid,) * 2, cls=False)
+    return Target(3 * config.model.patch**2, (config.model.grid, config.model.grid), cls=False)
 
 
-def stored_target(config: Train, expected: Target | None = None) -> Target:
-    """The Target of the token store of a config, checked against what the config expects."""
-    info = token_store.StoreInfo.load(config.data.path)
-    wanted = {
-        "width": expected.width if expected else config.teacher.width,
-        "grid": expected.grid[0] if expected else config.teacher.grid,
-    }
+def stored_target(config: TrainConfig, expected: Target | None = None) -> Target:
+    """The Target of the token store of a config. Raises UserError if its width or grid differ from
+    `expected` (default: config.teacher), or its source from config.data.source."""
+    path, info = config.data.path, token_store.StoreInfo.load(config.data.path)
     if config.data.source:
         name, _, version = config.data.source.partition(":")
-        of = info.source
-        if name != of["name"] or version not in ("", of["version"]):
+        source = info.source
+        if name != source["name"] or version not in ("", source["version"]):
             raise UserError(
-                f"{config.data.path} is a store of {of['name']}:{of['version']}, the config "
-                f"expects {config.data.source} (config.data.source)"
+                f"{path} is a store of {source['name']}:{source['version']}, the config expects "
+                f"{config.data.source} (config.data.source)"
             )
-    found = {"width": info.width, "grid": info.grid[0]}
-    for name, value in wanted.items():
-        if value is not None and value != found[name]:
+    for name, stored, value in (
+        ("width", info.width, expected.width if expected else config.teacher.width),
+        ("grid", info.grid[0], expected.grid[0] if expected else config.teacher.grid),
+    ):
+        if value is not None and value != stored:
             raise UserError(
-                f"{config.data.path} holds teacher tokens of {name} {found[name]}, the config "
-                f"expects {value} (config.teacher.{name})"
+                f"{path} holds teacher tokens of {name} {stored}, the config expects {value} "
+                f"(config.teacher.{name})"
             )
-    return Target(info.width, info.grid, info.cls, info.load_codec(config.data.path))
+    return Target(info.width, info.grid, info.cls, info.load_codec(path))

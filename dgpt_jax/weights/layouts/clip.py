@@ -1,4 +1,4 @@
-"""CLIP vision towers as they are published: OpenAI and OpenCLIP (`visual.*`), Hugging Face.
+"""CLIP vision towers as published by OpenAI and OpenCLIP (`visual.*`) and by Hugging Face.
 
 The teacher's tokens are all tokens after `ln_post` and `proj`, CLS first.
 """
@@ -6,30 +6,32 @@ The teacher's tokens are all tokens after `ln_post` and `proj`, CLS first.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dgpt_jax.convert import files, hugging_face, layout, normalisation, open_clip
-from dgpt_jax.convert.layout import Entry, hugging_face_layers, linear, norm
-from dgpt_jax.convert.source import Source, part, refusal
-from dgpt_jax.schema import UserError
-from dgpt_jax.towers import CLIP_MEAN, CLIP_STD, Tower
+from dgpt_jax.data.normalization import CLIP_MEAN, CLIP_STD
+from dgpt_jax.errors import UserError
+from dgpt_jax.models.teacher_vit import TeacherArchitecture
+from dgpt_jax.weights import files, hf_json, mapping, mean_std, open_clip_json
+from dgpt_jax.weights.mapping import ArrayEntry, hugging_face_layers, linear, norm
+from dgpt_jax.weights.source import Source, strip_prefix, unsupported
 
-# `model_type` of Hugging Face's models of these names, and the eps that their configs leave out.
+# {model_type: default eps} of Hugging Face's models with these names.
 KINDS = ("clip", "metaclip_2", "chinese_clip")
-TYPES = {f"{kind}{part}": 1e-5 for kind in KINDS for part in ("", "_vision_model")}
-# Numbers beside the arrays of OpenAI's own files, which no other program saves. `clip/model.py`
-# there has heads of 64 channels and QuickGELU, `clip/clip.py` one mean and std for all models.
+TYPES = {f"{kind}{suffix}": 1e-5 for kind in KINDS for suffix in ("", "_vision_model")}
+# Scalars in OpenAI's own files, which no other program writes. Its `clip/model.py` has heads of 64
+# channels and QuickGELU, `clip/clip.py` one mean and std for all models.
 OPENAI = ("input_resolution", "context_length", "vocab_size")
 
 
-def openclip_entries(depth: int) -> list[Entry]:
-    """OpenAI's and OpenCLIP's names, after `visual.`."""
+def openclip_entries(depth: int) -> list[ArrayEntry]:
+    """Table by OpenAI's and OpenCLIP's names, without `visual.`."""
     table = [
-        Entry("class_embedding", "class_embedding"),
-        Entry("positional_embedding", "positions"),
-        Entry("conv1.weight", "patch_embed/kernel", "conv"),
-        Entry("proj", "proj/kernel"),  # stored (in, out), unlike a Linear
+        ArrayEntry("class_embedding", "class_embedding"),
+        ArrayEntry("positional_embedding", "positions"),
+        ArrayEntry("conv1.weight", "patch_embed/kernel", "conv"),
+        ArrayEntry("proj", "proj/kernel"),  # stored (in, out), unlike a Linear
     ]
     table += norm("ln_pre", "ln_pre") + norm("ln_post", "ln_post")
     for i in range(depth):
@@ -37,88 +39,90 @@ def openclip_entries(depth: int) -> list[Entry]:
         table += norm(f"{block}.ln_1", "blocks/norm1", layer=i)
         table += norm(f"{block}.ln_2", "blocks/norm2", layer=i)
         qkv = "blocks/attn/qkv"
-        table.append(Entry(f"{block}.attn.in_proj_weight", f"{qkv}/kernel", "linear", layer=i))
-        table.append(Entry(f"{block}.attn.in_proj_bias", f"{qkv}/bias", "vector", layer=i))
+        table.append(ArrayEntry(f"{block}.attn.in_proj_weight", f"{qkv}/kernel", "linear", layer=i))
+        table.append(ArrayEntry(f"{block}.attn.in_proj_bias", f"{qkv}/bias", "vector", layer=i))
         table += linear(f"{block}.attn.out_proj", "blocks/attn/proj", layer=i)
         table += linear(f"{block}.mlp.c_fc", "blocks/mlp/fc1", layer=i)
         table += linear(f"{block}.mlp.c_proj", "blocks/mlp/fc2", layer=i)
     return table
 
 
-def hf_entries(depth: int) -> list[Entry]:
-    """Hugging Face's names (CLIPModel, CLIPVisionModelWithProjection)."""
+def hf_entries(depth: int) -> list[ArrayEntry]:
+    """Table by Hugging Face's names (CLIPModel, CLIPVisionModelWithProjection)."""
     table = [
-        Entry("vision_model.embeddings.class_embedding", "class_embedding"),
-        Entry("vision_model.embeddings.position_embedding.weight", "positions"),
-        Entry("vision_model.embeddings.patch_embedding.weight", "patch_embed/kernel", "conv"),
-        Entry("visual_projection.weight", "proj/kernel", "linear"),
+        ArrayEntry("vision_model.embeddings.class_embedding", "class_embedding"),
+        ArrayEntry("vision_model.embeddings.position_embedding.weight", "positions"),
+        ArrayEntry("vision_model.embeddings.patch_embedding.weight", "patch_embed/kernel", "conv"),
+        ArrayEntry("visual_projection.weight", "proj/kernel", "linear"),
     ]
-    table += norm("vision_model.pre_layrnorm", "ln_pre")  # their spelling
+    table += norm("vision_model.pre_layrnorm", "ln_pre")  # sic
     table += norm("vision_model.post_layernorm", "ln_post")
     return table + hugging_face_layers("vision_model.encoder.layers", depth)
 
 
-def openclip(state: Mapping, path: Path) -> Source | None:
-    """The tower of OpenAI's and OpenCLIP's models; None where the arrays are none of theirs.
+def openclip(state: Mapping[str, np.ndarray], path: Path) -> Source | None:
+    """Vision tower of OpenAI's and OpenCLIP's models; None for other arrays.
 
-    Raises UserError where it is not CLIP's ViT.
+    Raises UserError if it is not CLIP's ViT.
     """
-    vision = part(state, "visual.")
+    vision = strip_prefix(state, "visual.")
     if not vision:
         return None
     if "layer1.0.conv1.weight" in vision:
-        raise refusal(path, "holds a CLIP ResNet; the teacher must be a ViT")
+        raise unsupported(path, "is a CLIP ResNet, but the teacher must be a ViT")
     if "class_embedding" not in vision or "proj" not in vision:
-        raise refusal(path, "holds no CLIP tower with class_embedding and proj")
+        raise unsupported(path, "has no CLIP tower with class_embedding and proj")
     width = len(vision["class_embedding"])
-    told, claims = _of_open_clip(path.parent, width)
-    if not told:
-        told, claims = _of_hugging_face(path.parent)
-    told |= normalisation.told(path.parent)
+    settings, expected = _open_clip_settings(path.parent, width)
+    if not settings:
+        settings, expected = _hugging_face_settings(path.parent)
+    settings |= mean_std.read(path.parent)
     if all(name in state for name in OPENAI):
-        told |= _of_openai(told, width, path)
-    return Source(vision, openclip_entries, told=told, claims=claims)
+        settings |= _openai_settings(settings, width, path)
+    return Source(vision, openclip_entries, settings=settings, expected=expected)
 
 
-def _of_openai(told: Mapping, width: int, path: Path) -> dict:
-    """What OpenAI's code has for all its models. Raises UserError where JSON beside tells another:
-    OpenCLIP's ViT-B-16.json, say, has an exact GELU."""
-    own = {"heads": width // 64, "activation": "quick_gelu", "mean": CLIP_MEAN, "std": CLIP_STD}
-    for name, value in own.items():
-        other = told.get(name, value)
-        if not (normalisation.same(other, value) if isinstance(value, tuple) else other == value):
+def _openai_settings(stated: Mapping[str, Any], width: int, path: Path) -> dict[str, Any]:
+    """Settings of OpenAI's code for all its models. Raises UserError if JSON states others: an
+    OpenCLIP ViT-B-16.json, for example, has an exact GELU."""
+    settings = {
+        "heads": width // 64, "activation": "quick_gelu", "mean": CLIP_MEAN, "std": CLIP_STD
+    }  # fmt: skip
+    for name, value in settings.items():
+        other = stated.get(name, value)
+        if not (mean_std.same(other, value) if isinstance(value, tuple) else other == value):
             raise UserError(
-                f"{path} is OpenAI's own, whose code has {name} {value}, the JSON beside it says "
-                f"{other}: remove that JSON"
+                f"{path} is OpenAI's own, whose code has {name} {value}, but the JSON beside it "
+                f"has {other}: remove that JSON"
             )
-    return own
+    return settings
 
 
-def _of_open_clip(directory: Path, width: int) -> tuple[dict, dict]:
-    """`told` and `claims` of OpenCLIP's JSON; both empty where there is none."""
-    told, claims = open_clip.config(directory)
-    if told:
-        head_width = told.pop("head_width")
-        told["heads"] = width // head_width
+def _open_clip_settings(directory: Path, width: int) -> tuple[dict, dict]:
+    """(`settings`, `expected`) of OpenCLIP's JSON; both empty without it."""
+    settings, expected = open_clip_json.config(directory)
+    if settings:
+        head_width = settings.pop("head_width")
+        settings["heads"] = width // head_width
         if head_width > width:
             raise UserError(
-                f"{directory}: OpenCLIP's JSON has head_width {head_width}, the arrays "
+                f"{directory}: OpenCLIP's JSON has head_width {head_width}, the arrays have "
                 f"width {width}"
             )
-    return told, claims
+    return settings, expected
 
 
-def _of_hugging_face(directory: Path) -> tuple[dict, dict]:
-    return hugging_face.config(directory, TYPES, activation="quick_gelu")
+def _hugging_face_settings(directory: Path) -> tuple[dict, dict]:
+    return hf_json.config(directory, TYPES, activation="quick_gelu")
 
 
-def hf(state: Mapping, path: Path) -> Source | None:
-    """The tower of a CLIPModel or CLIPVisionModelWithProjection; None where the arrays are no CLIP.
+def hf(state: Mapping[str, np.ndarray], path: Path) -> Source | None:
+    """Vision tower of a CLIPModel or CLIPVisionModelWithProjection; None for other arrays.
 
-    Raises UserError where the projection is not there.
+    Raises UserError if the projection is missing.
     """
-    marks = ("embeddings.class_embedding", "pre_layrnorm.weight", "pre_layrnorm.bias")
-    if not any(f"{prefix}{mark}" in state for prefix in ("vision_model.", "") for mark in marks):
+    leaves = ("embeddings.class_embedding", "pre_layrnorm.weight", "pre_layrnorm.bias")
+    if not any(f"{prefix}{leaf}" in state for prefix in ("vision_model.", "") for leaf in leaves):
         return None
     if "visual_projection.weight" not in state:
         raise UserError(
@@ -127,18 +131,18 @@ def hf(state: Mapping, path: Path) -> Source | None:
         )
     vision = {n: x for n, x in state.items() if n.startswith(("vision_model.", "visual_proj"))}
     vision.pop("vision_model.embeddings.position_ids", None)  # a buffer of old versions
-    told, claims = _of_hugging_face(path.parent)
-    if not told:
+    settings, expected = _hugging_face_settings(path.parent)
+    if not settings:
         width = vision.get("vision_model.embeddings.class_embedding", np.zeros(0)).size
-        told, claims = _of_open_clip(path.parent, width)
-    told |= normalisation.told(path.parent)
-    return Source(vision, hf_entries, told=told, claims=claims)
+        settings, expected = _open_clip_settings(path.parent, width)
+    settings |= mean_std.read(path.parent)
+    return Source(vision, hf_entries, settings=settings, expected=expected)
 
 
-def save(directory, params, tower: Tower):
+def save(directory: Path | str, params: Mapping[str, Any], tower: TeacherArchitecture) -> None:
     """Writes a CLIP tower as OpenCLIP does: open_clip_model.safetensors and its config JSON."""
-    flat = {name: np.asarray(leaf) for name, leaf in layout.flatten(params).items()}
-    state = layout.write(openclip_entries(tower.depth), flat)
+    flat = {name: np.asarray(leaf) for name, leaf in mapping.flatten(params).items()}
+    state = mapping.write(openclip_entries(tower.depth), flat)
     state = {f"visual.{name}": array for name, array in state.items()}
     vision = {
         "image_size": tower.image_size,

@@ -1,6 +1,6 @@
-"""DINOv2 towers, with and without registers, as Hugging Face publishes them.
+"""DINOv2 towers, with and without registers, as published by Hugging Face.
 
-The teacher's tokens are `last_hidden_state`, CLS and patches after the final norm, without the
+The teacher's tokens are `last_hidden_state`: CLS and patches after the final norm, without
 registers.
 """
 
@@ -8,31 +8,33 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from dgpt_jax.convert import hugging_face, normalisation
-from dgpt_jax.convert.layout import Entry, linear, norm, patch_embed
-from dgpt_jax.convert.source import Source, part
+import numpy as np
 
-# Of the models that hold a tower beside a head.
+from dgpt_jax.weights import hf_json, mean_std
+from dgpt_jax.weights.mapping import ArrayEntry, linear, norm, patch_embed
+from dgpt_jax.weights.source import Source, strip_prefix
+
+# Of models that have a head beside the tower.
 PREFIXES = ("dinov2.", "dinov2_with_registers.")
-# `model_type` of Hugging Face's models of these names, and the eps that their configs leave out.
+# {model_type: default eps} of Hugging Face's models with these names.
 TYPES = {"dinov2": 1e-6, "dinov2_with_registers": 1e-6}
 REGISTERS = "embeddings.register_tokens"
 
 
-def entries(depth: int, *, registers: bool, swiglu: bool) -> list[Entry]:
-    """The names of a Dinov2Model, or of a Dinov2WithRegistersModel."""
+def entries(depth: int, *, registers: bool, swiglu: bool) -> list[ArrayEntry]:
+    """Table by the names of a Dinov2Model or Dinov2WithRegistersModel."""
     table = patch_embed("embeddings.patch_embeddings.projection", "patch_embed")
-    table.append(Entry("embeddings.cls_token", "class_embedding"))
-    table.append(Entry("embeddings.position_embeddings", "positions"))
+    table.append(ArrayEntry("embeddings.cls_token", "class_embedding"))
+    table.append(ArrayEntry("embeddings.position_embeddings", "positions"))
     if registers:
-        table.append(Entry(REGISTERS, "registers"))
+        table.append(ArrayEntry(REGISTERS, "registers"))
     table += norm("layernorm", "ln_post")
     fc1, fc2 = ("weights_in", "weights_out") if swiglu else ("fc1", "fc2")
     for i in range(depth):
         block = f"encoder.layer.{i}"
         for n in (1, 2):
             table += norm(f"{block}.norm{n}", f"blocks/norm{n}", layer=i)
-            table.append(Entry(f"{block}.layer_scale{n}.lambda1", f"blocks/ls{n}", layer=i))
+            table.append(ArrayEntry(f"{block}.layer_scale{n}.lambda1", f"blocks/ls{n}", layer=i))
         for j, name in enumerate(("query", "key", "value")):
             name = f"{block}.attention.attention.{name}"
             table += linear(name, "blocks/attn/qkv", layer=i, part=j)
@@ -42,21 +44,21 @@ def entries(depth: int, *, registers: bool, swiglu: bool) -> list[Entry]:
     return table
 
 
-def source(state: Mapping, path: Path) -> Source | None:
-    """The tower of a Dinov2Model or of a model that holds one; None where there is none."""
-    vision = part(state, *PREFIXES) or dict(state)
+def source(state: Mapping[str, np.ndarray], path: Path) -> Source | None:
+    """Tower of a Dinov2Model, or of a model that contains one; None for other arrays."""
+    vision = strip_prefix(state, *PREFIXES) or dict(state)
     if not any(n.startswith("encoder.layer.") and ".layer_scale" in n for n in vision):
         return None
-    vision.pop("embeddings.mask_token", None)  # for its own pretraining
+    vision.pop("embeddings.mask_token", None)  # of its own pretraining
     registers = vision[REGISTERS].shape[-2] if REGISTERS in vision else 0
     swiglu = any(".mlp.weights_in." in name for name in vision)
-    told, claims = hugging_face.config(path.parent, TYPES, activation="gelu")
+    settings, expected = hf_json.config(path.parent, TYPES, activation="gelu")
     if swiglu:
-        told["activation"] = "swiglu"  # hidden_act is then without meaning
+        settings["activation"] = "swiglu"  # hidden_act is unused then
     return Source(
         vision,
         partial(entries, registers=bool(registers), swiglu=swiglu),
-        fields={
+        defaults={
             "activation": "gelu",
             "eps": 1e-6,
             "registers": registers,
@@ -64,7 +66,7 @@ def source(state: Mapping, path: Path) -> Source | None:
             "patch_bias": True,
             "layer_scale": True,
         },
-        told=told | normalisation.told(path.parent),
-        claims=claims,
+        settings=settings | mean_std.read(path.parent),
+        expected=expected,
         antialias=bool(registers),
     )

@@ -1,34 +1,43 @@
-"""MAE's checkpoints (`models_mae.py`): their encoder, whose norm stands after all tokens."""
+"""Encoder of MAE's checkpoints (`models_mae.py`), which norms all tokens."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from dgpt_jax.convert import layout, timm
-from dgpt_jax.convert.weights import Layout, Weights, assumed, encoder_shapes
-from dgpt_jax.schema import UserError
+import numpy as np
+
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights import mapping
+from dgpt_jax.weights.layouts import timm
+from dgpt_jax.weights.types import WeightLayout, Weights, assumption_note, encoder_shapes
 
 DECODER = ("decoder_", "mask_token")
-# The three models of the official code, by width.
+# Head counts of the three official models by width.
 HEADS = {768: 12, 1024: 16, 1280: 16}
 
 
-def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
-    """The encoder; a decoder, where there is one, is left out, and a note says so."""
+def read(
+    state: Mapping[str, np.ndarray],
+    path: Path,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> Weights:
+    """The encoder; a decoder is dropped, with a note. Raises UserError."""
     if "norm.weight" not in state or "patch_embed.proj.weight" not in state:
-        raise UserError(f"{path} holds no MAE encoder: it needs patch_embed.proj and norm")
+        raise UserError(f"{path} is not an MAE encoder: patch_embed.proj or norm is missing")
     heads = heads or HEADS.get(state["norm.weight"].size)
     model = timm.model_of(state, {}, heads, path)
-    notes = assumed(path, ("mean", "std"), "ImageNet's, as in MAE's own code,")
+    notes = assumption_note(path, ("mean", "std"), "ImageNet's, as in MAE's own code")
     if any(name.startswith(DECODER) for name in state):
-        notes += (f"{path}: MAE's decoder is left out",)
+        notes += (f"{path}: dropped MAE's decoder",)
     table = timm.entries(model.depth, "cls", head=False)
     shapes = encoder_shapes(model, "cls", 0)
-    params = layout.read(table, state, shapes, ignore=DECODER, what=str(path))
+    params = mapping.read(table, state, shapes, ignore=DECODER, what=str(path))
     return Weights(model, params, "cls", str(path), notes=notes)
 
 
-LAYOUT = Layout(
+LAYOUT = WeightLayout(
     "mae",
-    found=lambda state, path: (
+    detect=lambda state, path: (
         state is not None and "decoder_embed.weight" in state and "mask_token" in state
     ),
     read=read,

@@ -1,31 +1,36 @@
-"""Our own two layouts: a checkpoint directory, and one safetensors file that tells what it holds.
+"""The two native layouts: a checkpoint directory, and one self-describing safetensors file.
 
-Names in the file are the paths of the parameters; its metadata has, under "dgpt_jax", JSON with the
-model, the pooling, the preprocessing and where the weights come from.
+Names in the file are parameter paths; its metadata has, under "dgpt_jax", JSON with the model, the
+pooling, the preprocessing and the origin of the weights.
 """
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dgpt_jax import checkpoint
-from dgpt_jax.config import Model
-from dgpt_jax.convert import files, layout
-from dgpt_jax.convert.layout import Entry
-from dgpt_jax.convert.weights import DECODERS, Layout, Preprocess, Weights, crop_pct
-from dgpt_jax.schema import UserError, parse
+import numpy as np
+
+from dgpt_jax.config import ModelConfig, renamed_keys
+from dgpt_jax.config.schema import parse
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import orbax_checkpoint
+from dgpt_jax.weights import files, mapping
+from dgpt_jax.weights.mapping import ArrayEntry
+from dgpt_jax.weights.types import DECODERS, Preprocess, WeightLayout, Weights, crop_pct
 
 KEY = "dgpt_jax"
 FORMAT = 1
 
 
-def table(weights: Weights) -> list[Entry]:
-    """Every parameter by its own name."""
-    return [Entry(path, path) for path in sorted(weights.params)]
+def table(weights: Weights) -> list[ArrayEntry]:
+    """Identity table."""
+    return [ArrayEntry(path, path) for path in sorted(weights.params)]
 
 
-def _about(weights: Weights) -> dict:
-    """What the parameters alone do not tell, as JSON."""
+def _metadata(weights: Weights) -> dict[str, Any]:
+    """Everything but the parameters, as JSON."""
     return {
         "format": FORMAT,
         "model": dataclasses.asdict(weights.model),
@@ -37,91 +42,112 @@ def _about(weights: Weights) -> dict:
     }
 
 
-def _weights(params, about: dict, source: str, *, part: bool = False) -> Weights:
-    """Weights of flat parameters, every one of them checked unless they are a part of all."""
-    if about["format"] > FORMAT:
-        raise UserError(f"{source} has format {about['format']}, this code reads {FORMAT}")
-    how = Preprocess.of(about["preprocess"])
-    model = parse(Model, about["model"])
+def _weights(
+    params: dict[str, np.ndarray], metadata: dict[str, Any], source: str, *, partial: bool = False
+) -> Weights:
+    """Weights of flat parameters and `_metadata`; all are checked unless only some were read."""
+    if metadata["format"] > FORMAT:
+        raise UserError(f"{source} has format {metadata['format']}, supported are up to {FORMAT}")
+    preprocess = Preprocess.from_json(metadata["preprocess"])
+    model = parse(ModelConfig, metadata["model"])
+    run = metadata.get("run", {})
+    if "config" in run:
+        run = run | {"config": renamed_keys.translate(run["config"])}
     weights = Weights(
-        model, params, about["pooling"], source, how, about.get("run", {}),
-        classes=tuple(about.get("classes", ())),
+        model, params, metadata["pooling"], source, preprocess, run,
+        classes=tuple(metadata.get("classes", ())),
     )  # fmt: skip
-    if weights.full and part:
+    if weights.full and partial:
         return weights
     if weights.full and not any(f"{name}/pred/kernel" in params for name in DECODERS):
-        raise UserError(f"{source} holds neither a decoder nor a final norm")
-    params = layout.read(table(weights), params, weights.shapes(), what=source)
+        raise UserError(f"{source} has neither a decoder nor a final norm")
+    params = mapping.read(table(weights), params, weights.shapes(), what=source)
     return dataclasses.replace(weights, params=params)
 
 
-def read_file(state, path: Path, heads=None, decoder_heads=None) -> Weights:
-    """Weights from the file."""
+def read_file(
+    state: dict[str, np.ndarray],
+    path: Path,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> Weights:
+    """Weights of a native safetensors file. Raises UserError."""
     return _weights(state, json.loads(files.read_metadata(path)[KEY]), str(path))
 
 
-def save_file(weights: Weights, path: Path):
-    """Writes the file."""
-    state = layout.write(table(weights), weights.params)
-    files.write_safetensors(path, state, {KEY: json.dumps(_about(weights))})
+def save_file(weights: Weights, path: Path) -> None:
+    """Writes a native safetensors file."""
+    state = mapping.write(table(weights), weights.params)
+    files.write_safetensors(path, state, {KEY: json.dumps(_metadata(weights))})
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is one of a work directory's checkpoints."""
-    named = path.parent.name == "checkpoints" and path.name.isdigit()
-    return named and (path / "params").is_dir()
+    """True if a directory is one of a work directory's checkpoints."""
+    is_step = path.parent.name == "checkpoints" and path.name.isdigit()
+    return is_step and (path / "params").is_dir()
 
 
-def read_directory(state, path: Path, heads=None, decoder_heads=None, parts=None) -> Weights:
-    """Weights of the newest checkpoint, or of path's own; `parts` as in checkpoint.load_params."""
+def read_directory(
+    state: None,
+    path: Path,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    parts: Sequence[str] | None = None,
+) -> Weights:
+    """Weights of a checkpoint, or of a work directory's newest one. Raises UserError.
+
+    parts: top-level parameters to read, all by default (orbax_checkpoint.load_params).
+    """
     step = None
     if is_checkpoint(path):
         step, path = int(path.name), path.parent.parent
-    params, metadata = checkpoint.load_params(path, step, parts=parts)
-    about = metadata.get(KEY)
+    params, metadata = orbax_checkpoint.load_params(path, step, names=parts)
+    flat = mapping.flatten(params)
     source = f"{path}, step {metadata['step']}"
-    if about:
-        return _weights(layout.flatten(params), about, source, part=parts is not None)
-    model = parse(Model, metadata["config"]["model"])
+    if metadata.get(KEY):
+        return _weights(flat, metadata[KEY], source, partial=parts is not None)
     config = metadata["config"]
-    run = {"config": config, "step": metadata["step"], "directory": str(path)}
-    pooling, how, classes = None, Preprocess(), ()
+    model = parse(ModelConfig, config["model"])
+    # The choice of kernels belongs to the machine, not to the model.
+    exported = {key: value for key, value in config.items() if key != "kernels"}
+    run = {"config": exported, "step": metadata["step"], "directory": str(path)}
+    pooling, preprocess, classes = None, Preprocess(), ()
     if config.get("task") == "classify":
-        told = config["classify"]
-        if told["train"] == "head" and told.get("head", "linear") != "linear":
+        cfg = config["classify"]
+        if cfg["trainable"] == "head" and cfg.get("head", "linear") != "linear":
             raise UserError(
-                f"{source} holds a grid of heads ({told['head']}) and no encoder: that is "
-                f"{told['weights']}"
+                f"{source} has a grid of heads ({cfg['head']}) but no encoder: use "
+                f"{config['init']['weights']}"
             )
-        pooling = told["pooling"]
+        pooling = cfg["pooling"]
         classes = tuple((metadata.get("data") or {}).get("classes") or ())
-        if told.get("resize"):  # what the run was measured with
-            how = Preprocess(crop_pct=crop_pct(model.image_size, told["resize"]))
+        if cfg.get("resize"):  # as in the run's evaluation
+            preprocess = Preprocess(crop_pct=crop_pct(model.image_size, cfg["resize"]))
         elif model.image_size > 224:
-            how = Preprocess(crop_pct=1.0)
-    return Weights(model, layout.flatten(params), pooling, source, how, run=run, classes=classes)
+            preprocess = Preprocess(crop_pct=1.0)
+    return Weights(model, flat, pooling, source, preprocess, run=run, classes=classes)
 
 
-def save_directory(weights: Weights, path: Path):
+def save_directory(weights: Weights, path: Path) -> None:
     """Writes path/checkpoints/STEP."""
     config = {"model": dataclasses.asdict(weights.model)}
-    metadata = {"config": weights.run.get("config", config), KEY: _about(weights)}
+    metadata = {"config": weights.run.get("config", config), KEY: _metadata(weights)}
     step = weights.run.get("step", 0)
-    params = layout.write(table(weights), weights.params)
-    checkpoint.save_params(path, step, layout.unflatten(params), metadata)
+    params = mapping.write(table(weights), weights.params)
+    orbax_checkpoint.save_params(path, step, mapping.unflatten(params), metadata)
 
 
-DIRECTORY = Layout(
+DIRECTORY = WeightLayout(
     "flax",
-    found=lambda state, path: state is None,
+    detect=lambda state, path: state is None,
     read=read_directory,
     table=table,
     save=save_directory,
     full=True,
 )
-FILE = Layout(
+FILE = WeightLayout(
     "safetensors",
-    found=lambda state, path: state is not None and KEY in files.read_metadata(path),
+    detect=lambda state, path: state is not None and KEY in files.read_metadata(path),
     read=read_file,
     table=table,
     save=save_file,

@@ -1,46 +1,48 @@
-"""SigLIP vision towers, and SigLIP 2's of fixed resolution, as Hugging Face publishes them.
+"""Vision towers of SigLIP, and of SigLIP 2 with fixed resolution, as published by Hugging Face.
 
 The teacher's tokens are `last_hidden_state`: all patches after `post_layernorm`. There is no CLS
-token, and the attention-pooling head is left out.
+token, and the attention-pooling head is dropped.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from dgpt_jax.convert import hugging_face, normalisation
-from dgpt_jax.convert.layout import Entry, hugging_face_layers, norm, patch_embed
-from dgpt_jax.convert.source import Source, part, refusal
+import numpy as np
+
+from dgpt_jax.weights import hf_json, mean_std
+from dgpt_jax.weights.mapping import ArrayEntry, hugging_face_layers, norm, patch_embed
+from dgpt_jax.weights.source import Source, strip_prefix, unsupported
 
 PATCH = "embeddings.patch_embedding"
-# `model_type` of Hugging Face's models of these names, and the eps that their configs leave out.
+# {model_type: default eps} of Hugging Face's models with these names.
 TYPES = {"siglip": 1e-6, "siglip_vision_model": 1e-6}
 
 
-def entries(depth: int) -> list[Entry]:
-    """The names of a SiglipVisionModel, after `vision_model.` where there is that prefix."""
+def entries(depth: int) -> list[ArrayEntry]:
+    """Table by the names of a SiglipVisionModel, without the prefix `vision_model.`."""
     table = patch_embed(PATCH, "patch_embed")
-    table.append(Entry("embeddings.position_embedding.weight", "positions"))
+    table.append(ArrayEntry("embeddings.position_embedding.weight", "positions"))
     table += norm("post_layernorm", "ln_post")
     return table + hugging_face_layers("encoder.layers", depth)
 
 
-def source(state: Mapping, path: Path) -> Source | None:
-    """The tower of a SiglipModel or SiglipVisionModel; None where the arrays are no SigLIP's.
+def source(state: Mapping[str, np.ndarray], path: Path) -> Source | None:
+    """Tower of a SiglipModel or SiglipVisionModel; None for other arrays.
 
-    Raises UserError for SigLIP 2 of any resolution (NaFlex).
+    Raises UserError for SigLIP 2 of variable resolution (NaFlex).
     """
     prefix = "vision_model." if any(n.startswith("vision_model.") for n in state) else ""
-    vision = part(state, prefix)
+    vision = strip_prefix(state, prefix)
     if not any(name.startswith(f"{PATCH}.") for name in vision):
         return None
     if f"{PATCH}.weight" in vision and vision[f"{PATCH}.weight"].ndim != 4:
-        raise refusal(path, "holds a SigLIP 2 of variable resolution (NaFlex)")
+        raise unsupported(path, "is a SigLIP 2 of variable resolution (NaFlex)")
     vision.pop("embeddings.position_ids", None)  # a buffer of old versions
-    told, claims = hugging_face.config(path.parent, TYPES, activation="gelu_pytorch_tanh")
+    settings, expected = hf_json.config(path.parent, TYPES, activation="gelu_pytorch_tanh")
     return Source(
         {name: array for name, array in vision.items() if not name.startswith("head.")},
         entries,
-        fields={
+        defaults={
             "activation": "gelu_tanh",
             "eps": 1e-6,
             "mean": (0.5, 0.5, 0.5),
@@ -49,6 +51,6 @@ def source(state: Mapping, path: Path) -> Source | None:
             "pre_norm": False,
             "patch_bias": True,
         },
-        told=told | normalisation.told(path.parent),
-        claims=claims,
+        settings=settings | mean_std.read(path.parent),
+        expected=expected,
     )

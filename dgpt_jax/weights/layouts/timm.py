@@ -1,36 +1,41 @@
-"""timm's VisionTransformer: `global_pool` "avg" (fc_norm) or "token" (norm), head or not.
+"""timm's VisionTransformer: `global_pool` "avg" (fc_norm) or "token" (norm), with or without head.
 
-A directory with model.safetensors and config.json (`timm.create_model("local-dir:DIR")`), or a file
-with the weights, config.json beside it.
+A directory with model.safetensors and config.json (`timm.create_model("local-dir:DIR")`), or a
+weights file with config.json beside it.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from dgpt_jax.convert import files, layout
-from dgpt_jax.convert.json_files import check_claims, class_names
-from dgpt_jax.convert.layout import Entry, linear, norm
-from dgpt_jax.convert.timm_json import (
+import numpy as np
+
+from dgpt_jax.config import ModelConfig
+from dgpt_jax.config.model import SIZES
+from dgpt_jax.errors import UserError
+from dgpt_jax.weights import files, mapping
+from dgpt_jax.weights.config_json import check_sizes, class_names
+from dgpt_jax.weights.mapping import ArrayEntry, linear, norm
+from dgpt_jax.weights.timm_json import (
     activation_of,
     args_of,
-    beside,
     checked_args,
-    claims_of,
+    config_beside,
+    expected_sizes,
     heads_of,
 )
-from dgpt_jax.convert.weights import (
-    Layout,
+from dgpt_jax.weights.types import (
+    WeightLayout,
     Weights,
     depth_of,
     encoder_model,
     encoder_shapes,
     image_side,
-    needed,
+    require_arrays,
 )
-from dgpt_jax.schema import UserError
-from dgpt_jax.sections import SIZES, Model
 
-# timm's names of sizes at 224 pixels; other models are `vit_base_patch16_224` with model_args.
+# timm's models by size at 224 pixels; others are `vit_base_patch16_224` with model_args.
 NAMES = {
     "S/16": "vit_small_patch16_224",
     "B/16": "vit_base_patch16_224",
@@ -43,81 +48,93 @@ NORMS = {"mean": "fc_norm", "cls": "norm"}
 PREPROCESS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-def entries(depth: int, pooling: str, *, head: bool) -> list[Entry]:
-    """The table for heads.Classifier's parameters."""
-    table = [Entry("cls_token", "encoder/cls_token"), Entry("pos_embed", "pos_embed")]
-    table += layout.patch_embed("patch_embed.proj", "encoder/patch_embed")
-    table += layout.timm_blocks("blocks", "encoder/blocks", depth)
+def entries(depth: int, pooling: str, *, head: bool) -> list[ArrayEntry]:
+    """Table for classifier.Classifier's parameters."""
+    table = [ArrayEntry("cls_token", "encoder/cls_token"), ArrayEntry("pos_embed", "pos_embed")]
+    table += mapping.patch_embed("patch_embed.proj", "encoder/patch_embed")
+    table += mapping.timm_blocks("blocks", "encoder/blocks", depth)
     table += norm(NORMS[pooling], "norm")
     return table + (linear("head", "head") if head else [])
 
 
-def _table(weights: Weights) -> list[Entry]:
-    return entries(weights.model.depth, weights.pooling, head=weights.num_classes > 0)
+def _table(weights: Weights) -> list[ArrayEntry]:
+    return entries(weights.model.depth, str(weights.pooling), head=weights.num_classes > 0)
 
 
-def pooling_of(state, config: dict, what) -> str:
-    """Which pooling a state dict was made for: it has `fc_norm`, or `norm`.
+def pooling_of(state: Mapping[str, np.ndarray], config: Mapping[str, Any], path: Path | str) -> str:
+    """Pooling by the norm of a state dict: `fc_norm` or `norm`.
 
-    Raises UserError where its config.json pools otherwise, as with timm's fc_norm=False.
+    Raises UserError if its config.json specifies another, as with timm's fc_norm=False.
     """
-    found = [pooling for pooling, name in NORMS.items() if f"{name}.weight" in state]
-    if len(found) != 1:
-        raise UserError(f"{what}: timm's ViT has either fc_norm or norm, this has {len(found)}")
-    usual, args = POOLS[found[0]], args_of(config, what)
-    if args.get("fc_norm") not in (None, found[0] == "mean"):
+    poolings = [pooling for pooling, name in NORMS.items() if f"{name}.weight" in state]
+    if len(poolings) != 1:
+        raise UserError(f"{path}: expected one of fc_norm and norm, found {len(poolings)}")
+    (pooling,) = poolings
+    expected, args = POOLS[pooling], args_of(config, path)
+    if args.get("fc_norm") not in (None, pooling == "mean"):
         raise UserError(
-            f"{what}: the arrays have {NORMS[found[0]]}, its config.json fc_norm {args['fc_norm']}"
+            f"{path}: the arrays have {NORMS[pooling]}, its config.json has fc_norm "
+            f"{args['fc_norm']}"
         )
-    # Where nothing tells the pooling, fc_norm alone says nothing of it: timm's default is "token".
-    unsaid = "token" if args.get("fc_norm") is not None else usual
-    told = args.get("global_pool", config.get("global_pool", unsaid))
-    if told != usual:
+    # fc_norm without global_pool leaves timm's default, "token".
+    default = "token" if args.get("fc_norm") is not None else expected
+    pool = args.get("global_pool", config.get("global_pool", default))
+    if pool != expected:
         raise UserError(
-            f"{what}: an encoder here cannot have {NORMS[found[0]]} with global_pool {told}, as "
-            f"its config.json says"
+            f"{path}: {NORMS[pooling]} with global_pool {pool}, as its config.json has it, is not "
+            f"supported"
         )
-    return found[0]
+    return pooling
 
 
-def model_of(state, config: dict, heads: int | None, what) -> Model:
-    """The `config.Model` of a state dict and its config JSON."""
+def model_of(
+    state: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    heads: int | None,
+    path: Path | str,
+) -> ModelConfig:
+    """The `config.Model` of a state dict and its config.json. Raises UserError."""
     names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
-    kernel, positions, hidden = needed(state, names, what)
+    kernel, positions, hidden = require_arrays(state, names, path)
     width, _, patch, _ = kernel.shape
-    args, file = checked_args(config, what)
+    args, origin = checked_args(config, path)
     model = encoder_model(
         width=width,
         patch=patch,
-        heads=heads_of(config, width, heads, what),
-        depth=depth_of(state, "blocks.", what),
+        heads=heads_of(config, width, heads, path),
+        depth=depth_of(state, "blocks.", path),
         mlp_width=len(hidden),
-        image_size=image_side(positions.shape[1], patch, what),
-        activation=activation_of(args, file),
+        image_size=image_side(positions.shape[1], patch, path),
+        activation=activation_of(args, origin),
     )
-    claims = claims_of(args, patch, file)
-    check_claims(claims, vars(model) | {"grid": model.grid}, what)
+    expected = expected_sizes(args, patch, origin)
+    check_sizes(expected, vars(model) | {"grid": model.grid}, path)
     return model
 
 
-def read(state, path: Path, heads=None, decoder_heads=None) -> Weights:
-    """Weights from a state dict and the config.json beside its file."""
-    config, how, notes = beside(path)
+def read(
+    state: Mapping[str, np.ndarray],
+    path: Path,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> Weights:
+    """Weights from a state dict and the config.json beside its file. Raises UserError."""
+    config, preprocess, notes = config_beside(path)
     model, pooling = model_of(state, config, heads, path), pooling_of(state, config, path)
     classes = len(state["head.bias"]) if "head.bias" in state else 0
     table = entries(model.depth, pooling, head=classes > 0)
-    params = layout.read(table, state, encoder_shapes(model, pooling, classes), what=str(path))
-    told = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
-    names = class_names(told, classes, f"{path}: label_names of its config.json")
-    return Weights(model, params, pooling, str(path), how, notes=notes, classes=names)
+    params = mapping.read(table, state, encoder_shapes(model, pooling, classes), what=str(path))
+    labels = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    names = class_names(labels, classes, f"{path}: label_names of its config.json")
+    return Weights(model, params, pooling, str(path), preprocess, notes=notes, classes=names)
 
 
-def config_json(weights: Weights) -> dict:
-    """timm's config.json: architecture, arguments, and the preprocessing the encoder expects."""
+def config_json(weights: Weights) -> dict[str, Any]:
+    """Content of timm's config.json: architecture, arguments and preprocessing."""
     model, classes = weights.model, weights.num_classes
     shape = (model.width, model.depth, model.heads, model.patch)
     size = next((size for size in NAMES if SIZES[size] == shape), "B/16")
-    pool = POOLS[weights.pooling]
+    pool = POOLS[str(weights.pooling)]
     return {
         "architecture": NAMES[size],
         "num_classes": classes,
@@ -146,21 +163,21 @@ def config_json(weights: Weights) -> dict:
     }
 
 
-def save(weights: Weights, path: Path):
-    """Writes model.safetensors and config.json."""
+def save(weights: Weights, path: Path) -> None:
+    """Writes model.safetensors and config.json. Raises UserError."""
     if weights.model.eps != 1e-6:
         raise UserError(
-            f"timm's ViT has LayerNorms of eps 1e-6, these weights {weights.model.eps}: --eps=1e-6 "
-            f"takes the other one"
+            f"timm's ViT has LayerNorm eps 1e-6, these weights {weights.model.eps}: --eps=1e-6 "
+            f"changes it"
         )
-    state = layout.write(_table(weights), weights.params)
+    state = mapping.write(_table(weights), weights.params)
     files.write_safetensors(path / "model.safetensors", state, {"format": "pt"})
     (path / "config.json").write_text(json.dumps(config_json(weights), indent=1) + "\n")
 
 
-LAYOUT = Layout(
+LAYOUT = WeightLayout(
     "timm",
-    found=lambda state, path: state is not None and "patch_embed.proj.weight" in state,
+    detect=lambda state, path: state is not None and "patch_embed.proj.weight" in state,
     read=read,
     table=_table,
     save=save,

@@ -1,4 +1,4 @@
-"""Lists of millions of images: their memory, order and digest."""
+"""Index of millions of images: memory, order and digest."""
 
 import gc
 import random
@@ -6,16 +6,16 @@ import tracemalloc
 
 import pytest
 
-from dgpt_jax import image_files, members
+from dgpt_jax.data.ingest import discovery, image_index
 
 COUNT = 50_000
 
 
-def gathered(paths):
-    columns = members.Columns(lambda _: None)
+def build_index(paths):
+    builder = image_index.ImageIndexBuilder(lambda _: None)
     for i, path in enumerate(paths):
-        columns.add(path, b"/src", offset=512 * i, size=100)
-    return columns.members()
+        builder.add(path, b"/src", offset=512 * i, size=100)
+    return builder.build()
 
 
 def many(count):
@@ -24,25 +24,25 @@ def many(count):
 
 @pytest.fixture
 def traced():
-    """A function: bytes allocated since the test began, (now, at most)."""
+    """Function that returns (current, peak) bytes allocated since the test began."""
     gc.collect()
     tracemalloc.start()
     yield tracemalloc.get_traced_memory
     tracemalloc.stop()
 
 
-def test_a_long_path_widens_no_other(traced):
-    """Paths of 44 bytes: 40 more for each, twice where they are brought into order."""
+def test_memory_with_a_long_path(traced):
+    """Paths of 44 bytes, 40 more for each, twice while sorting."""
     long = b"n%08d/" % 5 + b"x" * 4000 + b".JPEG"
-    found = gathered(path for part in (many(COUNT), [long]) for path in part)
+    index = build_index(path for paths in (many(COUNT), [long]) for path in paths)
     assert traced()[0] < 100 * COUNT
-    found = image_files._in_order(found)
+    index = discovery._sorted_unique(index)
     assert traced()[0] < 100 * COUNT
     assert traced()[1] < 250 * COUNT
-    assert found.paths[6 * (COUNT // 1000)] == long and len(found) == COUNT + 1
+    assert index.paths[6 * (COUNT // 1000)] == long and len(index) == COUNT + 1
 
 
-def test_order_and_rests_of_paths():
+def test_sorting_and_prefixes():
     """By first folder, then path; as bytes, so that "a-b/" comes after "a/" though "-" < "/"."""
     paths = [
         b"a/2.jpg", b"a-b/1.jpg", b"b/1.jpg", b"a/\xff.jpg", b"a/10.jpg", b"a/1/x.jpg", b"top.jpg",
@@ -54,19 +54,19 @@ def test_order_and_rests_of_paths():
     ]  # fmt: skip
     for seed in range(5):
         shuffled = random.Random(seed).sample(paths, len(paths))
-        found = gathered(shuffled).sorted()
-        assert list(found.paths) == expected == [found.paths[i] for i in range(len(found))]
-        assert [shuffled[offset // 512] for offset in found.offset] == expected
-    part = found.take(found.tops()[0] == found.tops()[1].index(b"a")).below(b"a")
-    assert list(part.paths) == [b"1/x.jpg", b"10.jpg", b"2.jpg", b"\xff.jpg"]
-    assert part[0].id == "1/x.jpg" and part.tops()[1] == [b"1", b""]
+        index = build_index(shuffled).sorted()
+        assert list(index.paths) == expected == [index.paths[i] for i in range(len(index))]
+        assert [shuffled[offset // 512] for offset in index.offset] == expected
+    subset = index.take(index.top_dirs()[0] == index.top_dirs()[1].index(b"a")).strip_prefix(b"a")
+    assert list(subset.paths) == [b"1/x.jpg", b"10.jpg", b"2.jpg", b"\xff.jpg"]
+    assert subset[0].id == "1/x.jpg" and subset.top_dirs()[1] == [b"1", b""]
 
 
-def test_the_digest_of_imports_begun_before(tmp_path):
-    """It stands in import.json of imports that resume."""
+def test_digests_of_earlier_versions(tmp_path):
+    """Recorded in import.json of imports that resume."""
     for name in ("train/a/1.jpg", "train/b/a long name.jpg", "val/a/3.jpg", "val/b/4.jpg"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(len(name)))
-    assert image_files.find(tmp_path).digest() == "280ce93776f6e7c0"
-    assert image_files.find(tmp_path / "train").digest() == "e2763ad03171c9c9"
+    assert discovery.discover(tmp_path).digest() == "280ce93776f6e7c0"
+    assert discovery.discover(tmp_path / "train").digest() == "e2763ad03171c9c9"

@@ -1,4 +1,4 @@
-"""The attention kernels of both kinds of chips against XLA's attention, forward and backward."""
+"""The attention kernels for TPUs and GPUs compared with XLA's, forward and backward."""
 
 import contextlib
 from functools import partial
@@ -9,23 +9,26 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from dgpt_jax import attention, attention_gpu, attention_tpu, remat, segments, sharding
-from dgpt_jax.config import Mesh
-from tests.processes import on_devices
+from dgpt_jax.config import MeshConfig
+from dgpt_jax.data import segments
+from dgpt_jax.distributed import sharding
+from dgpt_jax.models import attention, remat
+from dgpt_jax.models.kernels import attention_gpu, attention_tpu
+from tests.support.processes import on_devices
 
 
-def inputs(parts, batch, queries, keys, width):
+def inputs(stacks, batch, queries, keys, width):
     """Stacked projections, and a gradient of the result."""
-    draw = iter(jax.random.split(jax.random.key(0), len(parts) + 1))
-    lengths = (queries,) if len(parts) == 1 else (queries, keys)
-    arrays = [jax.random.normal(next(draw), (p, batch, n, width)) for p, n in zip(parts, lengths)]
-    return tuple(arrays), jax.random.normal(next(draw), (batch, queries, width))
+    rngs = iter(jax.random.split(jax.random.key(0), len(stacks) + 1))
+    lengths = (queries,) if len(stacks) == 1 else (queries, keys)
+    arrays = [jax.random.normal(next(rngs), (p, batch, n, width)) for p, n in zip(stacks, lengths)]
+    return tuple(arrays), jax.random.normal(next(rngs), (batch, queries, width))
 
 
 def assert_same(function, expected, projections, gradient, mesh=None):
     def results(function, projections, gradient):
-        out, pull = jax.vjp(function, projections)
-        return out, *pull(gradient)[0]
+        out, vjp = jax.vjp(function, projections)
+        return out, *vjp(gradient)[0]
 
     compute = partial(results, function)
     if mesh is not None:
@@ -38,15 +41,15 @@ def assert_same(function, expected, projections, gradient, mesh=None):
 
 
 SHAPES = pytest.mark.parametrize(
-    "parts,queries,keys,heads,head_width",
+    "stacks,queries,keys,heads,head_width",
     [((3,), 49, 49, 4, 64), ((1, 2), 13, 20, 8, 32), ((3,), 17, 17, 3, 24), ((3,), 9, 9, 16, 80)],
-)  # whole registers of 2 and 4 heads; a width that is no multiple of 128; ViT-H's heads
+)  # full registers of 2 and 4 heads; a width that is no multiple of 128; ViT-H's heads
 
 
 @SHAPES
 @pytest.mark.parametrize("masked", [True, False])
-def test_kernels_for_tpus_are_attention(parts, queries, keys, heads, head_width, masked):
-    projections, gradient = inputs(parts, 2, queries, keys, heads * head_width)
+def test_tpu_kernels_compute_attention(stacks, queries, keys, heads, head_width, masked):
+    projections, gradient = inputs(stacks, 2, queries, keys, heads * head_width)
     mask, bias = None, ()
     if masked:
         mask = np.tril(np.ones((queries, keys), bool))
@@ -58,17 +61,17 @@ def test_kernels_for_tpus_are_attention(parts, queries, keys, heads, head_width,
 
 @SHAPES
 @pytest.mark.parametrize("masked", [True, False])
-def test_kernels_for_gpus_are_attention(parts, queries, keys, heads, head_width, masked):
-    projections, gradient = inputs(parts, 2, queries, keys, heads * head_width)
+def test_gpu_kernels_compute_attention(stacks, queries, keys, heads, head_width, masked):
+    projections, gradient = inputs(stacks, 2, queries, keys, heads * head_width)
     mask = np.tril(np.ones((queries, keys), bool)) if masked else None
     check_on_gpu(projections, gradient, head_width, mask)
 
 
 @pytest.mark.parametrize("cls_mask", ["official", "self", "all"])
-def test_kernels_for_gpus_pass_over_several_tiles_and_pieces(cls_mask):
-    """The mask of pretraining: 148 tokens are 3 tiles, and pieces of 128 and 32, or 5 of 32."""
+def test_gpu_kernels_over_several_tiles_and_blocks(cls_mask):
+    """The mask of pretraining: 148 tokens are 3 tiles, and blocks of 128 and 32, or 5 of 32."""
     mask = segments.attention_mask(3, 49, cls_mask)
-    assert attention_gpu.pieces(148, 128) == [(0, 128), (128, 32)]
+    assert attention_gpu.split_blocks(148, 128) == [(0, 128), (128, 32)]
     projections, gradient = inputs((3,), 1, 148, 148, 2 * 32)
     check_on_gpu(projections, gradient, 32, mask)
     projections, gradient = inputs((1, 2), 1, 70, 148, 2 * 32)
@@ -76,15 +79,15 @@ def test_kernels_for_gpus_pass_over_several_tiles_and_pieces(cls_mask):
 
 
 def check_on_gpu(projections, gradient, head_width, mask):
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     kernel = partial(attention_gpu.fused, head_width=head_width, mask_NM=mask, interpret=True)
     expected = partial(attention.reference, head_width=head_width, mask_NM=mask)
     assert_same(kernel, expected, projections, gradient, mesh)
 
 
-def test_kernels_for_gpus_can_be_lowered():
-    """To Triton, without a GPU; whether they are right there, RESULTS.md says."""
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+def test_gpu_kernels_lower_to_triton():
+    """Without a GPU; RESULTS.md has the checks of their results on one."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     mask = segments.attention_mask(3, 49)
 
     @jax.jit
@@ -94,14 +97,14 @@ def test_kernels_for_gpus_can_be_lowered():
             lambda p: attention_gpu.fused(p, mask, head_width=64).astype(jnp.float32).sum()
         )(projections)
 
-    like = (jax.ShapeDtypeStruct((3, 2, 148, 128), jnp.bfloat16),)
-    text = step.trace(like).lower(lowering_platforms=("cuda",)).as_text()
+    projections = (jax.ShapeDtypeStruct((3, 2, 148, 128), jnp.bfloat16),)
+    text = step.trace(projections).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2
 
 
 def test_the_backward_pass_does_not_repeat_the_forward_kernel():
-    """remat "none" keeps what attention gives, and the sums."""
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    """remat "none" saves the result of attention and the sums."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
     @partial(jax.checkpoint, policy=remat.POLICIES["none"])
     def block(p):
@@ -113,7 +116,7 @@ def test_the_backward_pass_does_not_repeat_the_forward_kernel():
 
 def on_a_mesh(platform):
     """Each device runs the kernel on its own examples and heads."""
-    mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     projections, gradient = inputs((1, 2), 8, 9, 9, 64)
     projections, gradient = jax.device_put((projections, gradient), sharding.replicated(mesh))
     mask = segments.attention_mask(2, 4)

@@ -1,22 +1,22 @@
-"""What a fine-tuning leaves in the results of its model, and in the report."""
+"""Results file of fine-tuning, and its rows in the report."""
 
 import json
 
 import pytest
 
-from dgpt_jax import optim, report, tasks
-from dgpt_jax.evals import classification, results
-from tests.classifying import settings
-from tests.data import image_dataset
+from dgpt_jax.evals import classification, report, results
+from dgpt_jax.training import optimizer, tasks
+from tests.support.classifying import settings
+from tests.support.data import image_dataset
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Fine-tuning on 24 pictures of two classes."""
+    """Fine-tuning on 24 images of two classes."""
     return tasks.open_task(settings(image_dataset(tmp_path_factory.mktemp("rows"), per_class=12)))
 
 
-def logged(workdir, curves: dict[str, dict[int, float]]):
+def write_log(workdir, curves: dict[str, dict[int, float]]):
     lines = [
         json.dumps({"step": step, name: value})
         for name, curve in curves.items()
@@ -29,19 +29,19 @@ def _step(line: str) -> int:
     return json.loads(line)["step"]
 
 
-def test_the_last_and_the_best_epoch_resized_in_both_ways(task, tmp_path):
-    """The best step need not be the same for both; accuracies are counts again."""
-    logged(tmp_path, {
+def test_rows_of_last_and_best_epoch_with_both_resizings(task, tmp_path):
+    """The best steps may differ; accuracies are converted back to counts."""
+    write_log(tmp_path, {
         "loss": {1: 0.7, 9: 0.1},
         "val/top1": {3: 20 / 24, 6: 21 / 24, 9: 19 / 24},
         "val/top1_squash": {3: 23 / 24, 6: 21 / 24, 9: 18 / 24},
     })  # fmt: skip
-    (line,) = classification.recorded(task, tmp_path)
+    (line,) = classification.save_results(task, tmp_path)
     path = tmp_path / "results_step9.json"
-    assert line == f"results are in {path}"
-    found = results.read(path)
-    assert found["weights"] == f"{tmp_path}, step 9" and found["model"]["width"] == 24
-    rows = found["results"]
+    assert str(path) in line
+    record = results.read(path)
+    assert record["weights"] == f"{tmp_path}, step 9" and record["model"]["width"] == 24
+    rows = record["results"]
     assert [(r["epoch"], r["step"], r["squash"], r["correct"], r["test"]) for r in rows] == [
         ("last", 9, False, 19, 24), ("best", 6, False, 21, 24),
         ("last", 9, True, 18, 24), ("best", 3, True, 23, 24),
@@ -56,32 +56,32 @@ def test_the_last_and_the_best_epoch_resized_in_both_ways(task, tmp_path):
         )  # fmt: skip
         assert row["splits"] == "train → train" and row["data"] == "images"
         assert row["how"]["batch_size"] == 8 and row["how"]["ema"] == 0.8
-    # Other results of the same weights stay, and the same run again replaces its own.
+    # Other results of the same weights stay; the rows of the same run are replaced.
     other = results.row({"protocol": "robustness", "data": "x"}, 1, 2, selection="none", how={})
-    results.merge(path, found["weights"], found["model"], [other])
-    classification.recorded(task, tmp_path)
+    results.merge(path, record["weights"], record["model"], [other])
+    classification.save_results(task, tmp_path)
     assert len(results.read(path)["results"]) == 5
-    results.merge(tmp_path / "b.json", "another", found["model"], [])
+    results.merge(tmp_path / "b.json", "another", record["model"], [])
     (tmp_path / "b.json").rename(path)
-    assert "results were not written" in classification.recorded(task, tmp_path)[0]
+    assert "results were not written" in classification.save_results(task, tmp_path)[0]
 
 
 def test_counts_are_exact(task, tmp_path, monkeypatch):
     """1/49 times 49 is less than 1."""
-    monkeypatch.setattr(classification.records, "Split", lambda *_: range(49))
+    monkeypatch.setattr(classification.tfds_dataset, "Split", lambda *_: range(49))
     for hits in range(1, 50):
-        logged(tmp_path, {"val/top1": {6: hits / 49}})
-        assert classification.rows(task, tmp_path)[0]["correct"] == hits
+        write_log(tmp_path, {"val/top1": {6: hits / 49}})
+        assert classification.result_rows(task, tmp_path)[0]["correct"] == hits
 
 
-def test_they_stand_beside_the_published_ones(task, tmp_path):
-    """With ImageNet's number of images; a probe's with kNN of the same encoder, from two files."""
-    logged(tmp_path, {"val/top1": {3: 0.5, 6: 0.25}, "val/top1_squash": {3: 0.5, 6: 0.75}})
+def test_the_report_compares_them_with_published_results(task, tmp_path):
+    """With the number of images of ImageNet; a probe and kNN of one encoder from two files."""
+    write_log(tmp_path, {"val/top1": {3: 0.5, 6: 0.25}, "val/top1_squash": {3: 0.5, 6: 0.75}})
     model = {"width": 768, "depth": 12, "heads": 12, "patch": 16}
-    whole = {"test": 50_000, "low": 1.0, "high": 2.0}
-    tuned = [row | whole for row in classification.rows(task, tmp_path)]
+    imagenet = {"test": 50_000, "low": 1.0, "high": 2.0}
+    tuned = [row | imagenet for row in classification.result_rows(task, tmp_path)]
     results.merge(tmp_path / "tuned.json", "TUNED, step 6", model, tuned)
-    probe = [row | whole | {"protocol": "attentive_aim", "features": "patches"} for row in tuned]
+    probe = [row | imagenet | {"protocol": "attentive_aim", "features": "patches"} for row in tuned]
     probe += [probe[0] | {"head": "lr1", "detail": True, "accuracy": 1.0}]
     results.merge(tmp_path / "probe.json", "RUN, step 5", model, probe)
     knn = {"protocol": "knn", "data": "d", "features": "cls", "k": 20, "shots": "all"}
@@ -89,7 +89,7 @@ def test_they_stand_beside_the_published_ones(task, tmp_path):
     results.merge(tmp_path / "knn.json", "RUN, step 5", model, [knn])
     names = ("tuned.json", "probe.json", "knn.json")
     text = report.report([tmp_path / name for name in names])
-    fine, _, frozen, *files = (part.splitlines() for part in text.split("## ")[1:])
+    fine, _, frozen, *files = (section.splitlines() for section in text.split("## ")[1:])
     lines = [line for line in fine if "TUNED" in line]
     assert [line.split("|")[4].split()[0] for line in lines] == [
         "**25.0**", "**50.0**", "**75.0**", "**75.0**",
@@ -106,4 +106,4 @@ def test_they_stand_beside_the_published_ones(task, tmp_path):
 
 
 def test_peaks_of_a_grid(task):
-    assert optim.peaks(task.config.optim, 512) == pytest.approx(0.1)
+    assert optimizer.peak_learning_rates(task.config.optim, 512) == pytest.approx(0.1)

@@ -1,0 +1,112 @@
+"""Writes the shards of an import: threads decode the images of a shard ahead of the writer."""
+
+import functools
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from dgpt_jax.data import image_ops
+from dgpt_jax.data.ingest import user_images
+from dgpt_jax.data.ingest.image_index import ImageEntry, ImageIndex
+from dgpt_jax.data.prefetch import map_ahead
+from dgpt_jax.monitoring.progress import Clock, duration
+from dgpt_jax.storage import array_record_shards, tfds_dataset
+from dgpt_jax.storage.array_record_shards import ShardInfo
+
+SAY_EVERY = 10  # seconds
+Converted = tuple[ImageEntry, user_images.StoredImage | str]  # str: reason why there are no bytes
+TRANSPARENT = re.compile(r"(\d+) transparent images")  # a note next to those of unreadable files
+
+
+def unreadable(info: ShardInfo) -> list[str]:
+    """Returns "id: reason" of the files that were skipped in a shard."""
+    return [line for line in info.notes if not TRANSPARENT.fullmatch(line)]
+
+
+def transparent(info: ShardInfo) -> int:
+    """Returns the number of transparent images in a shard."""
+    return sum(int(note[1]) for note in map(TRANSPARENT.fullmatch, info.notes) if note)
+
+
+def write_missing(
+    shards: Mapping[epath.Path, ImageIndex],
+    infos: Mapping[str, ShardInfo],
+    features: tfds.features.FeaturesDict,
+    options: user_images.Options,
+    threads: int,
+    say: Callable[[str], None],
+) -> dict[str, ShardInfo]:
+    """Writes the shards that `infos` does not name; returns the infos of all."""
+    infos, progress = dict(infos), _Progress(shards, infos, say)
+    convert = functools.partial(_convert, options=options)
+    with ThreadPoolExecutor(threads) as pool:
+        for path, images in shards.items():
+            if path.name not in infos:
+                results = map_ahead(pool, convert, images, depth=4 * threads - 1)
+                infos[path.name] = _write(path, results, features, progress)
+    return infos
+
+
+class _Progress:
+    """Logs the progress of an import every few seconds, and after every shard."""
+
+    def __init__(self, shards: Mapping[epath.Path, ImageIndex], infos: Mapping, say: Callable):
+        self._total = sum(map(len, shards.values()))
+        complete = [path for path in shards if path.name in infos]
+        self._done = sum(len(shards[path]) for path in complete)
+        self._unreadable = sum(len(unreadable(infos[path.name])) for path in complete)
+        self._say, self._clock = say, Clock(self._done, self._total, 1)
+        self._last_shown = time.monotonic()
+
+    def advance(self, is_unreadable: bool):
+        self._done += 1
+        self._unreadable += is_unreadable
+        if time.monotonic() > self._last_shown + SAY_EVERY:
+            self.show()
+
+    def show(self):
+        self._last_shown, values = time.monotonic(), self._clock.read(self._done)
+        self._say(
+            f"{self._done}/{self._total} ({self._done / self._total:.1%}), "
+            f"{values.get('images_per_second', 0):.0f} img/s, {self._unreadable} unreadable so "
+            f"far, eta {duration(values.get('eta_seconds', 0))}"
+        )
+
+
+def _write(path: epath.Path, results: Iterable[Converted], features, progress) -> ShardInfo:
+    """Writes a shard of images and their stored bytes, or the reason why there are none."""
+    notes: list[str] = []
+    serialize = tfds_dataset.serializer(features)
+
+    def examples() -> Iterator[bytes]:
+        transparent = 0
+        for image, result in results:
+            progress.advance(isinstance(result, str))
+            if isinstance(result, str):
+                notes.append(f"{image.id}: {result}")
+                continue
+            transparent += result.transparent
+            example = {"id": image.id, "image": result.data}
+            if "label" in features:
+                example["label"] = image.label
+            yield serialize(example)
+        if transparent:
+            notes.append(f"{transparent} transparent images")
+
+    info = array_record_shards.write(path, examples(), notes)
+    progress.show()
+    return info
+
+
+def _convert(image: ImageEntry, options: user_images.Options) -> user_images.StoredImage | str:
+    """Returns the bytes to store, or the reason why there are none."""
+    try:
+        return user_images.convert(image.read(), options)
+    except image_ops.UnreadableImage as e:
+        return str(e)
+    except OSError as e:
+        return f"{type(e).__name__}: {e}"

@@ -1,0 +1,68 @@
+"""Interface between a task and the train loop."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from dgpt_jax.config import TrainConfig
+from dgpt_jax.data.dataset import ExampleDataset
+
+Batch = dict[str, Any]  # name to array (B, …)
+
+
+class Task(Protocol):
+    """Data, model, loss and optimizer of a run."""
+
+    config: TrainConfig
+    """The config of the run."""
+
+    examples: ExampleDataset
+    """Training examples; None in a task without data, used in planning and replay."""
+
+    initial_params: dict[str, Any]
+    """Nested host arrays to use instead of initialized parameters of the same paths."""
+
+    frozen: dict[str, Any]
+    """Nested arrays that the loss reads and that are not trained."""
+
+    notes: tuple[str, ...]
+    """Lines to log before training."""
+
+    metric_names: tuple[str, ...]
+    """Metrics of a train step, averaged over a log interval."""
+
+    independent: bool
+    """True if the loss of an example does not depend on others of its micro-batch."""
+
+    next_command: str
+    """Command to run after training, with a field {workdir}."""
+
+    @property
+    def prepare(self) -> Callable[[jax.Array, Batch], Batch] | None:
+        """(key, batch of the full batch size) → input of `loss`; None: the batch itself."""
+
+    def abstract_example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one example."""
+        ...
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Initial parameters, a nested dict."""
+        ...
+
+    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of the config with a learning-rate schedule, scalar or (heads,)."""
+        ...
+
+    def loss(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Batch]:
+        """(scalar, {metric: (B,) values per example})."""
+        ...
+
+    def model_flops(self) -> float:
+        """FLOPs per image of a train step, by flops.FORMULA."""
+        ...
+
+    def replay_metadata(self) -> dict[str, Any]:
+        """What `tasks.task_from_dump` needs beside the config, as JSON."""
+        ...
