@@ -28,7 +28,7 @@ PACKAGES = {
     "bench_torch": "torch",
 }
 WITHOUT = """
-import sys, importlib
+import sys, importlib, scipy.stats  # which fails if imported twice
 for name in {packages!r}:
     sys.modules[name] = None  # importing it raises ImportError
 for tool, module in {tools!r}.items():
