@@ -1,4 +1,4 @@
-"""User commands, one module each with `main()`; tools/NAME.py calls it.
+"""User commands, one module each with `main()`, which tools/NAME.py calls.
 
 Each imports early_signals first, parses its flags (cli.py) and calls the packages.
 """

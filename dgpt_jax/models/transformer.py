@@ -31,7 +31,7 @@ def swiglu(x: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x Φ(x). Φ is computed in float32 and rounded before the product, because 1 + erf
     cancels in bfloat16. erfc would not, but a step then moves more bytes on v5e and takes longer on
-    a CPU (RESULTS.md)."""
+    a CPU (docs/results)."""
     normal_cdf = 0.5 + 0.5 * jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5)
     return x * normal_cdf.astype(x.dtype)
 
@@ -209,7 +209,7 @@ def scan_blocks(
 
     Returns the last residual stream and the blocks' inputs, stacked on axis 0. On GPUs a loop that
     is differentiated is unrolled: otherwise everything that the backward pass reads is copied once
-    more, into zero-filled arrays (RESULTS.md).
+    more, into zero-filled arrays (docs/results).
     """
 
     def body(block, x, layer_input):

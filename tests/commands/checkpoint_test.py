@@ -158,13 +158,13 @@ def test_a_foreign_readme_is_not_overwritten(run, monkeypatch, tmp_path):
 
 
 def test_the_onnx_recipe(run, monkeypatch, tmp_path):
-    """Runs the lines of the README on an export."""
+    """Runs the documented lines on an export."""
     pytest.importorskip("transformers")
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
     convert(monkeypatch, run[0], tmp_path / "EXPORT_HF", "--to=hf")
-    text = (ROOT / "README.md").read_text()
-    block = text.split("ONNX comes out")[1].split("\n\n")[1]
+    text = (ROOT / "docs/guides/export.md").read_text()
+    block = text.split("## ONNX")[1].split("\n\n")[2]
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec("\n".join(line[4:] for line in block.splitlines()), names)

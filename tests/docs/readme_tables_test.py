@@ -1,21 +1,21 @@
-"""The README's links exist; its tables match the source and the tests."""
+"""Links of the documentation exist; its tables match the source and the tests."""
 
 import re
 import xml.etree.ElementTree
 
 from tests.support import commands as command_files
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, documentation
 
-README = (ROOT / "README.md").read_text()
+DOCS = "\n\n".join(page.read_text() for page in documentation())
 
 
 def test_links_and_figures():
-    for markdown in (README, (ROOT / "CONTRIBUTING.md").read_text()):
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", markdown):
-            assert (ROOT / link).exists(), link
-    figure = xml.etree.ElementTree.parse(ROOT / "docs/flow.svg").getroot()
-    text = " ".join(figure.itertext())
-    for command in re.findall(r'class="cmd"[^>]*>([^<]+)<', (ROOT / "docs/flow.svg").read_text()):
+    for page in (*documentation(), ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+    flow = ROOT / "docs/figures/flow.svg"
+    text = " ".join(xml.etree.ElementTree.parse(flow).getroot().itertext())
+    for command in re.findall(r'class="cmd"[^>]*>([^<]+)<', flow.read_text()):
         for name in command.replace("dgpt_jax.", "").split(", "):
             assert name in text
             assert name in command_files.FILES
@@ -36,7 +36,7 @@ def test_quoted_messages_exist():
 
 def _rows(head: str) -> list[list[str]]:
     """Rows of the table with this header."""
-    table = README.partition(head)[2].partition("\n\n")[0]
+    table = DOCS.partition(head)[2].partition("\n\n")[0]
     return [line.strip("| ").split(" | ") for line in table.strip().splitlines()[1:]]
 
 

@@ -1,4 +1,4 @@
-"""The README's commands run."""
+"""The commands of README and documentation run."""
 
 import dataclasses
 import re
@@ -17,9 +17,9 @@ from dgpt_jax import cli
 from dgpt_jax.distributed import preemption
 from tests.support import commands as command_files
 from tests.support import data
-from tests.support.paths import GOLDEN, ROOT
+from tests.support.paths import GOLDEN, ROOT, documentation
 
-README = (ROOT / "README.md").read_text()
+DOCS = "\n\n".join(page.read_text() for page in documentation())
 STARTS = ("python ", "tools/", "git ", "gcloud ", "pip ", "POD=", "EXTRAS=", "import ")
 # Commands not run here: the file that runs them, and a text in it.
 RUN_ELSEWHERE = {
@@ -80,9 +80,9 @@ class Command:
         return files[0] if files else None
 
 
-def commands(text: str = README) -> list[Command]:
+def commands(text: str = DOCS) -> list[Command]:
     result = []
-    for section in re.split(r"^(?=##+ )", text, flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^(?=#+ )", text, flags=re.MULTILINE):
         title, _, body = section.partition("\n")
         needs = re.search(r"^Needs ", body, re.MULTILINE) is not None
         for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", body, re.MULTILINE):
@@ -149,7 +149,7 @@ def test_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = {}
     for command in filter(_is_run, commands()):
-        if command.section in ("Your own images, in ten lines", "From images to an encoder"):
+        if command.section in ("Your own images", "Step by step"):
             paths = _start_section(tmp_path / command.section.split()[0], paths)
         _prepare(paths, command)
         print(f"{command.section}: {command.text}")
@@ -223,7 +223,7 @@ def _run(monkeypatch, command: Command, paths: dict):
 
 
 def _run_python(text: str, paths: dict):
-    """Runs a block of Python with the variables that the README leaves to the reader."""
+    """Runs a block of Python with the variables that the text leaves to the reader."""
     rng = np.random.default_rng(0)
     variables = {
         "pictures": rng.integers(0, 256, (2, 224, 224, 3), np.uint8),

@@ -1,7 +1,7 @@
 """Attention kernels for NVIDIA GPUs, in Triton through Pallas.
 
 A program computes one tile of rows of one head of one image, over blocks of columns in an unrolled
-loop: sequences are short, and loops that the compiler pipelines gave wrong gradients (RESULTS.md).
+loop: sequences are short, and loops that the compiler pipelines gave wrong gradients.
 In the forward pass rows are queries; in the backward pass keys, then queries, and the logarithms of
 the softmax's sums are reused (FlashAttention-2, arXiv 2307.08691). Masks are bits, 32 rows per
 word; cuDNN's attention, which takes a mask as a bias, is slower at these lengths.
@@ -19,7 +19,7 @@ from dgpt_jax.distributed import sharding
 from dgpt_jax.models.remat import save_for_backward
 
 TILE = 64  # rows of a program
-FWD_BLOCK, BWD_BLOCK = 128, 32  # columns per iteration; other sizes are slower (RESULTS.md)
+FWD_BLOCK, BWD_BLOCK = 128, 32  # columns per iteration; other sizes are slower (docs/results)
 WORD = 32
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 LOG2E = 1.4426950408889634  # exp2 is the hardware's exponential

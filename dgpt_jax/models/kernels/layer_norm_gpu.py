@@ -1,6 +1,6 @@
 """The backward pass of LayerNorm for NVIDIA GPUs, in Triton through Pallas.
 
-It computes all three gradients in one pass over memory; XLA makes several (RESULTS.md).
+It computes all three gradients in one pass over memory; XLA makes several (docs/results).
 """
 
 from functools import partial

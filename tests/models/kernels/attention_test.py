@@ -86,7 +86,7 @@ def check_on_gpu(projections, gradient, head_width, mask):
 
 
 def test_gpu_kernels_lower_to_triton():
-    """Without a GPU; RESULTS.md has the checks of their results on one."""
+    """Without a GPU; docs/results has the checks of their results on one."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     mask = segments.attention_mask(3, 49)
 
