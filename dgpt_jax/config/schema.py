@@ -118,12 +118,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
     """Returns {"model.width": 8} of {"model": {"width": 8}}."""
     flat = {}
-    for name, value in config.items():
+    for name, value in tree.items():
         path = f"{prefix}{name}"
-        flat.update(flatten(value, f"{path}.") if isinstance(value, dict) else {path: value})
+        nested = isinstance(value, Mapping)
+        flat.update(flatten(value, separator, path + separator) if nested else {path: value})
     return flat
 
 

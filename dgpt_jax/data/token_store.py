@@ -19,6 +19,7 @@ from dgpt_jax.config.schema import parse
 from dgpt_jax.data import token_codec
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.errors import UserError, one_line
+from dgpt_jax.storage import atomic
 
 STORE_FILE = "token_store.json"
 BASIS_FILE = "basis.npy"
@@ -67,9 +68,7 @@ class StoreInfo:
     def save(self, directory: epath.PathLike):
         """Writes the JSON atomically."""
         text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-        partial = epath.Path(directory) / f".{STORE_FILE}.partial"
-        partial.write_text(text)
-        partial.replace(epath.Path(directory) / STORE_FILE)
+        atomic.write_text(epath.Path(directory) / STORE_FILE, text)
 
     @classmethod
     def load(cls, directory: epath.PathLike) -> "StoreInfo":

@@ -21,7 +21,7 @@ from etils import epath
 
 from dgpt_jax.errors import UserError
 from dgpt_jax.monitoring import markdown
-from dgpt_jax.storage import gcs
+from dgpt_jax.storage import atomic
 from dgpt_jax.weights import mapping
 
 FORMAT = 1
@@ -185,13 +185,7 @@ def write(
     path = epath.Path(path)
     content = {"format": FORMAT, "weights": weights, "model": dict(model)}
     content |= {"parameters": parameters} if parameters else {}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with gcs.failures(f"{path} cannot be written"):
-        try:
-            temporary.write_text(json.dumps(content | {"results": list(rows)}, indent=1) + "\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    atomic.write_text(path, json.dumps(content | {"results": list(rows)}, indent=1) + "\n")
 
 
 @contextlib.contextmanager

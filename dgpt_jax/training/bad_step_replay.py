@@ -19,7 +19,7 @@ from etils import epath
 from dgpt_jax.config import TrainConfig, renamed_keys, schema
 from dgpt_jax.distributed import param_rules, sharding
 from dgpt_jax.errors import UserError
-from dgpt_jax.storage import gcs, remote_sync
+from dgpt_jax.storage import atomic, gcs, remote_sync
 from dgpt_jax.training import tasks, train_step
 from dgpt_jax.training.tasks.base import Task
 from dgpt_jax.weights import files, mapping
@@ -209,7 +209,7 @@ def replay(
     directory = Path(directory)
     if not (directory / "step.json").is_file():
         raise UserError(f"{directory} has no step.json: choose a bad_step_… directory of a run")
-    metadata = json.loads((directory / "step.json").read_text())
+    metadata = atomic.read_json(directory / "step.json", "bad step")
     config = schema.parse(TrainConfig, renamed_keys.translate(metadata["config"]))
     config = dataclasses.replace(
         config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dgpt_jax.config import schema
 from dgpt_jax.errors import UserError
 
 
@@ -214,13 +215,9 @@ def patch_embed(name: str, path: str) -> list[ArrayEntry]:
     ]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict of arrays (or shapes) as {"a/b": leaf}."""
-    flat = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
-    return flat
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a nested dict of arrays (or shapes) as {"a/b": leaf}."""
+    return schema.flatten(tree, "/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from etils import epath
 from dgpt_jax.data.ingest import user_images
 from dgpt_jax.data.ingest.discovery import Discovered
 from dgpt_jax.errors import UserError
+from dgpt_jax.storage import atomic
 
 FILE = "import.json"
 
@@ -39,7 +40,7 @@ def check_same_import(out: epath.Path, settings: dict):
     """Raises UserError if `out` contains anything but this import."""
     file = out / FILE
     if file.exists():
-        saved = _decoding(user_images.DEFAULT) | json.loads(file.read_text())
+        saved = _decoding(user_images.DEFAULT) | atomic.read_json(file, "import settings")
         for key, value in settings.items():
             if saved.get(key) != value:
                 raise UserError(
@@ -55,7 +56,7 @@ def check_same_import(out: epath.Path, settings: dict):
 def check_decoding_version(out: epath.Path, shard_infos: Mapping):
     """Raises UserError if some shards are by an earlier version, which did not composite
     transparent images."""
-    if shard_infos and "background" not in json.loads((out / FILE).read_text()):
+    if shard_infos and "background" not in atomic.read_json(out / FILE, "import settings"):
         raise UserError(
             f"{out} was started by an earlier version, which decoded transparent and deep images "
             f"differently, and is unfinished: choose another --out, or delete it"
@@ -64,6 +65,4 @@ def check_decoding_version(out: epath.Path, shard_infos: Mapping):
 
 def write(out: epath.Path, settings: dict):
     """Writes the file atomically."""
-    partial = out / f".{FILE}.partial"
-    partial.write_text(json.dumps(settings, indent=1) + "\n")
-    partial.replace(out / FILE)
+    atomic.write_text(out / FILE, json.dumps(settings, indent=1) + "\n")
