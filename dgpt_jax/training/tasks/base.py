@@ -64,5 +64,5 @@ class Task(Protocol):
         ...
 
     def replay_metadata(self) -> dict[str, Any]:
-        """What `tasks.task_from_dump` needs beside the config, as JSON."""
+        """Returns the JSON that `tasks.task_from_dump` needs beside the config."""
         ...
