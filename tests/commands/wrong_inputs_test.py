@@ -144,7 +144,7 @@ WRONG = {  # kind: (command, text of its error)
         [*PRETRAIN, "--workdir={root}/run", "--config.seed=7"], "seed"),
     "other data under the same path": (
         [*PRETRAIN, "--workdir={root}/run", "--config.data.path={root}/other/tokens"],
-        "config.data.path"),
+        "other/tokens"),
     "floats without a range": ([*IMPORT, "{root}/floats", "--out={root}/new"], "range"),
     "folders that are splits": ([*IMPORT, "{root}/coco", "--out={root}/new"], "train2017"),
     "no images": ([*IMPORT, "{root}/empty", "--out={root}/new"], "no images"),
