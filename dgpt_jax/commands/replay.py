@@ -10,6 +10,7 @@ import re
 
 from dgpt_jax import cli
 from dgpt_jax.errors import UserError
+from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.training import bad_step_replay
 
 
@@ -32,6 +33,7 @@ def main():
     parser.add_argument("--layers", type=int, default=20, help="layers to print")
     args = parser.parse_args()
     rows = parse_rows(args.rows) if args.rows else None
+    kernel_check.select("auto", cli.say)
     step = bad_step_replay.replay(args.dir, dtype=args.dtype, rows=rows)
     subset, full = "", ""
     if len(step.ids) < step.batch_size:

@@ -13,6 +13,7 @@ from dgpt_jax import cli
 from dgpt_jax.config import roots
 from dgpt_jax.data import token_store
 from dgpt_jax.errors import UserError
+from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.tokens import verify
 
 
@@ -41,6 +42,7 @@ def main():
     )
     least, median = verify.thresholds(info)
     damaged = []
+    kernel_check.select("auto", cli.say)
     reports = verify.verify(args.store, teacher, samples=args.samples, source=args.source)
     print(f"{'split':8} {'shards':>6} {'examples':>8} {'least':>9} {'median':>9}  worst example")
     for split, group in itertools.groupby(reports, key=lambda report: report.split):

@@ -221,9 +221,10 @@ class StageTimer:
     """Progress of this process, and the time it waits for each stage after the first batch."""
 
     def __init__(self, total: int, example_bytes: float, say: Callable[[str], None]):
-        self._total, self._bytes, self._say = total, example_bytes, say
+        self._total, self._bytes = total, example_bytes
         self._done = self._first = 0
-        self._start = self._last_said = time.monotonic()
+        self._start = time.monotonic()
+        self._progress = progress.Progress("examples", SAY_EVERY, say=say)
         self._waited = {"images": 0.0, "teacher": 0.0, "disk": 0.0}
 
     def timed(self, stage: str, function: Callable, *args) -> Any:
@@ -236,21 +237,23 @@ class StageTimer:
     def done(self, examples: int):
         """Counts examples; logs the progress every SAY_EVERY seconds."""
         self._done += examples
-        now = time.monotonic()
         if not self._first:  # the time so far was the compile
-            self._first, self._start, self._last_said = examples, now, now
+            self._first, self._start = examples, time.monotonic()
             self._waited = dict.fromkeys(self._waited, 0.0)
-        if self._done == self._total or now - self._last_said > SAY_EVERY:
-            self._last_said = now
+        if self._done == self._total or self._progress.is_due():
             shares = self.summary()
             rate = shares.pop("images_per_second")
             remaining = (self._total - self._done) / rate if rate else math.inf
-            self._say(
-                f"{self._done}/{self._total} examples ({self._done / self._total:.1%}), "
+            self._progress.show(
+                self._done,
+                self._total,
+                f"({self._done / self._total:.1%}), "
                 f"{self._done * self._bytes / 1e9:.2f} GB, {rate:.0f} img/s, waiting for "
                 f"{', '.join(f'{stage} {share:.0%}' for stage, share in shares.items())}, "
-                f"eta {progress.duration(remaining)}"
+                f"eta {progress.duration(remaining)}",
             )
+        if self._done == self._total:
+            self._progress.close()
 
     def summary(self) -> dict[str, float]:
         """Returns images_per_second and the fraction of time waited for each stage."""

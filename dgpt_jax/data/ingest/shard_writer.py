@@ -1,8 +1,8 @@
 """Writes the shards of an import: threads decode the images of a shard ahead of the writer."""
 
+import contextlib
 import functools
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +13,7 @@ from dgpt_jax.data import image_ops
 from dgpt_jax.data.ingest import user_images
 from dgpt_jax.data.ingest.image_index import ImageEntry, ImageIndex
 from dgpt_jax.data.prefetch import map_ahead
-from dgpt_jax.monitoring.progress import Clock, duration
+from dgpt_jax.monitoring.progress import Clock, Progress, duration
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 from dgpt_jax.storage.array_record_shards import ShardInfo
 
@@ -43,7 +43,7 @@ def write_missing(
     """Writes the shards that `infos` does not name; returns the infos of all."""
     infos, progress = dict(infos), _Progress(shards, infos, say)
     convert = functools.partial(_convert, options=options)
-    with ThreadPoolExecutor(threads) as pool:
+    with contextlib.closing(progress), ThreadPoolExecutor(threads) as pool:
         for path, images in shards.items():
             if path.name not in infos:
                 results = map_ahead(pool, convert, images, depth=4 * threads - 1)
@@ -59,21 +59,24 @@ class _Progress:
         complete = [path for path in shards if path.name in infos]
         self._done = sum(len(shards[path]) for path in complete)
         self._unreadable = sum(len(unreadable(infos[path.name])) for path in complete)
-        self._say, self._clock = say, Clock(self._done, self._total, 1)
-        self._last_shown = time.monotonic()
+        self._clock = Clock(self._done, self._total, 1)
+        self._progress = Progress("images", SAY_EVERY, say=say)
+        self.close = self._progress.close
 
     def advance(self, is_unreadable: bool):
         self._done += 1
         self._unreadable += is_unreadable
-        if time.monotonic() > self._last_shown + SAY_EVERY:
+        if self._progress.is_due():
             self.show()
 
     def show(self):
-        self._last_shown, values = time.monotonic(), self._clock.read(self._done)
-        self._say(
-            f"{self._done}/{self._total} ({self._done / self._total:.1%}), "
+        values = self._clock.read(self._done)
+        self._progress.show(
+            self._done,
+            self._total,
+            f"({self._done / self._total:.1%}), "
             f"{values.get('images_per_second', 0):.0f} img/s, {self._unreadable} unreadable so "
-            f"far, eta {duration(values.get('eta_seconds', 0))}"
+            f"far, eta {duration(values.get('eta_seconds', 0))}",
         )
 
 

@@ -199,7 +199,7 @@ def test_progress(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_writer, "SAY_EVERY", -1)
     importer.import_images(tmp_path / "src", tmp_path / "out", say=lines.append)
     assert lines[0] == f"{tmp_path / 'src'}: train 5 images, 2 classes, 0.00 MB"
-    assert lines[3].startswith("3/5 (60.0%), ") and len(lines) == 7
+    assert lines[3].startswith("images 3/5 (60.0%), ") and len(lines) == 7
     assert "img/s, 1 unreadable so far, eta 0m0" in lines[3]
 
 
