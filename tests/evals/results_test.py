@@ -3,11 +3,11 @@
 import errno
 import json
 import multiprocessing
+import os
 import sys
 
 import numpy as np
 import pytest
-from etils import epath
 from scipy.stats import binomtest
 
 from dgpt_jax import cli
@@ -144,13 +144,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, add):
     path = tmp_path / "r.json"
     add(path, "RUN, step 5", {}, [knn_row(20)])
     before = path.read_bytes()
-    monkeypatch.setattr(type(epath.Path(path)), "write_text", full)
-    with pytest.raises(UserError, match="r.json.*No space left on device"):
-        add(path, "RUN, step 5", {}, [knn_row(21)])
-    monkeypatch.undo()
-    monkeypatch.setattr(type(epath.Path(path)), "replace", full)
-    with pytest.raises(UserError, match="r.json.*No space left on device"):
-        add(path, "RUN, step 5", {}, [knn_row(21)])
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="r.json.*No space"):
+            patch.setattr(os, function, full)
+            add(path, "RUN, step 5", {}, [knn_row(21)])
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
