@@ -5,7 +5,8 @@
 tiny: an encoder of width 64 and depth 6 on 32×32 images, 300 steps, for a CPU. large: width 384 and
 depth 12 on 64×64 images of glyphs, 6,000 steps, for a GPU; not run by us.
 
-Paths are relative to DIR, which tools/studies/ablate.py fills. Results: RESULTS.md.
+Paths are relative to DIR, which tools/studies/ablate.py fills. Results:
+docs/results/ablations.md.
 """
 
 from dgpt_jax.config import TrainConfig, check_choice, default_config

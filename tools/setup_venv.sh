@@ -5,7 +5,7 @@
 # PYTHON names another interpreter than python3, VENV another directory than .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=$1
+extras=${1:?usage: tools/setup_venv.sh EXTRAS, such as cuda,plot}
 python=${PYTHON:-python3}
 venv=${VENV:-.venv}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then

@@ -144,6 +144,6 @@ class TrainingProgress(Progress):
         if self._slow_intervals == 2:  # a single one may be an accident
             self.say(
                 f"warning: {data_wait:.0%} of the time is spent waiting for data: "
-                f"tools/benchmarks/bench_input.py measures the input pipeline; config.data.threads "
+                f"python -m tools.benchmarks.bench_input measures the input; config.data.threads "
                 f"and config.data.workers set its parallelism"
             )

@@ -102,6 +102,10 @@ def _metadata_errors(directory: AnyPath, split: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as e:
+        if "Requested slice" in str(e):  # TFDS's words
+            raise UserError(
+                f"{directory}{split}: {one_line(e)} Choose a slice that it has"
+            ) from None
         raise UserError(
             f"{directory}{split}: dataset_info.json or features.json cannot be read: {one_line(e)}"
         ) from None

@@ -101,5 +101,5 @@ def test_a_slow_input_pipeline_is_warned_about(capsys):
     line, warnings = progress.TrainingProgress(), []
     for wait in (0.5, 0.05, 0.11, 0.3, 0.9, 0.1, 0.2, 0.2):
         line.show_step(1, 2, {"learning_rate": 1.0, "data_wait": wait})
-        warnings.append("tools/benchmarks/bench_input.py" in capsys.readouterr().err)
+        warnings.append("tools.benchmarks.bench_input" in capsys.readouterr().err)
     assert warnings == [False, False, False, True, False, False, False, True]
