@@ -168,6 +168,8 @@ def main():
     out, parameters = arguments.out, ""
     if arguments.untrained is None or out:
         out = out or results.default_path(arguments.checkpoint, weights.run.get("step"))
+        if arguments.smoke and not arguments.out:  # never among real results
+            out = out.with_name(f"smoke_{out.name}")
         if not jax.process_index():
             output_paths.file(out)
         parameters = results.digest(weights.params)

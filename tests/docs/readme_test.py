@@ -56,7 +56,7 @@ ADDED = {
 REPLACED = {
     "--last=3": "--last=2",
     "--last=9": "--last=2",
-    "RUN/results_step93835.json": "RUN/results_step4.json",
+    "RUN/results_step93835.json": "RUN/smoke_results_step4.json",
     "--config.resize=32": "--config.resize=256",
     "[--untrained=0]": "--untrained=0",
 }
