@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         self._has_subcommands = True
         return super().add_subparsers(**kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None):
         # Before argparse, which would report the flag that a misspelled one leaves missing.
         words = sys.argv[1:] if args is None else list(args)
         for word in itertools.takewhile(lambda word: word != "--", words):
@@ -112,7 +112,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(self._unknown(flag))
         return super().parse_known_args(words, namespace)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError, where argparse would exit."""
         raise UserError(f"{message} (see --help)")
 
     def _is_known(self, flag: str) -> bool:

@@ -157,6 +157,7 @@ def _time(seconds: float) -> str:
 
 
 def read_config(run: epath.Path) -> dict:
+    """Config of a run, {} without one. Raises UserError."""
     path = run / "config.json"
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}

@@ -84,7 +84,8 @@ def spread(items: Sequence, count: int, flag: str = "--count") -> list:
 
 
 def read_images(entries: Sequence[ImageEntry], size: int) -> np.ndarray:
-    """Central size×size pixels of images, decoded as by an import, (B, size, size, 3)."""
+    """Central size×size pixels of images, decoded as by an import, (B, size, size, 3).
+    Raises UserError."""
     images = []
     for entry in entries:
         try:
@@ -141,6 +142,7 @@ def show_attention(
 def show_neighbors(
     encoder: api.PretrainedEncoder, entries: Sequence[ImageEntry], args: argparse.Namespace
 ) -> Figure:
+    """Nearest images by cosine of their features. Raises UserError for fewer than two images."""
     if len(entries) < 2:
         raise UserError("--show=neighbours needs at least 2 images")
     gallery, size = spread(entries, args.gallery, "--gallery"), encoder.model.image_size
@@ -185,6 +187,7 @@ def store_examples(
 
 
 def show_predictions(args: argparse.Namespace) -> Figure:
+    """Predictions beside stored tokens. Raises UserError if the store does not fit the model."""
     model = api.load_digpt(args.checkpoint)
     images, tokens, orders, cls = store_examples(args, model.model)
     if (width := tokens.shape[-1]) != (expected := model.module.out_width):
@@ -203,6 +206,7 @@ RENDERERS = {"tokens": show_tokens, "attention": show_attention, "neighbours": s
 
 
 def parse() -> argparse.Namespace:
+    """The flags. Raises UserError."""
     parser = cli.parser(__doc__)
     parser.add_argument("checkpoint", type=cli.path, help="work directory or weights")
     parser.add_argument("images", type=cli.path, nargs="*", help="image files or directories")

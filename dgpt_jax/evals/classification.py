@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,21 @@ from dgpt_jax.evals import feature_bank, results
 from dgpt_jax.monitoring import metrics_log
 from dgpt_jax.storage import tfds_dataset
 
+if TYPE_CHECKING:  # tasks are a later package
+    from dgpt_jax.training.tasks.classify import ClassificationTask
+
 # Metric suffix → squash: resize both sides to the same length, as the official code does.
 RESIZES = {"": False, "_squash": True}
 
 
-def make_evaluators(task, mesh: jax.sharding.Mesh) -> list[Callable[[Any], dict[str, float]]]:
+def make_evaluators(
+    task: "ClassificationTask", mesh: jax.sharding.Mesh
+) -> list[Callable[[Any], dict[str, float]]]:
     """Evaluators that the config enables, each params → {metric: value}."""
     return [accuracy(task, mesh)] if task.config.evals.heldout else []
 
 
-def metric_names(task) -> list[str]:
+def metric_names(task: "ClassificationTask") -> list[str]:
     """Names of the metrics of `make_evaluators`."""
     if not task.config.evals.heldout:
         return []
@@ -59,7 +64,9 @@ def resize_of(config: TrainConfig) -> int:
     return config.classify.resize or (size * 256 // 224 if size <= 224 else size)
 
 
-def accuracy(task, mesh: jax.sharding.Mesh) -> Callable[[Any], dict[str, float]]:
+def accuracy(
+    task: "ClassificationTask", mesh: jax.sharding.Mesh
+) -> Callable[[Any], dict[str, float]]:
     """Evaluator of the accuracy on all held-out examples, each counted once.
 
     For a task with several heads, val/top1/HEAD is that of each head, the other metrics are those
@@ -138,7 +145,7 @@ def _shares(hits: dict[str, np.ndarray], task, count: int) -> dict[str, float]:
     return shares
 
 
-def result_rows(task, workdir: Path | str) -> list[dict]:
+def result_rows(task: "ClassificationTask", workdir: Path | str) -> list[dict]:
     """Rows of results (evals/results.py) from a run's metrics: for each resizing the last and the
     best evaluation; of a grid of heads also every head at the last one, as details."""
     config = task.config
@@ -205,7 +212,7 @@ def _protocol(config: TrainConfig) -> tuple[dict, dict]:
     return identity, how
 
 
-def save_results(task, workdir: Path | str) -> list[str]:
+def save_results(task: "ClassificationTask", workdir: Path | str) -> list[str]:
     """Writes the rows to a results file in the work directory; returns lines to print.
 
     Fine-tuned weights have a file per step, to which rows are added; a probe has one, which

@@ -29,6 +29,7 @@ class File:
     path: str
 
     def read(self) -> bytes:
+        """The encoded image. Raises UserError."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 return file.read()
@@ -72,6 +73,7 @@ class FileImages:
         return str(self.path)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (height, width, 3) and labels. Raises UserError."""
         file, cut = self._files[index], self._crop
         try:
             image = image_ops.decode_image(file.read())

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,15 @@ from dgpt_jax.evals import feature_maps, features, figures, knn
 from dgpt_jax.models import classifier, vit
 from dgpt_jax.storage import tfds_dataset
 
+if TYPE_CHECKING:  # tasks are a later package
+    from dgpt_jax.training.tasks.pretrain import PretrainTask
+
 POOLINGS = ("cls", "mean")  # of kNN's features
 
 
-def make_evaluators(task, mesh: jax.sharding.Mesh) -> list[Callable[[Any], dict[str, float]]]:
+def make_evaluators(
+    task: "PretrainTask", mesh: jax.sharding.Mesh
+) -> list[Callable[[Any], dict[str, float]]]:
     """Evaluators that the config enables, each params → {metric: value}."""
     evaluators = []
     if task.config.evals.heldout:
@@ -28,19 +33,21 @@ def make_evaluators(task, mesh: jax.sharding.Mesh) -> list[Callable[[Any], dict[
     return evaluators
 
 
-def metric_names(task) -> list[str]:
+def metric_names(task: "PretrainTask") -> list[str]:
     """Names of the metrics of `make_evaluators`."""
     evals = task.config.evals
     losses = [f"heldout/{name}" for name in task.weights] if evals.heldout else []
     return losses + ([f"knn/{pooling}" for pooling in POOLINGS] if evals.knn else [])
 
 
-def save_results(task, workdir: Path | str) -> list[str]:
+def save_results(task: "PretrainTask", workdir: Path | str) -> list[str]:
     """Writes nothing: held-out losses compare only within a run."""
     return []
 
 
-def heldout_loss(task, mesh: jax.sharding.Mesh) -> Callable[[Any], dict[str, float]]:
+def heldout_loss(
+    task: "PretrainTask", mesh: jax.sharding.Mesh
+) -> Callable[[Any], dict[str, float]]:
     """Evaluator of each loss term's mean over all held-out examples, each counted once."""
     batch_size = task.config.evals.batch_size
     rows = sharding.process_rows(mesh, batch_size)
@@ -66,7 +73,7 @@ def heldout_loss(task, mesh: jax.sharding.Mesh) -> Callable[[Any], dict[str, flo
 
 
 def prediction_figures(
-    task, mesh: jax.sharding.Mesh
+    task: "PretrainTask", mesh: jax.sharding.Mesh
 ) -> Callable[[Any], Callable[[], dict[str, np.ndarray]]] | None:
     """Returns draw(params) → a callable, for any thread, of {name: figure}: predictions of some
     held-out examples (config.evals.figures) beside the teacher's tokens. None if disabled."""
@@ -96,7 +103,9 @@ def prediction_figures(
     return lambda params: partial(draw, predict(params, frozen, batch))
 
 
-def knn_accuracy(task, mesh: jax.sharding.Mesh) -> Callable[[Any], dict[str, float]]:
+def knn_accuracy(
+    task: "PretrainTask", mesh: jax.sharding.Mesh
+) -> Callable[[Any], dict[str, float]]:
     """Evaluator of kNN (k = 20) on frozen CLS and mean features of a labeled image dataset."""
     config, model = task.config.evals, task.config.model
     train = features.RecordSource(tfds_dataset.Split(config.knn, config.knn_train))

@@ -30,7 +30,8 @@ def attend(
 
     projections: q, k and v, stacked in one array (3, B, N, D) or in two, (1, B, N, D) and
     (2, B, M, D); a head is `head_width` neighbors of the last axis. mask: bool (N, M), True where a
-    query (row) attends to a key (column). The result is saved for the backward pass.
+    query (row) attends to a key (column). The result is saved for the backward pass. Raises
+    UserError if the selected kernels cannot compute it.
     """
     projections = tuple(projections)
     platform, implementation = sharding.platform(), selection.implementation()

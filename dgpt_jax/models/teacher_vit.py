@@ -104,7 +104,7 @@ class TeacherViT(nn.Module):
 
 
 def teacher_tokens(
-    tower: TeacherArchitecture, params, images: jax.Array, dtype: Any = jnp.float32
+    tower: TeacherArchitecture, params: Any, images: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
     """Tokens (B, cls+N, C) float32, CLS first if the tower has one, of uint8 images (B, …, …, 3).
 

@@ -59,7 +59,9 @@ class LayerNorm(nn.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype) -> jax.Array:
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype: Any
+) -> jax.Array:
     """LayerNorm of x, float32 (…, D), rounded to dtype."""
     return (_standardize(x, eps)[0] * scale + bias).astype(dtype)
 
@@ -203,7 +205,13 @@ class Block(nn.Module):
 
 
 def scan_blocks(
-    block: Callable, depth: int, x: jax.Array, mask_NM, layer_inputs=None, *, trained: bool = True
+    block: Callable,
+    depth: int,
+    x: jax.Array,
+    mask_NM: Any,
+    layer_inputs: Any = None,
+    *,
+    trained: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs `depth` stacked copies of `block` on x, called (x, mask, its slice of layer_inputs).
 

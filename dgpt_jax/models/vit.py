@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         return self.patch_embed(patchify(images.astype(self.dtype), self.patch))
 
     def forward_blocks(
-        self, x_BND: jax.Array, mask_NM=None, drop_path_scale_LB2: jax.Array | None = None
+        self, x_BND: jax.Array, mask_NM: Any = None, drop_path_scale_LB2: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the last residual (B, N, D) and the input of every block (L, B, N, D)."""
         return transformer.scan_blocks(self.blocks, self.depth, x_BND, mask_NM, drop_path_scale_LB2)

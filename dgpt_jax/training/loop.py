@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from dgpt_jax.monitoring import metrics, metrics_log
 from dgpt_jax.monitoring.progress import Clock, TrainingProgress, seconds_since_start
 from dgpt_jax.training import bad_step_replay, checkpointing, optimizer
 from dgpt_jax.training.tasks.base import Task
+from dgpt_jax.training.tasks.pretrain import PretrainTask
 from dgpt_jax.training.train_step import TrainState
 
 Evaluator = Callable[[Any], dict[str, float]]  # params → {metric: value}
@@ -92,7 +93,9 @@ class Loop:
         self._evaluators = evaluators
         self._prediction_figures = None
         if self.config.task == "pretrain":
-            self._prediction_figures = pretraining.prediction_figures(task, mesh)
+            self._prediction_figures = pretraining.prediction_figures(
+                cast(PretrainTask, task), mesh
+            )
 
     def run(self, step_fn: Callable, stop: preemption.StopOnSignal):
         """Runs to the last step, or to the end of the current one after a signal, and saves.

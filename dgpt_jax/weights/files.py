@@ -182,7 +182,10 @@ def written(path: Path | str) -> Iterator[Path]:
 def write_safetensors(
     path: Path | str, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a file atomically, array by array, without a second copy of the state."""
+    """Writes a file atomically, array by array, without a second copy of the state.
+
+    Raises UserError for other dtypes than DTYPES.
+    """
     header: dict = {"__metadata__": dict(metadata)}
     offset = 0
     for name, array in state.items():

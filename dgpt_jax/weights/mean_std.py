@@ -76,7 +76,7 @@ def _processor(content: Mapping, file: Path) -> MeanStd:
 
 
 def image_processor(content: Mapping, file: Path) -> MeanStd:
-    """{"mean", "std"} of transformers' image processor, as far as specified."""
+    """{"mean", "std"} of transformers' image processor, as far as specified. Raises UserError."""
     if content.get("do_normalize") is False:
         return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     factor = content.get("rescale_factor", 1 / 255)

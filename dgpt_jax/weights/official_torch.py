@@ -25,7 +25,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -41,7 +41,12 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, features=None, mask=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        features: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         projections = [self.qkv(x)] if features is None else [self.q(x), self.kv(features)]
         qkv = []
         for projection in projections:
@@ -58,7 +63,7 @@ class Block(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
         self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), Mlp(width, hidden)
 
-    def forward(self, x, mask):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), mask=mask)
         return x + self.mlp(self.norm2(x))
 
@@ -76,7 +81,7 @@ class DecoderBlock(nn.Module):
         self.attn1, self.attn2 = Attention(width, heads), Attention(width, heads, cross=True)
         self.mlp = Mlp(width, hidden)
 
-    def forward(self, q, features, mask):
+    def forward(self, q: torch.Tensor, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q = q + self.attn1(self.norm1(q), mask=mask)
         q = q + self.attn2(self.norm2_1(q), self.norm2_2(features), mask)
         return q + self.mlp(self.norm2(q))
@@ -121,20 +126,22 @@ class DiGPT(nn.Module):
         self.register_buffer("pos_embed", torch.zeros(1, count, width))
         self.register_buffer("decoder_pos_embed", torch.zeros(1, count, wide))
 
-    def take_segments(self, table, order, ranks: slice):
+    def take_segments(self, table: torch.Tensor, order: torch.Tensor, ranks: slice) -> torch.Tensor:
         """Rows of a raster (B or 1, N, D) in the segments at some ranks of each image's order."""
         blocks = self.split(table)
         index = order[:, ranks, None, None].expand(-1, -1, *blocks.shape[2:])
         return torch.gather(blocks.expand(len(order), -1, -1, -1), 1, index).flatten(1, 2)
 
-    def split(self, table, grid=None):
+    def split(self, table: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """(B, N, D) in raster order to (B, S, T, D)."""
         rows, cols = grid or self.grid
         down, across = self.segments
         x = table.view(len(table), down, rows // down, across, cols // across, -1)
         return x.transpose(2, 3).reshape(len(table), down * across, -1, table.shape[-1])
 
-    def forward(self, images, order):
+    def forward(
+        self, images: torch.Tensor, order: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Residual streams of all blocks (B, N, D), and predictions of `ar` and `kd` (B, N, C).
 
         images: normalized (B, 3, size, size). order: (B, S).
@@ -151,7 +158,14 @@ class DiGPT(nn.Module):
         ranks = {"ar": predicted, "kd": visible}
         return blocks, [self.decode(name, taps, order, ranks[name], mask) for name in FEATURES]
 
-    def decode(self, name, taps, order, ranks, mask):
+    def decode(
+        self,
+        name: str,
+        taps: list[torch.Tensor],
+        order: torch.Tensor,
+        ranks: slice,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
         """Predictions of one decoder, (B, N, C) float32."""
         source = FEATURES[name]
         norms = getattr(self, f"{source}_enc_norm")

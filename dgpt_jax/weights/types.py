@@ -154,7 +154,8 @@ def encoder_model(
 
 
 def image_side(positions: int, patch: int, path: Path | str) -> int:
-    """Side in pixels of a square image from its number of positions, CLS included."""
+    """Side in pixels of a square image from its number of positions, CLS included.
+    Raises UserError."""
     side = round(max(positions - 1, 0) ** 0.5)
     if side * side + 1 != positions:
         raise UserError(f"{path}: {positions} positions are not CLS and a square grid")
@@ -162,7 +163,7 @@ def image_side(positions: int, patch: int, path: Path | str) -> int:
 
 
 def depth_of(state: Mapping[str, np.ndarray], prefix: str, path: Path | str) -> int:
-    """Number of blocks: one more than the largest index after the prefix."""
+    """Number of blocks: one more than the largest index after the prefix. Raises UserError."""
     numbers = [int(n.removeprefix(prefix).split(".")[0]) for n in state if n.startswith(prefix)]
     if not numbers:
         raise UserError(f"{path} has no blocks ({prefix}0.…)")
