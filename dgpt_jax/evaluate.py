@@ -3,7 +3,7 @@
 PATH is a work directory, or weights that tools/convert.py reads. Prints a table and adds the
 results, with 95 % intervals and the protocol's parameters, to one JSON file per model: --out, or
 results_stepN.json in a work directory, or NAME.results.json beside weights. --untrained=SEED
-evaluates the same architecture at initialization and prints only. tools/report.py tabulates such
+evaluates the same architecture at initialization and prints only. tools/results.py tabulates such
 files beside published numbers.
 """
 
@@ -187,7 +187,7 @@ def main():
     print("low, high: 95 % Wilson interval of the accuracy, for the sampling of test examples")
     if out:
         print(f"added to {out}")
-    print(f"next: python tools/report.py {shlex.quote(str(out)) if out else 'RESULTS.json…'}")
+    print(f"next: python tools/results.py {shlex.quote(str(out)) if out else 'RESULTS.json…'}")
 
 
 def gather(

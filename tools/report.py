@@ -1,4 +1,4 @@
-"""Tabulates results beside published numbers: python tools/report.py RESULTS.json…"""
+"""Writes one HTML file about a run: tools/report.py RUN --out=FILE.html"""
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
 

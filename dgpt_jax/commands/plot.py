@@ -221,7 +221,7 @@ def main():
             names = [name for name in names if name not in metrics_log.OF_THE_MACHINE]
         differ = diff(logs[0], logs[1], names, args.tolerance)
 
-    print(f"next: python tools/report_run.py {shlex.quote(args.runs[0])} --out=report.html")
+    print(f"next: python tools/report.py {shlex.quote(args.runs[0])} --out=report.html")
     if differ:
         sys.exit(1)
 

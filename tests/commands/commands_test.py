@@ -109,7 +109,7 @@ def test_missing_checkpoints(monkeypatch, tmp_path, data):
     [
         ("plot", "RUN --smooth=-1"),
         ("plot", "RUN --tolerance=nan"),
-        ("report_run", "RUN --smooth=-2 --out=x.html"),
+        ("report", "RUN --smooth=-2 --out=x.html"),
         ("visualize", "RUN x --count=0 --out=x.png"),
         ("visualize", "RUN x --neighbours=-1 --out=x.png"),
         ("visualize", "RUN x --view=-1 --out=x.png"),

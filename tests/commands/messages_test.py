@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 PACKAGES = {
     "plot": "matplotlib",
     "visualize": "matplotlib",
-    "report_run": "matplotlib",
+    "report": "matplotlib",
     "ablate": "matplotlib",
     "glyphs": "matplotlib",
     "quickstart": "sklearn",

@@ -76,7 +76,7 @@ def test_importing_a_command_keeps_the_signal_handlers():
 
 def test_a_background_command_still_ignores_ctrl_c():
     process = subprocess.Popen(
-        [sys.executable, ROOT / "tools/report.py", "--help"], stdout=subprocess.PIPE,
+        [sys.executable, ROOT / "tools/results.py", "--help"], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )  # fmt: skip

@@ -189,7 +189,7 @@ def test_the_report(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     results.merge(tmp_path / "r.json", "RUN, step 5", model, rows)
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "r.json")])
-    from dgpt_jax.commands import report as tool
+    from dgpt_jax.commands import results as tool
 
     cli.run(tool.main)
     shown = capsys.readouterr().out

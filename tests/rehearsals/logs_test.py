@@ -58,7 +58,7 @@ def write_lines(path, line: dict):
 COMMANDS = {
     "plot": (watch.SCRIPT, "tools/plot.py", "RUN", "--out=OUT.png"),
     "compare": (watch.SCRIPT, "tools/plot.py", "--diff", "RUN", "RUN"),
-    "report": (watch.SCRIPT, "tools/report_run.py", "RUN", "--out=OUT.html"),
+    "report": (watch.SCRIPT, "tools/report.py", "RUN", "--out=OUT.html"),
     "resume": (TRAIN, "CONFIG", "RUN"),
 }
 

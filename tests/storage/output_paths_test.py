@@ -21,7 +21,7 @@ FILES = {
     "evaluate": f"--config={ROOT}/configs/knn_in1k.py --config.data=x --checkpoint=x "
     "--out=OUT.json",
     "plot": "x --out=OUT.png",
-    "report_run": "x --out=OUT.html",
+    "report": "x --out=OUT.html",
     "visualize": "x y.png --out=OUT.png",
     "plan": f"--config={ROOT}/configs/pretrain_b16_in1k.py --config.data.path=x --plot=OUT.png",
     "convert": "x OUT.pth --to=digpt",
@@ -156,7 +156,7 @@ def test_a_read_only_file_system(monkeypatch, tmp_path):
             check(tmp_path / "x")
 
 
-@pytest.mark.parametrize("command,out", [("plot", "x.png"), ("report_run", "x.html")])
+@pytest.mark.parametrize("command,out", [("plot", "x.png"), ("report", "x.html")])
 def test_a_full_disk(monkeypatch, tmp_path, command, out):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

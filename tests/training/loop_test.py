@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 import dgpt_jax
 from dgpt_jax import cli, evaluate, train
-from dgpt_jax.commands import convert, report_run, visualize
+from dgpt_jax.commands import convert, report, visualize
 from dgpt_jax.config import roots, schema
 from dgpt_jax.data import loader
 from dgpt_jax.data.ingest import importer
@@ -315,12 +315,12 @@ def test_load_encoder_and_load_digpt_read_a_run(inputs, full_run):
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients["encoder"]["blocks"]))
 
 
-def test_visualize_and_report_run_read_a_run(inputs, full_run, monkeypatch):
+def test_visualize_and_report_read_a_run(inputs, full_run, monkeypatch):
     argv = [full_run, "--show=predictions", f"--store={inputs[2]}", "--count=2"]
     argv += [f"--out={full_run / 'predictions.png'}"]
     monkeypatch.setattr(sys, "argv", ["visualize", *map(str, argv)])
     visualize.main()
-    page = report_run.page(full_run)
+    page = report.page(full_run)
     assert page.count("data:image/png") == 1 and "checkpoints of steps</td><td>20" in page
 
 

@@ -305,5 +305,5 @@ def test_a_run(server, tmp_path, monkeypatch):
     assert "step 40" in (tmp_path / "timm/README.md").read_text()
     assert "| loss |" in (tmp_path / "timm/README.md").read_text()
     command("tools/plot.py", "gs://bucket/run", f"--out={tmp_path}/curves.png")
-    command("tools/report_run.py", "gs://bucket/run", f"--out={tmp_path}/run.html")
+    command("tools/report.py", "gs://bucket/run", f"--out={tmp_path}/run.html")
     command("tools/checkpoint.py", "inspect", "gs://bucket/run")

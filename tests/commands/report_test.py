@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dgpt_jax import cli
-from dgpt_jax.commands import report_run
+from dgpt_jax.commands import report
 from tests.monitoring.metrics_log_test import write
 
 PNG = base64.b64decode(
@@ -69,7 +69,7 @@ def run(tmp_path):
 
 def test_nothing_is_loaded_from_outside(run, tmp_path):
     (tmp_path / "log").write_text(f"process 0: 8 devices\n{HOSTILE}")
-    text = report_run.page(run, log_file=tmp_path / "log")
+    text = report.page(run, log_file=tmp_path / "log")
     page = Page(text)
     images = [base64.b64decode(x.partition(",")[2]) for x in page.loads]
     assert all(re.match(r"data:image/(png|svg\+xml);base64,", x) for x in page.loads)
@@ -86,10 +86,10 @@ def test_nothing_is_loaded_from_outside(run, tmp_path):
 
 def test_content(run, tmp_path):
     (tmp_path / "log").write_text("process 0: 8 devices")
-    text = Page(report_run.page(run, log_file=tmp_path / "log")).text
+    text = Page(report.page(run, log_file=tmp_path / "log")).text
     assert "a<b" in text and text.count(HOSTILE) == 2  # as text, in config and results
     assert "step: 4" in text and "config.total: 4 steps" in text
-    cells = report_run.evaluations(report_run.metrics_log.read(run))
+    cells = report.evaluations(report.metrics_log.read(run))
     assert re.findall(r"<td[^>]*>([^<]*)</td>", cells) == [
         "heldout/next", "2", "0.75", "2", "0.75", "2", "nan", "4",
     ]  # fmt: skip
@@ -140,7 +140,7 @@ def test_rendered_by_a_browser(run, tmp_path):
     """Text, image and curves are visible, and nothing is requested, even with a hostile config."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 600, 3), np.uint8)
     Image.fromarray(pixels).save(run / "shown.png")
-    (tmp_path / "r.html").write_text(report_run.page(run))
+    (tmp_path / "r.html").write_text(report.page(run))
     page, urls = render(tmp_path / "r.html", tmp_path)
     assert urls == []
     assert page.shape == (2500, 1300, 3) and (page.mean(axis=2) < 100).sum() > 5000  # text
@@ -170,12 +170,12 @@ def test_requests_are_detected(tmp_path):
 
 def test_minimal_run(tmp_path, monkeypatch, capsys):
     run = write(tmp_path / "run", [{"step": 1, "loss": 1.0}])
-    monkeypatch.setattr(sys, "argv", ["report_run.py", str(run), f"--out={tmp_path / 'r.html'}"])
-    report_run.main()
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), f"--out={tmp_path / 'r.html'}"])
+    report.main()
     text = Page((tmp_path / "r.html").read_text()).text
     assert "no config.json" in text
     assert "next: open" in capsys.readouterr().out
     (run / "config.json").write_text('{"seed"')
     with pytest.raises(SystemExit) as ended:
-        cli.run(report_run.main)
+        cli.run(report.main)
     assert str(run / "config.json") in ended.value.code
