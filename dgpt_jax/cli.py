@@ -1,36 +1,30 @@
 """Shared by all commands: config files and overrides, `--help`, user errors as one line.
 
-`--config=FILE[:ARG]` names a Python file whose `get_config([ARG])` returns a ConfigDict;
-`--config.model.width=96` overrides a field. Values are parsed by the field's type: `1e4` is a valid
-integer, `None` and `(2, 2)` are literals. `--print_config` prints the result, `--smoke` shrinks it
-(config/smoke.py).
+`--config=NAME[:ARG]` or `--config=FILE.py[:ARG]` loads a config (config/files.py), `--config=list`
+prints the names; `--config.model.width=96` overrides a field. Values are parsed by the field's
+type: `1e4` is a valid integer, `None` and `(2, 2)` are literals. `--print_config` prints the
+result, `--smoke` shrinks it (config/smoke.py).
 """
 
 import argparse
 import contextlib
 import difflib
-import importlib.util
-import inspect
 import io
 import itertools
 import math
-import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from ml_collections import ConfigDict
-
-from dgpt_jax.config import renamed_keys, smoke
+from dgpt_jax import invocation
+from dgpt_jax.config import files, smoke
 from dgpt_jax.config import schema as schema_lib
+from dgpt_jax.config.files import load_config
 from dgpt_jax.distributed import early_signals, multihost, preemption
 from dgpt_jax.errors import UserError, printable
-
-CONFIGS = Path(__file__).parent.parent / "configs"
-CONFIG_IMPORT = "from dgpt_jax.config import TrainConfig, default_config"
 
 
 def run(main: Callable[[], None]):
@@ -158,19 +152,38 @@ def local_path(text: str) -> Path:
     return Path(path(text))
 
 
-def parser(description: str | None, schema: type | None = None) -> Parser:
-    """An argument parser; with a schema, `--config` is required and `--help` lists its fields."""
+class _Config(argparse.Action):
+    """Stores `--config`; of `--config=list`, prints the configs of `schemas` and exits."""
+
+    schemas: Sequence[type] = ()
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values == "list":
+            print("\n".join(files.listing(self.schemas)))
+            parser.exit()
+        setattr(namespace, self.dest, values)
+
+
+def parser(description: str | None, schema: type | None = None, *others: type) -> Parser:
+    """An argument parser; with a schema, `--config` is required and `--help` lists its fields.
+
+    description: a docstring that names commands as in a clone. others: further schemas whose
+    configs the command takes.
+    """
     result = Parser(
         schema,
-        description=description,
+        prog=invocation.prog(),
+        description=description and invocation.translate(description),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=schema_lib.describe(schema) if schema else None,
     )
     if schema:
-        result.add_argument(
-            "--config", type=path, required=True, metavar="FILE.py", help="config file"
-        )
+        action = result.add_argument(
+            "--config", action=_Config, type=path, required=True, metavar="NAME",
+            help="NAME or FILE.py, with :ARG if it takes one; list prints the names",
+        )  # fmt: skip
+        cast(_Config, action).schemas = (schema, *others)
         result.add_argument(
             "--print_config", action="store_true", help="print the resolved config, do nothing"
         )
@@ -214,42 +227,3 @@ def parse(
         print("next: the same command without --print_config")
         sys.exit()
     return arguments, parsed
-
-
-def load_config(name: str) -> ConfigDict:
-    """The ConfigDict of `FILE.py` or `FILE.py:ARG`. Raises UserError."""
-    file, _, argument = name.partition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"no such config file: {file}{_suggestion(path)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if argument and not inspect.signature(module.get_config).parameters:
-            raise UserError(f"{file} takes no argument, got :{argument}")
-        return module.get_config(*([argument] if argument else []))
-    except UserError:
-        raise
-    except Exception as e:  # a config file is arbitrary Python
-        frames = traceback.extract_tb(e.__traceback__)
-        line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
-        unknown = re.search(r'Key "(\w+)" does not exist', str(e))
-        reason = f"{type(e).__name__}: {e}"
-        if unknown:
-            reason = f"unknown config key {unknown[1]}{renamed_keys.hint(unknown[1])}"
-        if isinstance(e, ImportError) and str(e.name).startswith("dgpt_jax"):
-            reason = f"{str(e).partition(' (')[0]}: use `{CONFIG_IMPORT}`"
-        raise UserError(f"{file}{f':{line}' if line else ''}: {reason}") from e
-
-
-def _suggestion(path: Path) -> str:
-    """ ": did you mean …?" with a file of similar name in its directory or in CONFIGS, or ""."""
-    files = {f.stem: f for folder in (CONFIGS, path.parent) for f in folder.glob("*.py")}
-    similar = difflib.get_close_matches(path.stem, files, n=1, cutoff=0.5)
-    if not similar:
-        return ""
-    file, cwd = files[similar[0]], Path.cwd()
-    return f": did you mean {file.relative_to(cwd) if file.is_relative_to(cwd) else file}?"

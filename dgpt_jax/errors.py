@@ -1,11 +1,22 @@
 """Errors that commands report as one line, and helpers for its text."""
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(Exception):
     """An error that the user can fix.
 
     Commands print its message as one line, without a traceback, and exit with status 1.
     """
+
+
+class ChoiceError(UserError):
+    """A value that is not one of `allowed`."""
+
+    def __init__(self, message: str, allowed: Iterable[Any]):
+        super().__init__(message)
+        self.allowed = tuple(allowed)
 
 
 class BadRecord(UserError):

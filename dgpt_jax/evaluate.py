@@ -1,4 +1,4 @@
-"""Evaluates an encoder: `python -m dgpt_jax.evaluate --config=configs/… --checkpoint=PATH`.
+"""Evaluates an encoder: `python -m dgpt_jax.evaluate --config=NAME --checkpoint=PATH`.
 
 PATH is a work directory, or weights that tools/convert.py reads. Prints a table and adds the
 results, with 95 % intervals and the protocol's parameters, to one JSON file per model: --out, or
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.config import EvaluateConfig, roots
 from dgpt_jax.distributed import multihost, sharding
 from dgpt_jax.errors import UserError
@@ -187,7 +187,8 @@ def main():
     print("low, high: 95 % Wilson interval of the accuracy, for the sampling of test examples")
     if out:
         print(f"added to {out}")
-    print(f"next: python tools/results.py {shlex.quote(str(out)) if out else 'RESULTS.json…'}")
+    file = shlex.quote(str(out)) if out else "RESULTS.json…"
+    print(f"next: {invocation.command('results')} {file}")
 
 
 def gather(

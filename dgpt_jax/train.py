@@ -1,4 +1,4 @@
-"""Training: `python -m dgpt_jax.train --config=configs/… --workdir=DIR`.
+"""Training: `python -m dgpt_jax.train --config=NAME --workdir=DIR`.
 
 The same command resumes from the newest checkpoint in DIR. DIR holds config.json (resolved),
 metrics.jsonl, tensorboard/, checkpoints/ and, with config.profile, profile/. It is locked while a

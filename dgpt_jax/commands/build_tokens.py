@@ -1,6 +1,6 @@
 """Builds a token store from a TFDS image dataset and the weights of a teacher.
 
-python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py --out=DIR
+python tools/build_tokens.py --config=tokens_in1k_openclip_h14 --out=DIR
 
 On several hosts or GPUs, start it on all of them; each builds its share.
 """
@@ -9,7 +9,7 @@ import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import shlex
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.distributed import multihost, preemption
 from dgpt_jax.models.kernels import kernel_check
@@ -41,7 +41,7 @@ def main():
         f"(least {least:.5f})"
     )
     arguments = shlex.join([args.out, f"--weights={config.teacher.weights}"])
-    print(f"next: python tools/verify_tokens.py {arguments}")
+    print(f"next: {invocation.command('verify')} {arguments}")
 
 
 if __name__ == "__main__":

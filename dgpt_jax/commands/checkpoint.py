@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.distributed import preemption
 from dgpt_jax.errors import UserError
 from dgpt_jax.storage import file_limits, orbax_checkpoint
@@ -127,7 +127,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     if args.action == "inspect":
         print("\n".join(inspect(args.path, args.step)))
-        print(f"next: python tools/convert.py {shlex.quote(args.path)} DIR --to=timm")
+        print(f"next: {invocation.command('convert')} {shlex.quote(args.path)} DIR --to=timm")
         return
     name = "safetensors" if args.action == "extract" else "flax"
     layout = registry.LAYOUTS[name]

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.config import roots
 from dgpt_jax.config.schema import parse
 from dgpt_jax.data import image_ops, token_codec
@@ -131,7 +131,8 @@ def main():
         image_bytes = compare_images(crops, teacher)
     tokens = teacher(crops) if teacher else simulated(args.examples)
     compare_tokens(tokens, args.pca, image_bytes)
-    print("\nnext: set config.codec, config.pca and config.image_encoding of tools/build_tokens.py")
+    tokens = invocation.command("tokens")
+    print(f"\nnext: set config.codec, config.pca and config.image_encoding of {tokens}")
 
 
 if __name__ == "__main__":

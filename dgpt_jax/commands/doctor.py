@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import jax
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.config import HostsConfig
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.planning import doctor
@@ -70,7 +70,7 @@ def main():
         print(f"next: fix the {failed} failed checks, and run this again")
         sys.exit(1)
     print(
-        "next: python -m dgpt_jax.train --config=configs/… --workdir=RUN --config.data.path=TOKENS"
+        f"next: {invocation.command('train')} --config=NAME --workdir=RUN --config.data.path=TOKENS"
     )
 
 

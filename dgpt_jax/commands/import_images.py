@@ -6,7 +6,7 @@ import os
 import shlex
 import warnings
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.data.ingest import decoder_messages, discovery, importer, user_images
 from dgpt_jax.storage import output_paths
 
@@ -80,7 +80,7 @@ def main():
         f"{len(report.broken)} unreadable files skipped"
     )
     cli.say(
-        f"next: python tools/build_tokens.py --config=configs/tokens_in1k_openclip_h14.py "
+        f"next: {invocation.command('tokens')} --config=tokens_in1k_openclip_h14 "
         f"{shlex.quote('--config.source=' + args['out'])} --out=TOKENS"
     )
 

@@ -1,6 +1,6 @@
 """Estimates memory, speed and cost of a config on TPUs, without TPUs.
 
-    python tools/plan.py --config=configs/pretrain_b16_in1k.py --topology=v5e:4x4 [--topology=…]
+    python tools/plan.py --config=pretrain_b16_in1k --topology=v5e:4x4 [--topology=…]
 
 compiles the training step for each topology (a minute or two, on any machine, extra `plan`) and
 prints memory, FLOPs, collectives and bounds of time, throughput and cost. If a step does not fit,
@@ -8,7 +8,7 @@ it searches for a change that makes it fit, and exits with 1. --device=gpu print
 computed without compiling. --images_a_chip=64 with several topologies shows weak scaling, with a
 batch that grows with the number of chips; --plot=FILE.png plots it.
 
-    python tools/plan.py --config=configs/linear_in1k.py --topology=v5e:4x4 --width=1280
+    python tools/plan.py --config=linear_in1k --topology=v5e:4x4 --width=1280
 
 plans an evaluation on frozen features of this width: their memory, and that of the kNN search or
 the linear fit, for ImageNet-1K or for --examples, --test_examples and --classes.
@@ -137,7 +137,7 @@ def plan_evaluations(arguments: argparse.Namespace, config: EvaluateConfig):
 
 
 def main():
-    parser = cli.parser(__doc__ or "", TrainConfig)
+    parser = cli.parser(__doc__ or "", TrainConfig, EvaluateConfig)
     parser.add_argument("--topology", action="append", default=[], help="v5e:4x4, 2*v5e:16x16, …")
     parser.add_argument("--device", choices=["tpu", "gpu"], default="tpu")
     parser.add_argument("--images_a_chip", type=int, help="instead of config.batch_size")

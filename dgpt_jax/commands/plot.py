@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.errors import UserError
 from dgpt_jax.monitoring import markdown, metrics_log, run_diff
 from dgpt_jax.monitoring.metrics_log import Log
@@ -221,7 +221,7 @@ def main():
             names = [name for name in names if name not in metrics_log.OF_THE_MACHINE]
         differ = diff(logs[0], logs[1], names, args.tolerance)
 
-    print(f"next: python tools/report.py {shlex.quote(args.runs[0])} --out=report.html")
+    print(f"next: {invocation.command('report')} {shlex.quote(args.runs[0])} --out=report.html")
     if differ:
         sys.exit(1)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.commands import plot
 from dgpt_jax.config import schema
 from dgpt_jax.errors import UserError
@@ -109,7 +109,7 @@ def results(run: epath.Path) -> str:
         cells = [[_plain(row.get(name)) for name in columns] for row in rows]
         title = html.escape(f"{path.name}: {content['weights']}")
         sections.append(f"<h3>{title}</h3>" + table(columns, cells))
-    hint = note("none: python -m dgpt_jax.evaluate --checkpoint=RUN adds them")
+    hint = note(f"none: {invocation.command('evaluate')} --checkpoint=RUN adds them")
     return "\n".join(sections) or hint
 
 

@@ -7,7 +7,7 @@ the published numbers are printed.
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.evals import report
 
 
@@ -17,8 +17,8 @@ def main():
     args = parser.parse_args()
     print(report.report(args.files))
     print(
-        "next: python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint=RUN, and the "
-        "other protocols in configs/"
+        f"next: {invocation.command('evaluate')} --config=knn_in1k --checkpoint=RUN; --config=list "
+        f"prints the other protocols"
     )
 
 

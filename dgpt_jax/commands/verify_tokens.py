@@ -9,7 +9,7 @@ import dgpt_jax.distributed.early_signals  # noqa: F401
 import itertools
 import shlex
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.config import roots
 from dgpt_jax.data import token_store
 from dgpt_jax.errors import UserError
@@ -58,7 +58,7 @@ def main():
         )
     print(
         f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}; "
-        f"next: python -m dgpt_jax.train with config.data.path={shlex.quote(args.store)}"
+        f"next: {invocation.command('train')} with config.data.path={shlex.quote(args.store)}"
     )
 
 

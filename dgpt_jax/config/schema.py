@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from dgpt_jax.config.ranges import Range
 from dgpt_jax.config.renamed_keys import RENAMED
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import ChoiceError, UserError
 
 T = TypeVar("T")
 
@@ -55,9 +55,10 @@ def expand(path: str) -> str:
 
 
 def check_choice(path: str, value: object, allowed: Collection[Any]) -> None:
-    """Raises UserError, naming the config key, unless `value` is one of `allowed`."""
+    """Raises ChoiceError, naming the config key, unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise UserError(f"{path} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        choices = ", ".join(map(str, allowed))
+        raise ChoiceError(f"{path} must be one of {choices}, got {value!r}", allowed)
 
 
 def default_config(schema: type) -> ConfigDict:

@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from dgpt_jax import invocation
 from dgpt_jax.config import ClassificationConfig, DataConfig, ModelConfig
 from dgpt_jax.data import bad_records, class_names, token_store
 from dgpt_jax.data.transforms import ClassificationTransform, PretrainTransform
@@ -90,7 +91,7 @@ def open_examples(data: DataConfig, model: ModelConfig, seed: int) -> ExampleDat
     if data.targets == "stored" and not stored:
         raise UserError(
             f"config.data.targets=stored needs a token store, not {data.path}: build one "
-            f"with tools/build_tokens.py, or set config.data.targets=online"
+            f"with `{invocation.command('tokens')}`, or set config.data.targets=online"
         )
     if data.targets == "online" and stored:
         raise UserError(
@@ -156,7 +157,7 @@ def check_labels(labels: np.ndarray, split: object, classes: int):
         raise UserError(
             f"{split}: {bad.sum()} of {len(bad)} examples read have no label in [0, {classes}) "
             f"(the first has {labels[bad.argmax()]}; -1: no label): choose a labelled split, or "
-            f"import it with tools/import_images.py --labels"
+            f"import it with `{invocation.command('import')} --labels=FILE`"
         )
 
 

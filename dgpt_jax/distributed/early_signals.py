@@ -3,6 +3,7 @@
 Until `cli.run` starts, Ctrl-C exits with 130, and SIGTERM exits with 75 from the commands in
 RESUMABLE: at once, without a traceback of an import. Processes that import a command's module
 without running it keep their handlers, and so do signals that are ignored or already handled.
+A command that is started by its file is recognized here; `dgpt NAME` calls `install`.
 """
 
 import os
@@ -16,7 +17,8 @@ RESUMABLE = ("ablate", "build_tokens", "checkpoint", "convert", "train")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _TOOLS = os.path.join(os.path.dirname(_PACKAGE), "tools")
 _DIRECTORIES = (
-    _PACKAGE, _TOOLS, os.path.join(_TOOLS, "studies"), os.path.join(_TOOLS, "benchmarks"),
+    _PACKAGE, os.path.join(_PACKAGE, "commands"),
+    _TOOLS, os.path.join(_TOOLS, "studies"), os.path.join(_TOOLS, "benchmarks"),
 )  # fmt: skip
 
 
@@ -24,16 +26,19 @@ def _exit(number, _):
     os._exit(130 if number == signal.SIGINT else EXIT_PREEMPTED)
 
 
-def _install():
-    file = getattr(sys.modules["__main__"], "__file__", None) or ""
-    directory, name = os.path.split(os.path.realpath(file))
-    if directory not in _DIRECTORIES:
-        return
+def install(name: str):
+    """Installs the handlers for the command whose module is called `name`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
-    resumable = name.removesuffix(".py") in RESUMABLE
-    if resumable and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if name in RESUMABLE and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _exit)
+
+
+def _install_for_main():
+    file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    directory, name = os.path.split(os.path.realpath(file))
+    if directory in _DIRECTORIES:
+        install(name.removesuffix(".py"))
 
 
 def restore_sigint():
@@ -42,4 +47,4 @@ def restore_sigint():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_install()
+_install_for_main()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dgpt_jax import invocation
 from dgpt_jax.errors import UserError
 from dgpt_jax.monitoring import markdown
 from dgpt_jax.storage import atomic
@@ -119,7 +120,7 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         valid = False
     if not valid:
-        raise UserError(f"{path} is not a results file of `python -m dgpt_jax.evaluate`")
+        raise UserError(f"{path} is not a results file of `{invocation.command('evaluate')}`")
     if content["format"] > FORMAT:
         raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
     return content

@@ -9,6 +9,7 @@ from typing import TextIO
 import psutil
 from tqdm import tqdm
 
+from dgpt_jax import invocation
 from dgpt_jax.distributed import multihost
 
 # Counters of dataset.ExampleDataset: logged, not on the progress line.
@@ -142,8 +143,9 @@ class TrainingProgress(Progress):
         )
         self._slow_intervals = self._slow_intervals + 1 if data_wait > MAX_WAIT else 0
         if self._slow_intervals == 2:  # a single one may be an accident
+            benchmark = "; python -m tools.benchmarks.bench_input measures the input"
             self.say(
                 f"warning: {data_wait:.0%} of the time is spent waiting for data: "
-                f"python -m tools.benchmarks.bench_input measures the input; config.data.threads "
-                f"and config.data.workers set its parallelism"
+                f"config.data.threads and config.data.workers set its parallelism"
+                f"{benchmark if invocation.IN_CLONE else ''}"
             )

@@ -18,6 +18,7 @@ from etils import epath
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from dgpt_jax import invocation
 from dgpt_jax.config import HostsConfig
 from dgpt_jax.data import token_store
 from dgpt_jax.distributed import multihost
@@ -48,7 +49,8 @@ def packages(constraints: Path = CONSTRAINTS) -> list[Finding]:
     try:
         required = importlib.metadata.requires("dgpt_jax") or []
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("fail", "dgpt_jax is not installed", "tools/setup_venv.sh tpu, or cuda")]
+        remedy = f"{invocation.installation('tpu')}, or cuda"
+        return [Finding("fail", "dgpt_jax is not installed", remedy)]
     tested = _tested_versions(constraints)
     requirements = [r for r in map(Requirement, required) if r.marker is None]
     requirements += [Requirement(name) for name in JAX_PACKAGES if _version(name)]
@@ -66,6 +68,8 @@ def packages(constraints: Path = CONSTRAINTS) -> list[Finding]:
 def check_version(required: Requirement, installed: str | None, tested: str | None) -> Finding:
     """Checks the version of a package against its requirement and the tested version."""
     remedy = "tools/setup_venv.sh with your extras, or pip install -c constraints.txt"
+    if not invocation.IN_CLONE:
+        remedy = f"pip install '{required.name}{required.specifier}'"
     if installed is None:
         return Finding("fail", f"{required.name} is not installed", remedy)
     if not required.specifier.contains(installed, prereleases=True):
@@ -99,9 +103,11 @@ def accelerators(root: Path = Path("/")) -> list[Finding]:
     """Checks device files and drivers against the packages that JAX needs for them."""
     findings = []
     if list(root.glob("dev/accel[0-9]*")) and not _version("libtpu"):
-        findings.append(Finding("fail", "a TPU, but no libtpu", "tools/setup_venv.sh tpu"))
+        remedy = invocation.installation("tpu")
+        findings.append(Finding("fail", "a TPU, but no libtpu", remedy))
     if list(root.glob("dev/nvidia[0-9]*")) and not _version("jax-cuda12-plugin"):
-        findings.append(Finding("fail", "a GPU, but no CUDA for JAX", "tools/setup_venv.sh cuda"))
+        remedy = invocation.installation("cuda")
+        findings.append(Finding("fail", "a GPU, but no CUDA for JAX", remedy))
     driver = root / "proc/driver/nvidia/version"
     version = re.search(r"(\d+)\.\d+", driver.read_text()) if driver.exists() else None
     if version:

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dgpt_jax import invocation
 from dgpt_jax.config import renamed_keys
 from dgpt_jax.errors import UserError, one_line
 from dgpt_jax.storage import checksums, gcs
@@ -203,7 +204,7 @@ def _eval_tree(stored: Any, metadata: dict, item: epath.Path) -> tuple[tuple[str
         raise UserError(
             f"{item} lacks opt_state, which contains the moving average of the parameters "
             f"(config.optim.ema) that is evaluated: copy opt_state too, or extract the average "
-            f"where it is (tools/checkpoint.py extract)"
+            f"where it is ({invocation.command('checkpoint')} extract)"
         )
     return ("opt_state", "inner", "ema"), stored["opt_state"].tree["inner"]["ema"]
 

@@ -6,8 +6,6 @@ devices and waits for the others only before the first and after the last.
 """
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.data import token_codec, token_store
@@ -147,7 +146,7 @@ def _describe(
         teacher=_json(teacher.describe()),
         source=_source(config, source),
         views=_views(config),
-        command=shlex.join(["python", *sys.argv]),
+        command=invocation.command_line(),
         code_version=__version__,
     )
     return info, codec.basis

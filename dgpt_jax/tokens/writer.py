@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dgpt_jax import invocation
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.data import bad_records, image_ops, token_store, transforms
 from dgpt_jax.data.prefetch import prefetch
@@ -90,7 +91,7 @@ def render(config: TokensConfig, source: tfds_dataset.Split, view: int, index: i
     except BadRecord as e:
         raise UserError(
             f"{e}. A store needs all examples of its source: import the images with "
-            f"tools/import_images.py, which skips unreadable files"
+            f"`{invocation.command('import')}`, which skips unreadable files"
         ) from None
     drawn = draw(config, index, view, *image.shape[:2])
     crop = image_ops.render(image, drawn, config.image_size)

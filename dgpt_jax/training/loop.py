@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from etils import epath
 
+from dgpt_jax import invocation
 from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.data import loader
 from dgpt_jax.distributed import compilation_cache, preemption, sharding
@@ -230,7 +231,7 @@ class Loop:
             directory = bad_step_replay.write(
                 self.workdir, self.task, self.state.params, first, ids, local, self.mesh
             )
-            remedy = f"run python tools/replay.py {shlex.quote(str(directory))}"
+            remedy = f"run {invocation.command('replay')} {shlex.quote(str(directory))}"
         except (UserError, OSError) as e:
             remedy = f"step {first} could not be dumped: {e}"
         raise UserError(

@@ -174,7 +174,7 @@ def load_classifier(path: gcs.AnyPath, *, heads: int | None = None) -> Pretraine
     if not weights.num_classes:
         raise UserError(
             f"{path} has no classification head: use fine-tuned weights, or evaluate frozen "
-            f"features (configs/knn_in1k.py, fewshot_in1k.py, linear_in1k.py)"
+            f"features (--config=knn_in1k, fewshot_in1k or linear_in1k)"
         )
     assert weights.pooling is not None  # only encoders have heads
     return PretrainedClassifier(

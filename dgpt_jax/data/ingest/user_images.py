@@ -15,6 +15,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageColor, ImageFile, ImageOps, TiffImagePlugin, features
 
+from dgpt_jax import invocation
 from dgpt_jax.data import image_ops
 from dgpt_jax.errors import UserError
 
@@ -189,7 +190,7 @@ def _to_8_bits(
         kind = "floats" if image.mode == "F" else "signed integers"
         raise image_ops.UnreadableImage(
             f"{kind} (mode {image.mode}) have no default range from black to white: import them "
-            f"with tools/import_images.py --range=LOW,HIGH"
+            f"with `{invocation.command('import')} --range=LOW,HIGH`"
         )
     scaled = scaled.astype(np.uint8)
     return Image.fromarray(255 - scaled if inverted else scaled)

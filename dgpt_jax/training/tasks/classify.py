@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dgpt_jax import invocation
 from dgpt_jax.config import ModelConfig, TrainConfig
 from dgpt_jax.data import class_names, dataset
 from dgpt_jax.data.normalization import IMAGENET_MEAN, IMAGENET_STD
@@ -46,7 +47,6 @@ class ClassificationTask:
     `open_classify` makes one with its data; without, it can be planned and replayed.
     """
 
-    next_command: str = "python tools/convert.py {workdir} DIR --to=timm"
     heads: tuple[str, ...] = ()
     independent: bool = True
 
@@ -58,6 +58,7 @@ class ClassificationTask:
         start: InitialWeights = FRESH,
     ):
         self.config = config
+        self.next_command = f"{invocation.command('convert')} {{workdir}} DIR --to=timm"
         self.examples: Any = examples
         self.initial_params, self.source, self.notes = start
         self.frozen: dict[str, Any] = {}

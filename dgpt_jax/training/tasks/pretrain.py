@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from dgpt_jax import invocation
 from dgpt_jax.config import TrainConfig
 from dgpt_jax.data import dataset, segments, token_codec, token_store
 from dgpt_jax.data.token_codec import Codec
@@ -42,9 +43,6 @@ class PretrainTask:
 
     prepare: None = None
     independent: bool = True
-    next_command: str = (
-        "python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint={workdir}"
-    )
 
     def __init__(
         self,
@@ -55,7 +53,9 @@ class PretrainTask:
         teacher: teacher_loading.Loaded | None = None,
         notes: tuple[str, ...] = (),
     ):
+        evaluate = f"{invocation.command('evaluate')} --config=knn_in1k"
         self.config = config
+        self.next_command = f"{evaluate} --checkpoint={{workdir}}"
         self.target = target
         self.examples: Any = examples
         self.teacher = teacher

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from dgpt_jax import invocation
 from dgpt_jax.config import TrainConfig
 from dgpt_jax.data.dataset import ExampleDataset
 from dgpt_jax.models import classifier, probes, vit
@@ -43,7 +44,7 @@ class ProbeTask(ClassificationTask):
         self.module, self.stacks = _module(config), ()
         self.independent = cfg.head == "dinov2"  # the others have BatchNorm
         if config.optim.base_lr_grid:
-            self.next_command = "python tools/results.py {workdir}/results.json"
+            self.next_command = f"{invocation.command('results')} {{workdir}}/results.json"
             self.stacks = self.module.stacks
             rates = optimizer.peak_learning_rates(config.optim, config.batch_size)
             kinds = [f"{name}_" for name in self.stacks] if len(self.stacks) > 1 else [""]
