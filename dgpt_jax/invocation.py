@@ -30,11 +30,15 @@ class Command(NamedTuple):
         return self.module.rpartition(".")[2]
 
     @property
+    def file(self) -> str:
+        """The arguments of `python` that run the command in a clone."""
+        in_tools = self.module.startswith("dgpt_jax.commands.")
+        return f"tools/{self.stem}.py" if in_tools else f"-m {self.module}"
+
+    @property
     def in_clone(self) -> str:
-        """Command line in a clone of the repository, from its root."""
-        if self.module.startswith("dgpt_jax.commands."):
-            return f"python tools/{self.stem}.py"
-        return f"python -m {self.module}"
+        """Start of a command line in a clone of the repository, from its root."""
+        return f"python {self.file}"
 
 
 _TABLE = (
@@ -85,9 +89,8 @@ def prog() -> str | None:
 
 def command(name: str) -> str:
     """The start of a command line that runs COMMANDS[name], in the form of this process."""
-    entry = COMMANDS[name]
     program = _program or ("" if IN_CLONE else "dgpt")
-    return f"{program} {name}" if program else entry.in_clone
+    return f"{program} {name}" if program else COMMANDS[name].in_clone
 
 
 def command_line() -> str:
@@ -103,7 +106,7 @@ def installation(extra: str) -> str:
 
 def translate(text: str) -> str:
     """Returns a docstring with its commands, written for a clone, in the form of this process."""
-    for entry in COMMANDS.values():
-        in_clone = re.escape(entry.in_clone).replace(r"python\ tools", r"(?:python\ )?tools")
-        text = re.sub(rf"{in_clone}\b", command(entry.name), text)
+    for name, entry in COMMANDS.items():
+        if (form := command(name)) != entry.in_clone:
+            text = re.sub(rf"(?:python )?{re.escape(entry.file)}(?!\w)", form, text)
     return text

@@ -2,20 +2,15 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import sys
-from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.config import EvaluateConfig, TokensConfig, TrainConfig
 
-ROOT = Path(__file__).parents[1]
-SCHEMAS = {
-    TrainConfig: "`python -m dgpt_jax.train`",
-    TokensConfig: "`python tools/build_tokens.py`",
-    EvaluateConfig: "`python -m dgpt_jax.evaluate`",
-}
+SCHEMAS = {TrainConfig: "train", TokensConfig: "tokens", EvaluateConfig: "evaluate"}
 
 
 class _Captured(Exception):
@@ -31,8 +26,8 @@ def on_files(files, config):
 def config_page() -> str:
     """Returns a table of keys for each command that takes `--config`."""
     parts = ["# Config keys", "Every key is a flag: `--config.model.depth=24`."]
-    for schema, command in SCHEMAS.items():
-        parts += [f"## {schema.__name__}", command, _table(schema, "config")]
+    for schema, name in SCHEMAS.items():
+        parts += [f"## {schema.__name__}", _forms(name), _table(schema, "config")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -52,30 +47,34 @@ def _table(schema, prefix: str) -> str:
     return "\n\n".join(["\n".join(head + rows), *groups])
 
 
+def _forms(name: str) -> str:
+    """The command line of a command once installed, and in a clone."""
+    return f"`dgpt {name}`, in a clone also `{invocation.COMMANDS[name].in_clone}`"
+
+
 def cli_page() -> str:
     """Returns the `--help` of every user command, without the config keys."""
-    names = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
-    modules = ["dgpt_jax.train", "dgpt_jax.evaluate", *(f"dgpt_jax.commands.{n}" for n in names)]
-    parts = ["# Commands"]
-    for module in modules:
-        name = module.rpartition(".")[2]
-        start = f"tools/{name}.py" if "commands" in module else f"-m {module}"
-        parts.append(f"## {name}\n\n```text\n{_help(module, f'python {start}')}\n```")
+    dgpt = importlib.import_module("dgpt_jax.__main__")
+    parts = ["# Commands", f"```text\n{dgpt.usage('dgpt')}\n```"]
+    for name, entry in invocation.COMMANDS.items():
+        if importlib.util.find_spec(entry.module):
+            parts += [f"## {name}", _forms(name), f"```text\n{_help(entry)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def _help(module: str, program: str) -> str:
+def _help(entry: invocation.Command) -> str:
     def capture(parser, *_, **__):
         raise _Captured(parser)
 
     parse, argv = cli.Parser.parse_known_args, sys.argv
-    cli.Parser.parse_known_args, sys.argv = capture, [program, "x"]
+    cli.Parser.parse_known_args, sys.argv = capture, ["dgpt", "x"]
+    invocation.start("dgpt", entry.name)
     try:
-        importlib.import_module(module).main()
+        importlib.import_module(entry.module).main()
     except _Captured as captured:
         parser = captured.args[0]
-        parser.prog, parser.epilog = program, None
+        parser.epilog = None
         return parser.format_help().strip()
     finally:
         cli.Parser.parse_known_args, sys.argv = parse, argv
-    raise RuntimeError(f"{module} parsed no arguments")
+    raise RuntimeError(f"{entry.module} parsed no arguments")

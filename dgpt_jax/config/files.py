@@ -83,8 +83,9 @@ def _errors_of(file: str, path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as e:  # a config file is arbitrary Python
+        own = str(path.absolute())
         frames = traceback.extract_tb(e.__traceback__)
-        line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
+        line = next((f.lineno for f in reversed(frames) if f.filename == own), None)
         unknown = re.search(r'Key "(\w+)" does not exist', str(e))
         reason = f"{type(e).__name__}: {e}"
         if unknown:

@@ -10,7 +10,7 @@ import pytest
 
 from dgpt_jax import cli, evaluate, train
 from dgpt_jax.commands import build_tokens
-from dgpt_jax.config import roots
+from dgpt_jax.config import files, roots
 from dgpt_jax.distributed import launchers
 from dgpt_jax.errors import UserError
 from tests.support import commands
@@ -307,13 +307,13 @@ def test_imports_of_an_old_config_file(tmp_path, line, name):
     file = tmp_path / "old.py"
     file.write_text(line + CONFIG)
     if not name:
-        assert cli.load_config(str(file)).seed == 0
+        assert files.load_config(str(file)).seed == 0
         return
     with pytest.raises(UserError) as caught:
-        cli.load_config(str(file))
+        files.load_config(str(file))
     message = str(caught.value)
     assert message.startswith(f"{file}:1: ") and "\n" not in message
-    assert f"{name}'" in message and f"`{cli.CONFIG_IMPORT}`" in message
+    assert f"{name}'" in message and f"`{files.CONFIG_IMPORT}`" in message
 
 
 def test_configs_import_dgpt_jax_config_alone():

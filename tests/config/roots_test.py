@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpt_jax import cli
-from dgpt_jax.config import roots, schema
+from dgpt_jax.config import files, roots, schema
 from dgpt_jax.errors import UserError
 from tests.support.paths import ROOT
 
@@ -40,7 +39,7 @@ def names_of(path: Path) -> list[str]:
     ids=lambda name: Path(name).name,
 )
 def test_every_config_file_parses(name):
-    config, kind = cli.load_config(name), schema_of(Path(name.partition(":")[0]))
+    config, kind = files.load_config(name), schema_of(Path(name.partition(":")[0]))
     for group, name in (("data", "path"), ("source", None), ("data", None)):
         if group in config and name is None and config[group] == "":
             config[group] = "somewhere"
@@ -154,40 +153,3 @@ def test_distillation_needs_the_last_block_and_teacher_features():
 
 def test_missing_groups_take_their_defaults():
     assert schema.parse(roots.TrainConfig, {"data": {"path": "x"}}).model.width == 768
-
-
-def test_config_files_that_fail(tmp_path):
-    def load(text):
-        (tmp_path / "c.py").write_text(text)
-        return cli.load_config(str(tmp_path / "c.py"))
-
-    head = "from dgpt_jax.config import TrainConfig, default_config\n"
-    default = "default_config(TrainConfig)"
-    with pytest.raises(UserError, match=r"c.py:4: unknown config key bacth"):
-        load(head + f"def get_config():\n  c = {default}\n  c.bacth = 3\n  return c\n")
-    with pytest.raises(UserError, match=r"c.py:2: NameError"):
-        load(head + "oops\n")
-    with pytest.raises(UserError, match=r"c.py takes no argument, got :v4"):
-        (tmp_path / "c.py").write_text(head + f"def get_config():\n  return {default}\n")
-        cli.load_config(f"{tmp_path / 'c.py'}:v4")
-
-
-@pytest.mark.parametrize(
-    "name,hint",
-    [
-        ("configs/pretrain_b16.py", ": did you mean configs/pretrain_b16_in1k.py?"),
-        ("pretrain_b16_in1k", ": did you mean configs/pretrain_b16_in1k.py?"),
-        ("configs/zzz.py", ""),
-    ],
-)
-def test_a_missing_config_file(monkeypatch, tmp_path, name, hint):
-    monkeypatch.chdir(CONFIGS.parent)
-    with pytest.raises(UserError) as caught:
-        cli.load_config(name)
-    assert str(caught.value) == f"no such config file: {name}{hint}"
-    monkeypatch.chdir(tmp_path)  # the suggestion is a full path
-    with pytest.raises(UserError, match=f"did you mean {CONFIGS}/knn_in1k.py"):
-        cli.load_config("kn_in1k.py")
-    (tmp_path / "knn_mine.py").touch()
-    with pytest.raises(UserError, match=r"did you mean knn_mine.py\?"):
-        cli.load_config(f"{tmp_path}/knn_mien.py")

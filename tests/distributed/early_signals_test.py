@@ -16,12 +16,13 @@ from tests.support.paths import ROOT
 from tests.support.processes import outputs_of, start
 
 COMMANDS = {name: commands.words_of(name) for name in commands.FILES}
+CONSOLE_SCRIPT = "import sys\nfrom dgpt_jax.__main__ import main\nsys.exit(main())\n"  # pip's
 
 
-def signal_during_import(command: str, number: int, delay: float) -> tuple[int, str]:
+def signal_during_import(words, number: int, delay: float) -> tuple[int, str]:
     """(exit code, output) of a command that gets a signal `delay` seconds after the import of its
     large modules starts."""
-    process = start([*COMMANDS[command], "--help"])
+    process = start([*words, "--help"])
     while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
@@ -45,7 +46,26 @@ ROWS += [("train", number, delay) for number in (signal.SIGINT, signal.SIGTERM)
 
 @pytest.mark.parametrize("command,number,delay", ROWS)
 def test_a_signal_during_import_exits_silently(command, number, delay):
-    code, output = signal_during_import(command, number, delay)
+    code, output = signal_during_import(COMMANDS[command], number, delay)
+    assert (code, output) == (expected_code(command, number), "")
+
+
+@pytest.mark.parametrize("form", ["console script", "module"])
+@pytest.mark.parametrize(
+    "name,command,number",
+    [
+        ("train", "train", signal.SIGINT),
+        ("train", "train", signal.SIGTERM),
+        ("tokens", "build_tokens", signal.SIGTERM),
+        ("verify", "verify_tokens", signal.SIGTERM),
+    ],
+)
+def test_a_signal_to_dgpt_does_the_same(tmp_path, form, name, command, number):
+    script = tmp_path / "any bin/dgpt"
+    script.parent.mkdir()
+    script.write_text(CONSOLE_SCRIPT)
+    words = [script, name] if form == "console script" else ["-m", "dgpt_jax", name]
+    code, output = signal_during_import(words, number, 0)
     assert (code, output) == (expected_code(command, number), "")
 
 
