@@ -265,6 +265,19 @@ def describe(
     return rows
 
 
+def mesh_shape(path: AnyPath, step: int | None = None) -> dict[str, int]:
+    """Returns {axis: devices} of the mesh that saved a checkpoint; {} if it has none, like those of
+    a conversion. Raises UserError."""
+    root, step = find(path, step)
+    item = epath.Path(root) / str(step)
+    with _reader(item) as reader:
+        stored: Any = reader.metadata(item).item_metadata
+    for leaf in jax.tree.leaves(stored["params"].tree):
+        if names := getattr(leaf.sharding, "axis_names", None):
+            return dict(zip(names, leaf.sharding.shape.tolist(), strict=True))
+    return {}
+
+
 def _sharding(leaf: Any) -> str:
     """(12, 64, 256) sharded over four devices along its second axis: "1, fsdp 4, 1"."""
     spec = getattr(leaf.sharding, "partition_spec", None) or ()
