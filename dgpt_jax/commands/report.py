@@ -49,9 +49,9 @@ def page(
     sections |= {
         "Curves": curves(runs, names, smooth),
         "Evaluations during training": report_sections.evaluations(first),
+        "Predictions and images": report_sections.images(first.path),
         "Results": html_results.section(first.path)
         or html.note("none: python -m dgpt_jax.evaluate --checkpoint=RUN adds them"),
-        "Images": report_sections.images(first.path),
         "Config": report_sections.config(first),
         "System": report_sections.system(first),
     }

@@ -11,7 +11,7 @@ from etils import epath
 from dgpt_jax.config import ModelConfig, TrainConfig, schema
 from dgpt_jax.errors import UserError
 from dgpt_jax.evals import report as published_report
-from dgpt_jax.monitoring import html, metrics_log, run_diff
+from dgpt_jax.monitoring import html, logged_images, metrics_log, run_diff
 from dgpt_jax.monitoring.progress import duration
 from dgpt_jax.monitoring.run_summary import Run
 
@@ -25,6 +25,12 @@ CAPTIONS = {
     "attention": "attention of CLS in the last block: the mean of the heads, then each head",
     "token": "patch tokens, their first three principal components as colors",
     "neighb": "nearest images by cosine similarity of their features",
+}
+# By name: what the training logs for TensorBoard.
+LOGGED = {
+    "predictions": ": held-out images with the order of their segments (the last one is pale); "
+    "tokens of the teacher and predicted ones, as colors of their principal components; cosines",
+    "crops": ": the first images as the model gets them, with the order of their segments",
 }
 Numbers = list[tuple[str, str, str]]  # (label, value, comment)
 
@@ -137,8 +143,15 @@ def evaluations(run: Run) -> str:
 
 
 def images(run: epath.Path) -> str:
-    """Image files of the work directory, "" without any."""
-    parts = []
+    """The last images in TensorBoard's files, then image files of the work directory; "" without
+    any."""
+    logged, too_large = logged_images.latest(run)
+    parts = [
+        html.figure(data, "png", f"{name} at step {step:,}{LOGGED.get(name, '')}")
+        for name, (step, data) in sorted(logged.items(), reverse=True)
+    ]
+    for name in too_large:
+        parts.append(html.note(f"{name} is too large to look for images: open it in TensorBoard"))
     for path in sorted(p for p in run.iterdir() if p.suffix.lower() in KINDS and p.is_file()):
         if (size := path.stat().length) > MAX_IMAGE_BYTES:
             parts.append(html.note(f"{path.name} is too large to embed: {size / 2**20:.1f} MiB"))

@@ -1,6 +1,7 @@
 """Key numbers and status of a run, from what its work directory holds."""
 
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -208,11 +209,8 @@ def _read_checkpoints(path: epath.Path) -> Checkpoints:
     except UserError:
         return Checkpoints()
     try:
-        sizes: dict[str, int] = {}
-        for name, shape, *_ in orbax_checkpoint.describe(path):
-            sizes[name] = int(np.prod(shape, dtype=np.int64))
-        mesh = orbax_checkpoint.mesh_shape(path)
-        _, metadata = orbax_checkpoint.load_params(path, names=())
+        metadata, mesh = orbax_checkpoint.read_metadata(path)
+        sizes = {name: math.prod(shape) for name, shape, *_ in orbax_checkpoint.describe(path)}
     except UserError as e:
         return Checkpoints(steps, error=str(e))
     params = {name: size for name, size in sizes.items() if name.startswith("params/")}

@@ -265,17 +265,19 @@ def describe(
     return rows
 
 
-def mesh_shape(path: AnyPath, step: int | None = None) -> dict[str, int]:
-    """Returns {axis: devices} of the mesh that saved a checkpoint; {} if it has none, like those of
-    a conversion. Raises UserError."""
+def read_metadata(path: AnyPath, step: int | None = None) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns (JSON metadata, {axis: devices} of the mesh that saved a checkpoint), reading no
+    arrays. A conversion has no mesh: {}. step: default the newest. Raises UserError."""
     root, step = find(path, step)
     item = epath.Path(root) / str(step)
     with _reader(item) as reader:
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        metadata = check_metadata(reader.restore(item, args=args)["metadata"], item)
         stored: Any = reader.metadata(item).item_metadata
-    for leaf in jax.tree.leaves(stored["params"].tree):
-        if names := getattr(leaf.sharding, "axis_names", None):
-            return dict(zip(names, leaf.sharding.shape.tolist(), strict=True))
-    return {}
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(stored["params"].tree)]
+    saved = next((s for s in shardings if getattr(s, "axis_names", None)), None)
+    mesh = dict(zip(saved.axis_names, saved.shape.tolist(), strict=True)) if saved else {}
+    return metadata, mesh
 
 
 def _sharding(leaf: Any) -> str:
