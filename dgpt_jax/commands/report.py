@@ -50,7 +50,7 @@ def page(
         "Curves": curves(runs, names, smooth),
         "Evaluations during training": report_sections.evaluations(first),
         "Predictions and images": report_sections.images(first.path),
-        "Results": html_results.section(first.path)
+        "Results": html_results.section(*(r.path for r in runs))
         or html.note("none: python -m dgpt_jax.evaluate --checkpoint=RUN adds them"),
         "Config": report_sections.config(first),
         "System": report_sections.system(first),
@@ -60,9 +60,10 @@ def page(
         cut = f"(the first {MAX_LOG_CHARS} characters)\n" if len(text) > MAX_LOG_CHARS else ""
         shown = html.preformatted(cut + text[:MAX_LOG_CHARS])
         sections["Log"] = html.details(log_file.name, shown)
-    title = first.path.absolute().name + "".join(f" · {name}" for name in names[1:])
-    summary = report_sections.summary(first)
-    return html.page(title, sections, summary, report_sections.subtitle(first))
+    subtitle = report_sections.subtitle(first)
+    if rest:
+        subtitle += f" · compared with {', '.join(names[1:])}"
+    return html.page(first.path.absolute().name, sections, report_sections.summary(first), subtitle)
 
 
 def curves(runs: Sequence[run_summary.Run], names: Sequence[str], smooth: int) -> str:

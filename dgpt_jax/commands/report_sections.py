@@ -79,14 +79,16 @@ def numbers(run: Run) -> Numbers:
     if len(rates):
         rows.append(("images per second", f"{np.median(rates):,.0f}", "median"))
     if run.data_wait is not None:
-        rows.append(("waiting for data", f"{run.data_wait:.1%}", "share of the time in steps"))
+        rows.append(
+            ("waiting for data", f"{100 * run.data_wait:.1f} %", "share of the time in steps")
+        )
     if run.wall_seconds:
         starts = f"{len(run.starts)} starts, " if len(run.starts) > 1 else ""
         comment = f"{starts}first start to last line"
         rows.append(("wall time", duration(run.wall_seconds), comment))
     if run.goodput is not None:
         comment = "of the wall time, without start-up, evaluations and interruptions"
-        rows.append(("goodput", f"{run.goodput:.0%}", comment))
+        rows.append(("goodput", f"{100 * run.goodput:.0f} %", comment))
     if checkpoints.mesh:
         axes = ", ".join(f"{axis} {size}" for axis, size in checkpoints.mesh.items() if size > 1)
         rows.append(("devices", f"{np.prod([*checkpoints.mesh.values()])}", axes))
@@ -119,7 +121,7 @@ def _evaluation(run: Run, name: str) -> tuple[str, str, str]:
 
 def _value(name: str, value: float) -> str:
     """A loss with four digits, an accuracy in percent."""
-    return f"{value:.4g}" if metrics_log.is_loss(name) else f"{value:.1%}"
+    return f"{value:.4g}" if metrics_log.is_loss(name) else f"{100 * value:.1f} %"
 
 
 def evaluations(run: Run) -> str:
@@ -211,7 +213,8 @@ def _time(seconds: float) -> str:
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Key numbers side by side, config keys that differ, and where curves differ from the first."""
     columns = {
-        name: {"status": run.status[1]} | {label: value for label, value, _ in numbers(run)}
+        name: {"status": run.status[1]}
+        | {label: html.Number(value) for label, value, _ in numbers(run)}
         for name, run in zip(names, runs, strict=True)
     }
     labels = dict.fromkeys(label for values in columns.values() for label in values)

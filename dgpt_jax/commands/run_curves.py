@@ -101,14 +101,12 @@ def svg(panel: Panel, logs: Sequence[Log], smooth: int) -> bytes:
             for j, name in enumerate(names):
                 color = COLORS[(j if len(logs) == 1 else i) % len(COLORS)][0]
                 style = STYLES[j % len(STYLES)] if len(logs) > 1 else "-"
-                # Matplotlib leaves labels with an underscore out of the legend.
-                label = name if i == 0 else f"_{name}"
                 if name in panel.training:
-                    _draw_training(axis, log, name, color, label, smooth)
+                    _draw_training(axis, log, name, color, smooth)
                 else:
-                    _draw_evaluations(axis, log, name, color, label, style)
+                    _draw_evaluations(axis, log, name, color, style)
             if panel.is_loss:
-                _draw_skipped(axis, log, "skipped updates" if i == 0 else "_skipped")
+                _draw_skipped(axis, log, BAD[0] if len(logs) == 1 else COLORS[i % len(COLORS)][0])
         last = max(log.last for log in logs) or 1
         _decorate(axis, panel, names, last, several=len(logs) > 1)
         figure.tight_layout(pad=0.6)
@@ -117,33 +115,33 @@ def svg(panel: Panel, logs: Sequence[Log], smooth: int) -> bytes:
     return _with_color_scheme(buffer.getvalue().decode()).encode()
 
 
-def _draw_training(axis, log: Log, name: str, color: str, label: str, smooth: int):
+def _draw_training(axis, log: Log, name: str, color: str, smooth: int):
     steps, values = log.arrays(name)
     if len(steps):
         points = 0 if name == "learning_rate" or len(steps) < 4 * smooth else smooth
-        plot.line(axis, steps, values, color, label, points)
+        plot.line(axis, steps, values, color, name, points)
 
 
-def _draw_evaluations(axis, log: Log, name: str, color: str, label: str, style: str):
+def _draw_evaluations(axis, log: Log, name: str, color: str, style: str):
     curve = log.curves.get(name, metrics_log.EMPTY).finite()
     if len(curve):
         indices = metrics_log.thin(curve.steps, curve.values)
         marker = "o" if len(curve) <= FEW else None
         axis.plot(
-            curve.steps[indices], curve.values[indices], color=color, label=label, marker=marker,
+            curve.steps[indices], curve.values[indices], color=color, label=name, marker=marker,
             markersize=4, linestyle=style, linewidth=1.3,
         )  # fmt: skip
 
 
-def _draw_skipped(axis, log: Log, label: str):
+def _draw_skipped(axis, log: Log, color: str):
     """Ticks at the bottom, at the log lines whose interval had skipped updates."""
     steps, counts = log.arrays("skipped")
     skipped = steps[np.flatnonzero(np.diff(counts, prepend=0) > 0)]
     if len(skipped):
         skipped = skipped[metrics_log.thin(skipped, np.zeros(len(skipped)))]
         axis.plot(
-            skipped, np.full(len(skipped), 0.03), "|", color=BAD[0], markersize=9,
-            markeredgewidth=1.6, transform=axis.get_xaxis_transform(), label=label,
+            skipped, np.full(len(skipped), 0.03), "|", color=color, markersize=9,
+            markeredgewidth=1.6, transform=axis.get_xaxis_transform(), label=TITLES["skipped"],
         )  # fmt: skip
 
 
@@ -157,11 +155,11 @@ def _decorate(axis, panel: Panel, names: Sequence[str], last: int, *, several: b
     if shares and not any(map(metrics_log.is_loss, names)):
         axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
     handles, labels = axis.get_legend_handles_labels()
-    if len(handles) > 1:
-        texts = axis.legend(handles, labels, fontsize=9)
-        for handle in texts.legend_handles if several else ():
-            if handle.get_marker() != "|":
-                handle.set_color(TEXT[0])  # runs, not metrics, have colors
+    entries = dict(zip(labels, handles, strict=True))  # one for all runs
+    if len(entries) > 1:
+        legend = axis.legend(entries.values(), entries.keys(), fontsize=9)
+        for handle in legend.legend_handles if several else ():
+            handle.set_color(TEXT[0])  # colors tell runs apart
 
 
 def _with_color_scheme(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Results files (evals/results.py) of a work directory as HTML tables."""
+"""Results files (evals/results.py) of work directories as HTML tables."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ PERCENT = ("accuracy", "mean error", "mCE", "sd")
 HIDDEN = (*results.HIDDEN, "correct", "low", "high")  # parts of the interval's column, or internal
 
 
-def section(run: epath.PathLike) -> str:
-    """HTML of all results*.json of a work directory: a table per file, and published numbers beside
-    what was measured on complete test sets of ImageNet. A damaged file becomes a note."""
+def section(*runs: epath.PathLike) -> str:
+    """HTML of all results*.json of these work directories: a table per file, and published numbers
+    beside what was measured on complete test sets of ImageNet. A damaged file becomes a note."""
     parts, models = [], []
-    for path in sorted(epath.Path(run).glob("results*.json")):
+    for path in (path for run in runs for path in sorted(epath.Path(run).glob("results*.json"))):
         try:
             content = results.read(path)
             rows = [dict(row) for row in content["results"]]
