@@ -37,19 +37,18 @@ Numbers = list[tuple[str, str, str]]  # (label, value, comment)
 
 def subtitle(run: Run) -> str:
     """The task and the model in words, "" without a config."""
-    config, model = run.config, run.config.get("model") or {}
-    classify = config.get("classify") or {}
+    model, classify = run.section("model"), run.section("classify")
     task = {
         "pretrain": "D-iGPT pretraining",
         "classify": f"{classify.get('head')} probe"
         if classify.get("trainable") == "head"
         else "supervised training",
-    }.get(str(config.get("task")))
+    }.get(str(run.config.get("task")))
     try:
         size = f"ViT {published_report.size_of(dict(model))}, {model['image_size']} px"
     except (KeyError, TypeError):
         size = None
-    data = (config.get("data") or {}).get("path")
+    data = run.section("data").get("path")
     return " · ".join(str(part) for part in (task, size, data) if part)
 
 
@@ -79,16 +78,13 @@ def numbers(run: Run) -> Numbers:
     if len(rates):
         rows.append(("images per second", f"{np.median(rates):,.0f}", "median"))
     if run.data_wait is not None:
-        rows.append(
-            ("waiting for data", f"{100 * run.data_wait:.1f} %", "share of the time in steps")
-        )
+        rows.append(("waiting for data", html.percent(100 * run.data_wait), "of the time in steps"))
     if run.wall_seconds:
         starts = f"{len(run.starts)} starts, " if len(run.starts) > 1 else ""
         comment = f"{starts}first start to last line"
         rows.append(("wall time", duration(run.wall_seconds), comment))
     if run.goodput is not None:
-        comment = "of the wall time, without start-up, evaluations and interruptions"
-        rows.append(("goodput", f"{100 * run.goodput:.0f} %", comment))
+        rows.append(("goodput", html.percent(100 * run.goodput, 0), "of the wall time in steps"))
     if checkpoints.mesh:
         axes = ", ".join(f"{axis} {size}" for axis, size in checkpoints.mesh.items() if size > 1)
         rows.append(("devices", f"{np.prod([*checkpoints.mesh.values()])}", axes))
@@ -105,7 +101,7 @@ def _millions(count: int) -> str:
 def _main_evaluations(run: Run) -> list[str]:
     """Evaluations to show as cards: the metric of config.checkpoint.best, accuracies, losses."""
     names = [n for n in run.log.curves if "/" in n and not metrics_log.is_detail(n)]
-    best = (run.config.get("checkpoint") or {}).get("best")
+    best = run.section("checkpoint").get("best")
     return sorted(names, key=lambda n: (n != best, metrics_log.is_loss(n)))[:MAX_EVALUATIONS]
 
 
@@ -121,7 +117,7 @@ def _evaluation(run: Run, name: str) -> tuple[str, str, str]:
 
 def _value(name: str, value: float) -> str:
     """A loss with four digits, an accuracy in percent."""
-    return f"{value:.4g}" if metrics_log.is_loss(name) else f"{100 * value:.1f} %"
+    return f"{value:.4g}" if metrics_log.is_loss(name) else html.percent(100 * value)
 
 
 def evaluations(run: Run) -> str:
@@ -168,7 +164,8 @@ def config(run: Run) -> str:
     """The config, folded: values that differ from the defaults, then the others."""
     if not run.config:
         return html.note("no config.json")
-    defaults, values = _default_config(run.config), schema.flatten(run.config)
+    size = run.section("model").get("size", ModelConfig().size)
+    defaults, values = _default_config(size), schema.flatten(run.config)
     changed = {k: v for k, v in values.items() if k not in defaults or defaults[k] != v}
     rows = [(k, _text(v), _text(defaults.get(k))) for k, v in changed.items()]
     rest = [(k, _text(v)) for k, v in values.items() if k not in changed]
@@ -177,11 +174,10 @@ def config(run: Run) -> str:
     return html.details(f"{len(values)} keys, {len(rows)} differ from the defaults", content)
 
 
-def _default_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _default_config(size: str) -> dict[str, Any]:
     """Flat defaults as in JSON; those of the model that depend on its size are set."""
     defaults = schema.to_dict(TrainConfig())
     try:
-        size = (config.get("model") or {}).get("size", ModelConfig().size)
         defaults["model"] = schema.to_dict(schema.parse(ModelConfig, {"size": size}))
         defaults["model"]["size"] = ModelConfig().size
     except UserError:  # a size of other code

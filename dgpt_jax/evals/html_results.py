@@ -61,7 +61,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cell(name: str, value: Any) -> Any:
     if name in PERCENT and isinstance(value, (int, float)):
-        return html.Number(f"{value:.1f} %")
+        return html.Number(html.percent(value))
     if isinstance(value, (list, dict, bool)):
         return json.dumps(value)
     return None if value == "" else value

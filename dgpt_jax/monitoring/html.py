@@ -76,6 +76,11 @@ class Number(str):
     """A formatted number: its cell is right-aligned like those of floats and ints."""
 
 
+def percent(value: float, digits: int = 1) -> str:
+    """ "61.3 %" of 61.3, which a line break does not split."""
+    return f"{value:.{digits}f}\u00a0%"
+
+
 def note(text: str) -> str:
     """A paragraph in a faint color."""
     return f'<p class="note">{html.escape(text)}</p>'

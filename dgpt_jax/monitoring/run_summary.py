@@ -80,6 +80,11 @@ class Run:
             raise KeyError
         return self.checkpoints.examples or 0
 
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A group of config keys, {} without it."""
+        section = self.config.get(name)
+        return section if isinstance(section, Mapping) else {}
+
     @cached_property
     def epochs(self) -> float | None:
         """Passes over the dataset that were trained; None if its length is unknown."""
@@ -160,8 +165,9 @@ class Run:
 
     def _bad_step(self) -> int | None:
         """First of the skipped steps that stopped the run, None if it got beyond them."""
-        optim = self.config.get("optim") or {}
-        slack = optim.get("max_skipped_in_a_row", 10) + self.config.get("log_every", 50)
+        slack = self.section("optim").get("max_skipped_in_a_row", 10) + self.config.get(
+            "log_every", 50
+        )
         steps = [int(m[1]) for p in self.path.iterdir() if (m := BAD_STEP.fullmatch(p.name))]
         return next((s for s in sorted(steps) if s <= self.log.last <= s + slack), None)
 
