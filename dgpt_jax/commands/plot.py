@@ -67,7 +67,7 @@ def draw(logs: Sequence[Log], names: Sequence[str], out: Output, smooth: int = 0
             steps, values = log.arrays(name)
             if len(steps):
                 points = 0 if name == "learning_rate" or len(steps) < 4 * smooth else smooth
-                _line(axis, steps, values, f"C{i}", labels[i], points)
+                line(axis, steps, values, f"C{i}", labels[i], points)
         axis.set(title=name, xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(alpha=0.3)
@@ -89,7 +89,7 @@ def save(figure: Figure, out: Output, dpi: int = 130, **options: Any):
     plt.close(figure)
 
 
-def _line(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str, smooth: int):
+def line(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str, smooth: int):
     """Draws one run; with `smooth`, its running mean over the faint raw line."""
     nonfinite = steps[~np.isfinite(values)]
     indices = metrics_log.thin(steps, values)

@@ -1,214 +1,109 @@
 """Writes one HTML file about a run: tools/report.py RUN --out=FILE.html
 
-Shows curves, evaluations, results (results*.json), images in the work directory, checkpoints and
-the config; the file loads nothing from outside. `--log=FILE` adds the training's console output,
-which holds the table of processes and devices and is not saved in a work directory.
+Shows status and key numbers, curves with evaluations, results (results*.json) beside published
+numbers, images of the run, checkpoints and the config; the file loads nothing from outside.
+
+`--with OTHER…` compares the run with others: curves on the same axes, key numbers, and where
+configs and curves differ. `--log=FILE` adds the training's console output, which holds the table of
+processes and devices and is not saved in a work directory.
 """
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
 
-import base64
-import datetime
-import html
-import io
-import json
-import re
-from collections.abc import Iterable
+import shlex
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from etils import epath
 
 from dgpt_jax import cli, invocation
-from dgpt_jax.commands import plot
-from dgpt_jax.config import schema
+from dgpt_jax.commands import plot, report_sections, run_curves
 from dgpt_jax.errors import UserError
-from dgpt_jax.evals import results as result_files
-from dgpt_jax.monitoring import metrics_log
+from dgpt_jax.evals import html_results
+from dgpt_jax.monitoring import html, metrics_log, run_summary
 from dgpt_jax.storage import output_paths
 from dgpt_jax.weights import files
 
-KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml", ".webp": "webp"}
-MAX_IMAGE_BYTES = 4 << 20
 MAX_LOG_CHARS = 100_000
-STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 1300px; margin: 2em auto; padding: 0 1em; color: #222 }
-img { max-width: 100% }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px }
-td, th { border: 1px solid #ccc; padding: 0.15em 0.6em; text-align: left; white-space: nowrap }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-pre { background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 12px }
-.note { color: #777 }
-"""
 
 
-def image(data: bytes, kind: str, caption: str) -> str:
-    """Inline <img>. An SVG inside <img> runs no script and fetches nothing."""
-    text = base64.b64encode(data).decode()
-    alt = html.escape(caption)
-    return f'<img src="data:image/{kind};base64,{text}" alt="{alt}" title="{alt}">'
+def page(
+    run: epath.PathLike,
+    others: Sequence[epath.PathLike] = (),
+    *,
+    smooth: int = 0,
+    log_file: Path | None = None,
+) -> str:
+    """HTML report of a work directory, self-contained; `others` are compared with it.
 
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """HTML table; numbers are right-aligned."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return f'<td class="n">{value:.5g}</td>'
-        if isinstance(value, int):
-            return f'<td class="n">{value}</td>'
-        return f"<td>{'' if value is None else html.escape(str(value))}</td>"
-
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in columns)
-    lines = ("".join(map(cell, row)) for row in rows)
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table><tr>{head}</tr>\n{body}</table>"
-
-
-def note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def curves(log: metrics_log.Log, smooth: int) -> str:
-    names = metrics_log.select_metrics([log], None)
-    svg = io.BytesIO()
-    plot.draw([log], names, svg, smooth=smooth, format="svg")
-    return image(svg.getvalue(), "svg+xml", f"{', '.join(names)} by step")
-
-
-def evaluations(log: metrics_log.Log) -> str:
-    """Table of metrics logged less often than the learning rate, that is, of evaluations."""
-    every = len(log.arrays("learning_rate")[0])
-    rows = []
-    for name, curve in log.curves.items():
-        if len(curve) >= every and not name.startswith(("heldout/", "knn")):
-            continue
-        finite, low, high = curve.finite(), (None, None), (None, None)
-        if len(finite):
-            low = finite.point(int(finite.values.argmin()))
-            high = finite.point(int(finite.values.argmax()))
-        rows.append((name, len(curve), *low, *high, *curve.point(-1)))
-    columns = ("metric", "times", "lowest", "at step", "highest", "at step", "last", "at step")
-    return table(columns, rows) if rows else note("none was logged")
-
-
-def results(run: epath.Path) -> str:
-    """One table per results*.json of the run."""
-    sections = []
-    for path in sorted(run.glob("results*.json")):
-        try:
-            content = result_files.read(path)
-            rows = [dict(row) for row in content["results"]]
-        except (UserError, ValueError, TypeError) as e:
-            sections.append(note(str(e)))
-            continue
-        columns = dict.fromkeys(
-            name for row in rows for name, value in row.items() if not isinstance(value, dict)
-        )
-        cells = [[_plain(row.get(name)) for name in columns] for row in rows]
-        title = html.escape(f"{path.name}: {content['weights']}")
-        sections.append(f"<h3>{title}</h3>" + table(columns, cells))
-    hint = note(f"none: {invocation.command('evaluate')} --checkpoint=RUN adds them")
-    return "\n".join(sections) or hint
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, dict)):
-        return json.dumps(value)
-    return str(value) if isinstance(value, bool) else value
-
-
-def images(run: epath.Path) -> str:
-    sections = []
-    for path in sorted(p for p in run.iterdir() if p.suffix.lower() in KINDS and p.is_file()):
-        if (size := path.stat().length) > MAX_IMAGE_BYTES:
-            sections.append(note(f"{path.name} is too large to embed: {size / 2**20:.1f} MiB"))
-            continue
-        tag = image(path.read_bytes(), KINDS[path.suffix.lower()], path.name)
-        sections.append(f"<h3>{html.escape(path.name)}</h3>{tag}")
-    return "\n".join(sections) or note("none in the work directory")
-
-
-def system(run: epath.Path, config: dict, log: metrics_log.Log) -> str:
-    """Table of when and on what the run was trained."""
-    rows: list[tuple[str, str | float]] = [("directory", str(run.resolve()))]
-    for path in sorted((run / "tensorboard").glob("events.out.tfevents.*")):
-        if match := re.match(r"events\.out\.tfevents\.(\d+)\.(.+)", path.name):
-            rows.append(("started", f"{_time(int(match[1]))}, host {match[2]}"))
-    rows.append(("last line of metrics", _time((run / metrics_log.FILE).stat().mtime)))
-    saved = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
-    rows.append(("checkpoints of steps", ", ".join(map(str, saved)) or "none"))
-    for name in ("platform", "dtype", "mesh", "hosts"):
-        if config.get(name) not in (None, ""):
-            rows.append((f"config.{name}", json.dumps(config[name])))
-    _, rates = log.arrays("images_per_second")
-    if len(rates):
-        rows.append(("images/s, median", float(np.median(rates))))
-    _, waits = log.arrays("data_wait")
-    if len(waits):
-        rows.append(("waiting for data, median share", float(np.median(waits))))
-    return table(("key", "value"), rows)
-
-
-def _time(seconds: float) -> str:
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
-
-
-def read_config(run: epath.Path) -> dict:
-    """Config of a run, {} without one. Raises UserError."""
-    path = run / "config.json"
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} is damaged: {e}") from None
-
-
-def page(run: epath.PathLike, *, smooth: int = 0, log_file: Path | None = None) -> str:
-    """HTML report of a work directory, self-contained. Raises UserError."""
-    run = epath.Path(run)
-    log, config = metrics_log.read(run), read_config(run)
-    name = html.escape(run.absolute().name)
-    sections = {
-        "Curves": curves(log, smooth),
-        "Evaluations during training": evaluations(log),
-        "Results": results(run),
-        "Images": images(run),
-        "System": system(run, config, log),
-        "Config": table(("key", "value"), [(k, str(v)) for k, v in schema.flatten(config).items()])
-        if config
-        else note("no config.json"),
+    smooth: logged points of the running mean of curves; 0 draws raw values. Raises UserError.
+    """
+    now = time.time()
+    first, *rest = runs = [run_summary.read(path, now) for path in (run, *others)]
+    names = plot.run_labels([r.path for r in runs])
+    sections = {}
+    if rest:
+        sections["Comparison"] = report_sections.comparison(runs, names)
+    sections |= {
+        "Curves": curves(runs, names, smooth),
+        "Evaluations during training": report_sections.evaluations(first),
+        "Predictions and images": report_sections.images(first.path),
+        "Results": html_results.section(*(r.path for r in runs))
+        or html.note(f"none: {invocation.command('evaluate')} --checkpoint=RUN adds them"),
+        "Config": report_sections.config(first),
+        "System": report_sections.system(first),
     }
     if log_file:
         text = log_file.read_text(errors="replace")
         cut = f"(the first {MAX_LOG_CHARS} characters)\n" if len(text) > MAX_LOG_CHARS else ""
-        sections["Log"] = f"<pre>{html.escape(cut + text[:MAX_LOG_CHARS])}</pre>"
-    total = html.escape(str(config.get("total", "?")))
-    summary = f"<p>Last logged step: {log.last}; config.total: {total}.</p>"
-    if log.damaged:
-        summary += note(f"{log.damaged} damaged lines of {metrics_log.FILE} were skipped")
-    body = "\n".join(f"<h2>{title}</h2>\n{section}" for title, section in sections.items())
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        f"img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{name}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{name}</h1>\n{summary}\n{body}\n</body></html>\n"
+        shown = html.preformatted(cut + text[:MAX_LOG_CHARS])
+        sections["Log"] = html.details(log_file.name, shown)
+    subtitle = report_sections.subtitle(first)
+    if rest:
+        subtitle += f" · compared with {', '.join(names[1:])}"
+    return html.page(first.path.absolute().name, sections, report_sections.summary(first), subtitle)
+
+
+def curves(runs: Sequence[run_summary.Run], names: Sequence[str], smooth: int) -> str:
+    """Panels of all metrics; colors tell the runs apart if there are several."""
+    logs = [run.log for run in runs]
+    metrics_log.select_metrics(logs, None)  # raises UserError if nothing was logged
+    panels = (
+        html.figure(run_curves.svg(p, logs, smooth), "svg+xml", p.caption, hide_caption=True)
+        for p in run_curves.panels(logs)
     )
+    palette = [run_curves.COLORS[i % len(run_curves.COLORS)] for i in range(len(runs))]
+    legend = html.legend(names, palette) if len(runs) > 1 else ""
+    return legend + html.figures(panels)
+
+
+def refuse_results_file(words: Sequence[str]):
+    """Raises UserError if the first argument is a results file, which another command reads."""
+    if words and words[0].endswith(".json") and not epath.Path(words[0]).is_dir():
+        raise UserError(
+            f"{words[0]} is a file, not a work directory: {invocation.command('results')} "
+            f"{shlex.quote(words[0])} tabulates results files"
+        )
 
 
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("run", type=cli.path, help="work directory")
     parser.add_argument("--out", required=True, type=cli.local_path, help="HTML file")
+    parser.add_argument(
+        "--with", dest="others", metavar="OTHER", type=cli.path, nargs="+", action="extend",
+        default=[], help="work directories to compare with",
+    )  # fmt: skip
     parser.add_argument("--log", type=cli.local_path, help="console output of the training")
     parser.add_argument(
         "--smooth", type=int, least=0, default=0, help="logged points per running mean"
     )
+    refuse_results_file(sys.argv[1:])
     args = parser.parse_args()
     output_paths.file(args.out)
-    text = page(args.run, smooth=args.smooth, log_file=args.log)
+    text = page(args.run, args.others, smooth=args.smooth, log_file=args.log)
     with files.written(args.out) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

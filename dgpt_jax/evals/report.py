@@ -1,7 +1,12 @@
-"""Results of models (evals/results.py) beside published numbers, as Markdown."""
+"""Results of models (evals/results.py) beside published numbers, as Markdown.
 
-from collections.abc import Iterable, Sequence
+`tables` returns the same as data, for other formats.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dgpt_jax.config import model as model_config
 from dgpt_jax.evals import published, results
@@ -16,6 +21,32 @@ SETS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A result of ours in percent, with its 95 % interval if it has one; in Markdown it is bold."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        return f"**{self.value:.1f}**{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """The interval behind the value."""
+        return f" [{self.interval[0]:.1f}, {self.interval[1]:.1f}]" if self.interval else ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Published lines and ours, with cells of text, Measured or None for what was not measured."""
+
+    title: str
+    columns: tuple[str, ...]
+    published: list[list[str]]
+    ours: list[Sequence[Any]]
+
+
 def report(files: Iterable[Path | str]) -> str:
     """Three tables of published numbers and the models of these result files, then all rows of each
     model. Raises UserError on a file that is not a results file.
@@ -24,19 +55,46 @@ def report(files: Iterable[Path | str]) -> str:
     their 95 % interval.
     """
     models = _models(files)
-    finetuned = ("pretraining", *published.SIZES)
-    robustness, frozen = published.ROBUSTNESS_COLUMNS, published.FROZEN_COLUMNS
-    parts = [
-        "## Fine-tuned on ImageNet-1K, 224 pixels, top-1",
-        _table("finetuned", "method", finetuned, [x for m in models for x in _finetuned(m)]),
-        "## Robustness of fine-tuned weights, top-1; C: plain mean error, lower is better",
-        _table("robustness", "weights", robustness, [x for m in models for x in _robustness(m)]),
-        "## Frozen features, ImageNet-1K, top-1; kNN: k = 20",
-        _table("frozen", "encoder", frozen, [x for m in models for x in _frozen(m)]),
-    ]
+    parts = []
+    for table in tables(models):
+        ours = table.ours or [("**ours**", *[None] * (len(table.columns) - 1))]
+        lines = [[NOT_RUN if cell is None else cell for cell in line] for line in ours]
+        text = markdown.table(table.columns, [*table.published, *lines], rule=" --- ")
+        parts += [f"## {table.title}", text]
     for model in models:
         parts += [f"## All results of {_name(model)}", results.table(model["results"])]
     return "\n\n".join(parts)
+
+
+def tables(models: Sequence[dict]) -> list[Table]:
+    """Tables of published numbers and these models, each the content of a results file."""
+
+    def table(name: str, title: str, columns: Sequence[str], ours: Callable[[dict], list]) -> Table:
+        first, *others = columns
+        rows = published.rows(name, ("name", *others, "source"))
+        lines = [line for model in models for line in ours(model)]
+        return Table(title, (first, *others, "source"), rows, lines)
+
+    return [
+        table(
+            "finetuned",
+            "Fine-tuned on ImageNet-1K, 224 pixels, top-1",
+            ("method", "pretraining", *published.SIZES),
+            _finetuned,
+        ),
+        table(
+            "robustness",
+            "Robustness of fine-tuned weights, top-1; C: plain mean error, lower is better",
+            ("weights", *published.ROBUSTNESS_COLUMNS),
+            _robustness,
+        ),
+        table(
+            "frozen",
+            "Frozen features, ImageNet-1K, top-1; kNN: k = 20",
+            ("encoder", *published.FROZEN_COLUMNS),
+            _frozen,
+        ),
+    ]
 
 
 def _models(files: Iterable[Path | str]) -> list[dict]:
@@ -59,11 +117,10 @@ def size_of(model: dict) -> str:
     return names.get(shape, f"{model['width']} wide, {model['depth']} deep")
 
 
-def _cell(row: dict | None, key: str = "accuracy") -> str | None:
+def _cell(row: dict | None, key: str = "accuracy") -> Measured | None:
     if row is None:
         return None
-    interval = f" [{row['low']:.1f}, {row['high']:.1f}]" if "low" in row else ""
-    return f"**{row[key]:.1f}**{interval}"
+    return Measured(row[key], (row["low"], row["high"]) if "low" in row else None)
 
 
 def _finetuned(model: dict) -> list[Sequence]:
@@ -72,7 +129,7 @@ def _finetuned(model: dict) -> list[Sequence]:
     lines = []
     for row in model["results"]:
         finetuned = row["protocol"] == "finetune" or row["data"] == "imagenet"  # of robustness
-        if finetuned and row["test"] == VALIDATION:
+        if finetuned and row.get("test") == VALIDATION:
             size = size_of(model["model"])[0]
             cells = [_cell(row) if size == column else None for column in published.SIZES]
             lines.append((_name(model), "ours", *cells, _selection(row)))
@@ -108,7 +165,7 @@ def _frozen(model: dict) -> list[Sequence]:
     lines: dict[tuple[str, str], dict] = {}
     for row in model["results"]:
         columns = [c for c in published.FROZEN_COLUMNS if row["protocol"].startswith(c.lower())]
-        complete = row["test"] == VALIDATION and not row.get("detail")
+        complete = row.get("test") == VALIDATION and not row.get("detail")
         if columns and complete and row.get("shots", "all") == "all" and row.get("k", 20) == 20:
             selected = row["protocol"] != "knn"  # kNN has nothing to select
             source = f"ours, {row['protocol']}, {_selection(row)}" if selected else "ours"
@@ -118,12 +175,3 @@ def _frozen(model: dict) -> list[Sequence]:
         (name, *(_cell(rows.get(c)) for c in published.FROZEN_COLUMNS), source)
         for (name, source), rows in lines.items()
     ]
-
-
-def _table(name: str, title: str, columns: Sequence[str], ours: Sequence[Sequence]) -> str:
-    """A published table followed by lines of ours, whose empty cells become NOT_RUN; without any, a
-    single line of NOT_RUN."""
-    lines = published.rows(name, ("name", *columns, "source"))
-    ours = ours or [("**ours**", *[None] * (len(columns) + 1))]
-    lines += [[NOT_RUN if cell is None else cell for cell in line] for line in ours]
-    return markdown.table((title, *columns, "source"), lines, rule=" --- ")

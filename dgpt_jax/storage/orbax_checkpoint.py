@@ -266,6 +266,21 @@ def describe(
     return rows
 
 
+def read_metadata(path: AnyPath, step: int | None = None) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns (JSON metadata, {axis: devices} of the mesh that saved a checkpoint), reading no
+    arrays. A conversion has no mesh: {}. step: default the newest. Raises UserError."""
+    root, step = find(path, step)
+    item = epath.Path(root) / str(step)
+    with _reader(item) as reader:
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        metadata = check_metadata(reader.restore(item, args=args)["metadata"], item)
+        stored: Any = reader.metadata(item).item_metadata
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(stored["params"].tree)]
+    saved = next((s for s in shardings if getattr(s, "axis_names", None)), None)
+    mesh = dict(zip(saved.axis_names, saved.shape.tolist(), strict=True)) if saved else {}
+    return metadata, mesh
+
+
 def _sharding(leaf: Any) -> str:
     """(12, 64, 256) sharded over four devices along its second axis: "1, fsdp 4, 1"."""
     spec = getattr(leaf.sharding, "partition_spec", None) or ()
