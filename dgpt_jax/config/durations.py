@@ -15,6 +15,21 @@ def check(duration: str, key: str, *, percent: bool = True) -> None:
     _parse(duration, key, percent)
 
 
+def check_shorter(duration: str, key: str, than: str, than_key: str, batch_size: int) -> None:
+    """Raises UserError if the value of `key` is at least as long as that of `than_key`, unless only
+    the dataset's length decides that, between epochs and other units."""
+    (number, unit), (limit, limit_unit) = _parse(duration, key, True), _parse(than, than_key, False)
+    if unit == "%":
+        limit = Fraction(100)
+    elif "epoch" in (unit, limit_unit) and unit != limit_unit:
+        return
+    else:
+        size = {"step": batch_size, "example": 1, "epoch": 1}
+        number, limit = number * size[unit], limit * size[limit_unit]
+    if 0 < limit <= number:
+        raise UserError(f"{key}={duration!r} is not shorter than {than_key}={than!r}: shorten it")
+
+
 def steps(
     duration: str,
     key: str,
