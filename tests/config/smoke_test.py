@@ -142,7 +142,7 @@ def test_invalid_values_are_refused_before_they_are_reduced(name, kind, flag, me
 
 
 def test_sizes_still_fit_together(capsys):
-    """Smaller batches than those of --smoke are kept, also with accumulation and groups of mixup."""
+    """Batches smaller than those of --smoke are kept, with accumulation and groups of mixup too."""
     flags = ("data.path=x", "init.weights=", "accum_steps=3", "classify.mixup_group_size=6")
     for batch_size, result in ((6, (6, 2, 6)), (24, (16, 2, 16))):
         config, _ = parsed(
