@@ -214,7 +214,7 @@ def parse(
         raise
     if print_config:
         print("\n".join(schema_lib.lines(schema_lib.to_dict(parsed))))
-        print("next: the same command without --print_config")
+        print("next: run the same command without --print_config")
         sys.exit()
     return arguments, parsed
 

@@ -21,7 +21,7 @@ from etils import epath
 from dgpt_jax import cli
 from dgpt_jax.config import EvaluateConfig, roots
 from dgpt_jax.distributed import multihost, sharding
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.evals import feature_bank, features, fewshot, knn, probe, results, robustness
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.storage import output_paths, tfds_dataset
@@ -129,9 +129,9 @@ def _counts(
 def _refuse_missing_classes(settings: EvaluateConfig, train: np.ndarray, test: np.ndarray):
     if len(missing := np.setdiff1d(test, train)):
         raise UserError(
-            f"{settings.data}: split {settings.test} has {len(missing)} classes that "
-            f"{settings.train} lacks: imports are sorted by class, so a slice misses some; "
-            f"set config.train to the full split"
+            f"{settings.data}: split {settings.test} has "
+            f"{counted(len(missing), 'class', 'classes')} that {settings.train} lacks: imports are "
+            f"sorted by class, so a slice misses some; set config.train to the full split"
         )
 
 
@@ -187,7 +187,10 @@ def main():
     print("low, high: 95 % Wilson interval of the accuracy, for the sampling of test examples")
     if out:
         print(f"added to {out}")
-    print(f"next: python tools/results.py {shlex.quote(str(out)) if out else 'RESULTS.json…'}")
+    if out:
+        print(f"next: python tools/results.py {shlex.quote(str(out))}")
+    else:
+        print("next: run the same command without --untrained, to compare")
 
 
 def gather(
@@ -205,7 +208,7 @@ def gather(
             rows += batch
     except BaseException:
         if out and rows and not jax.process_index():
-            print(f"stopped: the {len(rows)} rows evaluated so far are in {out}")
+            print(f"stopped: {out} has what was evaluated so far, {counted(len(rows), 'row')}")
         raise
     return rows
 

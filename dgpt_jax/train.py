@@ -42,8 +42,9 @@ def resolve_schedule(config: TrainConfig, examples: int) -> Schedule:
     warmup = to_steps(config.optim.warmup, "config.optim.warmup", total=total)
     if warmup >= total:
         raise UserError(
-            f"config.optim.warmup={config.optim.warmup!r} is {warmup} steps, config.total is "
-            f"{total}: shorten the warm-up, or the learning rate never reaches its peak"
+            f"config.optim.warmup={config.optim.warmup!r} is {counted(warmup, 'step')}, "
+            f"config.total is {total}: shorten the warm-up, or the learning rate never reaches its "
+            f"peak"
         )
     if config.profile and config.profile[0] >= total:
         raise UserError(
@@ -132,7 +133,8 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
     for line in (*best_and_last, *evaluations_of(task).save_results(task, workdir)):
         progress.say(line)
     command = task.next_command.format(workdir=shlex.quote(str(workdir)))
-    progress.say(f"done: {workdir} holds step {loop.step}; next: {command}")
+    progress.say(f"finished: {workdir} holds step {loop.step}, the last")
+    progress.say(f"next: {command}")
     return 0
 
 

@@ -93,7 +93,7 @@ def main() -> None:
     part = "encoder and decoders" if weights.full else f"encoder with pooling {weights.pooling}"
     print(f"wrote {path}: {part} of {weights.source} in layout {target.name}")
     print(verified)
-    print(f"next: {card.loading(weights, target.name, path)[0][1]}")
+    print(f"next: load it in Python: {card.loading(weights, target.name, path)[0][1]}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ def main():
     args = parser.parse_args()
     print(report.report(args.files))
     print(
-        "next: python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint=RUN, and the "
-        "other protocols in configs/"
+        "next: add results by python -m dgpt_jax.evaluate, with knn_in1k.py, fewshot_in1k.py, "
+        "linear_in1k.py or robustness_in1k.py of configs/"
     )
 
 

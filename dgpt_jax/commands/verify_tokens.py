@@ -7,12 +7,12 @@ with the views of the source, drawn and rendered again. Exits with 1 if anything
 import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import itertools
-import shlex
 
 from dgpt_jax import cli
+from dgpt_jax.commands import next_commands
 from dgpt_jax.config import roots
 from dgpt_jax.data import token_store
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.tokens import verify
 
@@ -53,13 +53,11 @@ def main():
         _print(shard.split, f"#{shard.shard}", [shard])
     if damaged:
         raise UserError(
-            f"{args.store}: the tokens of {len(damaged)} shards are not those of their images "
+            f"{args.store}: {counted(len(damaged), 'shard')} with tokens of other images "
             f"(required cosines: least {least:.4f}, median {median:.4f}): build the store again"
         )
-    print(
-        f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}; "
-        f"next: python -m dgpt_jax.train with config.data.path={shlex.quote(args.store)}"
-    )
+    print(f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}")
+    print(f"next: {next_commands.train(args.store)}")
 
 
 def _print(split: str, shards: str, reports: list[verify.ShardReport]):

@@ -4,7 +4,7 @@ import math
 from decimal import Decimal, DecimalException
 from fractions import Fraction
 
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 
 # Decimal exponents of sensible numbers; with larger ones exact arithmetic is slow.
 EXPONENTS = range(-30, 15)
@@ -58,8 +58,8 @@ def steps(
         count = max(count, least)
     if count < least:
         raise UserError(
-            f"{key}={duration!r} is {float(exact):.3g} steps ({examples} examples, batches of "
-            f"{batch_size}): set it to {least} or more"
+            f"{key}={duration!r} is {float(exact):.3g} steps ({counted(examples, 'example')}, "
+            f"batches of {batch_size}): set it to {least} or more"
         )
     return count
 

@@ -32,6 +32,10 @@ UNREACHABLE = re.compile(
 )
 
 
+# Name, shape, dtype, sharding when saved, and bytes of an array.
+Row = tuple[str, tuple[int, ...], str, str, int]
+
+
 def directory(workdir: AnyPath) -> str:
     """Returns the checkpoint directory of a run, absolute since Orbax rejects relative paths."""
     root = os.fspath(workdir) if gcs.is_remote(workdir) else os.path.abspath(workdir)
@@ -243,9 +247,7 @@ def _select(tree: dict, names: Collection[str], prefix: str = "") -> dict:
     return selected
 
 
-def describe(
-    path: AnyPath, step: int | None = None
-) -> list[tuple[str, tuple[int, ...], str, str, int]]:
+def describe(path: AnyPath, step: int | None = None) -> list[Row]:
     """Returns (name, shape, dtype, sharding when saved, bytes) of every array, reading none.
 
     Names begin with params or opt_state. Raises UserError.

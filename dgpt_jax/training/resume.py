@@ -12,7 +12,7 @@ import optax
 from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.data import class_names
 from dgpt_jax.data.dataset import ExampleDataset
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.training import optimizer, train_step
 from dgpt_jax.training.checkpointing import Checkpoints
 from dgpt_jax.training.tasks.base import Task
@@ -117,12 +117,12 @@ def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     """
     changes, views, saved_views = [], current["views"], saved["views"]
     if saved["examples"] != current["examples"]:
-        changes.append(f"has {current['examples']} examples, {saved['examples']}")
+        changes.append(f"has {counted(current['examples'], 'example')}, {saved['examples']}")
     elif len(views) != (count := len(saved_views)):
         hint = ""
         if views[:count] == saved_views:
             hint = f" (--config.data.views={count} selects the same)"
-        changes.append(f"has {len(views)} views{hint}, {count}")
+        changes.append(f"has {counted(len(views), 'view')}{hint}, {count}")
     elif views != saved_views:
         changes.append("has other contents than")
     if saved.get("teacher") != current.get("teacher"):

@@ -46,7 +46,7 @@ class ClassificationTask:
     `open_classify` makes one with its data; without, it can be planned and replayed.
     """
 
-    next_command: str = "python tools/convert.py {workdir} DIR --to=timm"
+    next_command: str = "python tools/convert.py {workdir} EXPORT --to=timm"
     heads: tuple[str, ...] = ()
     independent: bool = True
 

@@ -43,7 +43,8 @@ class PretrainTask:
     prepare: None = None
     independent: bool = True
     next_command: str = (
-        "python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint={workdir}"
+        "python -m dgpt_jax.evaluate --config=configs/knn_in1k.py --checkpoint={workdir} "
+        "--config.data=IMAGES"
     )
 
     def __init__(

@@ -43,7 +43,11 @@ class ProbeTask(ClassificationTask):
         self.module, self.stacks = _module(config), ()
         self.independent = cfg.head == "dinov2"  # the others have BatchNorm
         if config.optim.base_lr_grid:
-            self.next_command = "python tools/results.py {workdir}/results.json"
+            self.next_command = (
+                "python tools/results.py {workdir}/results.json"
+                if config.evals.heldout
+                else "python tools/plot.py {workdir} --out=curves.png"
+            )
             self.stacks = self.module.stacks
             rates = optimizer.peak_learning_rates(config.optim, config.batch_size)
             kinds = [f"{name}_" for name in self.stacks] if len(self.stacks) > 1 else [""]
