@@ -6,6 +6,7 @@ Training states are saved and restored by training/checkpointing.py; no other fi
 """
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -30,6 +31,9 @@ REMEDY = "Copy it again, or move that step's directory away to read the step bef
 UNREACHABLE = re.compile(
     "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
 )
+# In errors of writing, which are TensorStore's ValueError, various ones of Orbax, or OSError.
+NO_SPACE = re.compile("RESOURCE_EXHAUSTED|No space left|quota exceeded")
+NO_PERMISSION = re.compile("Read-only|Permission denied")
 
 
 # Name, shape, dtype, sharding when saved, and bytes of an array.
@@ -96,7 +100,7 @@ def translate_damage(item: AnyPath) -> Iterator[None]:
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as e:
-        sys.unraisablehook = _without_late_reads
+        sys.unraisablehook = _without_late_operations
         reason = one_line(e)
         missing = isinstance(e, (FileNotFoundError, NotADirectoryError))
         if (isinstance(e, OSError) and not missing) or UNREACHABLE.search(reason):
@@ -131,7 +135,8 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
     """Saves a checkpoint of parameters alone, NumPy arrays, into a work directory that has none.
 
     Takes no further memory. By default Orbax copies all arrays first, in case they change while it
-    writes in the background, and compresses all of them at once, which saves 8 % of a file.
+    writes in the background, and compresses all of them at once, which saves 8 % of a file. Raises
+    OSError.
     """
     item = epath.Path(directory(workdir)) / str(step)
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -142,6 +147,7 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
         params=ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry),
         metadata=ocp.JsonCheckpointHandler(),
     )
+    hide_repeated_errors()
     with ocp.Checkpointer(handler) as writer:
         arguments = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
@@ -149,11 +155,34 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
                 with_checksums({"format": OLDEST, "step": step} | metadata, {"params": params})
             ),
         )
-        writer.save(item, args=arguments)
+        try:
+            writer.save(item, args=arguments)
+        except Exception as e:
+            if problem := disk_problem(e):
+                raise OSError(problem) from e
+            raise
 
 
-def _without_late_reads(unraisable, before=sys.unraisablehook):
-    """A sys.unraisablehook that hides reads which end after the one that failed."""
+def disk_problem(error: Exception) -> str:
+    """Returns "no space left" or "no permission" for an error of writing, "" for any other."""
+    if NO_SPACE.search(str(error)):
+        return "no space left"
+    return "no permission" if NO_PERMISSION.search(str(error)) else ""
+
+
+def hide_repeated_errors() -> None:
+    """Hides the traces that Orbax and TensorStore print of errors which are raised as well: from
+    the threads that write arrays, and of other arrays' operations after one has failed."""
+    logging.getLogger("absl").addFilter(_is_no_thread)
+    sys.unraisablehook = _without_late_operations
+
+
+def _is_no_thread(record: logging.LogRecord) -> bool:
+    return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+
+def _without_late_operations(unraisable, before=sys.unraisablehook):
+    """A sys.unraisablehook that hides operations which end after the one that failed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         before(unraisable)
 

@@ -6,7 +6,6 @@ Their format, and reading parameters alone: storage/orbax_checkpoint.py.
 import contextlib
 import logging
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
         )
+        orbax_checkpoint.hide_repeated_errors()
         self._in_flight, self._failures = False, 0
         self._manager = ocp.CheckpointManager(
             directory(workdir),
@@ -179,20 +179,16 @@ class Checkpoints:
     def _translate_disk_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # TensorStore: ValueError, Orbax: various, the system: OSError
-            match = re.search(
-                r"(RESOURCE_EXHAUSTED|No space left|quota exceeded)|Read-only|Permission denied",
-                str(e),
-            )
-            if not match:
+        except Exception as e:
+            problem = orbax_checkpoint.disk_problem(e)
+            if not problem:
                 raise
-            problem = "no space left for" if match[1] else "no permission to write"
             newest = self._manager.latest_step() or "none"
             # asyncio would log the error of every array after this one.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise UserError(
-                f"{problem} a checkpoint in {self.directory} (newest complete step: {newest}): fix "
-                f"this and run the same command again to resume"
+                f"{problem} for a checkpoint in {self.directory} (newest complete step: {newest}): "
+                f"fix this and run the same command again to resume"
             ) from e
 
 

@@ -204,7 +204,8 @@ def write_safetensors(
 
 
 def write_torch(path: Path | str, content: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes {key: state dict} atomically with torch.save. Raises UserError without PyTorch."""
+    """Writes {key: state dict} atomically with torch.save. Raises UserError without PyTorch, and
+    OSError on a full disk."""
     torch_pickle.import_torch(path, "written")
     import torch
 
@@ -215,8 +216,8 @@ def write_torch(path: Path | str, content: Mapping[str, Mapping[str, np.ndarray]
     with replacing(path) as temporary:
         try:
             torch.save(tensors, temporary)
-        except RuntimeError as e:  # raised on a full disk
-            raise UserError(f"{path} cannot be written: {one_line(e)}") from e
+        except RuntimeError as e:  # on a full disk
+            raise OSError(one_line(e)) from e
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
