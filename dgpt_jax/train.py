@@ -22,7 +22,7 @@ from dgpt_jax.config import TrainConfig, durations, schema
 from dgpt_jax.distributed import compilation_cache, multihost, preemption, run_lock, sharding
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.models.kernels import kernel_check
-from dgpt_jax.monitoring import metrics
+from dgpt_jax.monitoring import metrics, trackers
 from dgpt_jax.monitoring.progress import TrainingProgress
 from dgpt_jax.storage import output_paths
 from dgpt_jax.training import checkpointing, optimizer, resume, tasks
@@ -65,6 +65,8 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
     """Trains to the end or until a signal and returns the exit code. Raises UserError."""
     mesh = sharding.make_mesh(config.mesh)
     progress = TrainingProgress()
+    if config.wandb:
+        trackers.import_wandb()
     kernel_check.select(config.kernels, progress.say)
     processes = multihost.preflight(workdir, mesh)
     task = tasks.open_task(config)

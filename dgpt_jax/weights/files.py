@@ -40,8 +40,14 @@ class Read(NamedTuple):
 def split(path: Path | str) -> tuple[Path, str | None]:
     """(file, key) of FILE#KEY; (path, None) of another path."""
     path = Path(path)
+    if path.exists():
+        return path, None
+    text = os.fspath(path)
+    for i in (i for i, character in enumerate(text) if character == "#"):
+        if os.path.isfile(text[:i]):  # the key may contain a slash
+            return Path(text[:i]), text[i + 1 :]
     name, separator, key = path.name.partition("#")
-    if not separator or path.exists():
+    if not separator:
         return path, None
     return path.with_name(name) if name else path, key
 
