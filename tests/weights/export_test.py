@@ -133,7 +133,8 @@ def test_a_full_disk_is_one_line(name, small_disk, monkeypatch, capfd):
     monkeypatch.setattr(disk_space, "require", lambda *_: None)
     path, layout = name.split()
     source = GOLDEN / "formats/0.1/exports/full.safetensors"
-    error = convert_error(monkeypatch, source, small_disk / path, layout)
+    heads = ("--heads=3", "--decoder_heads=2")
+    error = convert_error(monkeypatch, source, small_disk / path, layout, *heads)
     assert re.match(rf"error: {small_disk / path} cannot be written: .*", error), error
     captured = capfd.readouterr()
     assert not captured.err.removeprefix(error).strip(), captured.err
