@@ -6,9 +6,7 @@ Training states are saved and restored by training/checkpointing.py; no other fi
 """
 
 import contextlib
-import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -19,23 +17,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dgpt_jax.config import renamed_keys
-from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.storage import checksums, gcs
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import checksums, gcs, orbax_errors
 from dgpt_jax.storage.gcs import AnyPath
+from dgpt_jax.storage.orbax_errors import REMEDY
 
 # 1: before non-finite updates were skipped, with another optimizer state. 3: with a moving average
 # of the parameters in the optimizer state, which load_params returns; without one 2 is written.
 FORMAT, OLDEST = 3, 2
-REMEDY = "Copy it again, or move that step's directory away to read the step before it"
-# Prefixes of TensorStore's errors about access to the files rather than their content.
-UNREACHABLE = re.compile(
-    "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
-)
-# In errors of writing, which are TensorStore's ValueError, various ones of Orbax, or OSError.
-NO_SPACE = re.compile("RESOURCE_EXHAUSTED|No space left|quota exceeded")
-NO_PERMISSION = re.compile("Read-only|Permission denied")
-
-
 # Name, shape, dtype, sharding when saved, and bytes of an array.
 Row = tuple[str, tuple[int, ...], str, str, int]
 
@@ -91,23 +80,6 @@ def verify(
             raise UserError(f"{path} is damaged: {name} differs from the saved array. {REMEDY}")
 
 
-@contextlib.contextmanager
-def translate_damage(item: AnyPath) -> Iterator[None]:
-    """Context that turns Orbax's errors about truncated, changed or missing files into UserError,
-    and those about unreachable files into another UserError."""
-    try:
-        yield
-    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as e:
-        sys.unraisablehook = _without_late_operations
-        reason = one_line(e)
-        missing = isinstance(e, (FileNotFoundError, NotADirectoryError))
-        if (isinstance(e, OSError) and not missing) or UNREACHABLE.search(reason):
-            raise UserError(f"{item} cannot be read: {reason}") from e
-        raise UserError(f"{item} is damaged: {reason}. {REMEDY}") from e
-
-
 def steps(path: AnyPath) -> list[int]:
     """Returns the steps of a work directory's finished checkpoints, ascending. Raises UserError if
     there are none."""
@@ -147,7 +119,7 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
         params=ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry),
         metadata=ocp.JsonCheckpointHandler(),
     )
-    hide_repeated_errors()
+    orbax_errors.hide_repeated_errors()
     with ocp.Checkpointer(handler) as writer:
         arguments = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
@@ -158,33 +130,9 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
         try:
             writer.save(item, args=arguments)
         except Exception as e:
-            if problem := disk_problem(e):
+            if problem := orbax_errors.disk_problem(e):
                 raise OSError(problem) from e
             raise
-
-
-def disk_problem(error: Exception) -> str:
-    """Returns "no space left" or "no permission" for an error of writing, "" for any other."""
-    if NO_SPACE.search(str(error)):
-        return "no space left"
-    return "no permission" if NO_PERMISSION.search(str(error)) else ""
-
-
-def hide_repeated_errors() -> None:
-    """Hides the traces that Orbax and TensorStore print of errors which are raised as well: from
-    the threads that write arrays, and of other arrays' operations after one has failed."""
-    logging.getLogger("absl").addFilter(_is_no_thread)
-    sys.unraisablehook = _without_late_operations
-
-
-def _is_no_thread(record: logging.LogRecord) -> bool:
-    return "_SignalingThread.run() raised an exception" not in record.getMessage()
-
-
-def _without_late_operations(unraisable, before=sys.unraisablehook):
-    """A sys.unraisablehook that hides operations which end after the one that failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        before(unraisable)
 
 
 @contextlib.contextmanager
@@ -195,7 +143,7 @@ def _reader(item: epath.Path) -> Iterator[ocp.Checkpointer]:
         opt_state=ocp.PyTreeCheckpointHandler(),  # only its moving average is read
         metadata=ocp.JsonCheckpointHandler(),
     )
-    with translate_damage(item), ocp.Checkpointer(handler) as reader:
+    with orbax_errors.translate_damage(item), ocp.Checkpointer(handler) as reader:
         yield reader
 
 
