@@ -124,6 +124,8 @@ def main():
     args = parser.parse_args()
     if args.weights and not args.images:
         parser.error("--weights needs --images")
+    if not args.weights and (names := flags.given_teacher(args)):
+        parser.error(f"--{names[0]} needs --weights")
     teacher, image_bytes = None, 26e3
     if args.images:
         settings = parse(roots.TokensConfig, {"source": args.images, "split": args.split})

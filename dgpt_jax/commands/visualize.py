@@ -229,6 +229,8 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--{name}={value}: must be from {allowed[0]} to {allowed[-1]}")
     if args.show == "predictions" and (args.images or not args.store):
         raise UserError("--show=predictions needs --store=TOKENS and no images")
+    if args.show != "predictions" and args.decoder_heads:
+        raise UserError("--decoder_heads needs --show=predictions")
     if args.show != "predictions" and (args.store or not args.images):
         raise UserError(f"--show={args.show} needs images and no --store")
     return args

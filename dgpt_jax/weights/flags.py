@@ -26,11 +26,16 @@ def add_teacher(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def given_teacher(args: argparse.Namespace) -> list[str]:
+    """Returns the names of the flags by `add_teacher` that are given."""
+    names = ("heads", "activation", "image_size", "mean", "std")
+    return [name for name in names if getattr(args, name) is not None]
+
+
 def teacher_config(args: argparse.Namespace, **changes) -> TeacherConfig:
     """Returns the TeacherConfig of the flags; `changes` apply to those that are not given. Raises
     UserError."""
-    names = ("weights", "heads", "activation", "image_size", "mean", "std")
-    flags = {name: value for name in names if (value := getattr(args, name)) is not None}
+    flags = {name: getattr(args, name) for name in ("weights", *given_teacher(args))}
     return schema.parse(TeacherConfig, changes | flags, "config.teacher")
 
 
