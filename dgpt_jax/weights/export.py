@@ -50,7 +50,7 @@ def write(
     for name, array in weights.params.items():
         if count := array.size - np.count_nonzero(np.isfinite(array)):
             raise UserError(
-                f"{weights.source}: {name} has {counted(count, 'non-finite value')}: use an "
+                f"{weights.source}: {name} has {counted(int(count), 'non-finite value')}: use an "
                 f"earlier checkpoint"
             )
     target, directory = refuse_existing(layout, dst)
