@@ -204,7 +204,7 @@ def parse(
         for action in flags._actions:
             action.required = action.dest == "config"
     arguments, rest = flags.parse_known_args(words)
-    config = load_config(arguments.config)
+    config, explicit = load_config(arguments.config), []
     while rest:
         key, equals, text = rest.pop(0).partition("=")
         if not key.startswith("--config."):
@@ -214,16 +214,19 @@ def parse(
                 flags.error(f"{key} needs a value")
             text = rest.pop(0)
         schema_lib.override(config, schema, key.removeprefix("--"), text)
-    if arguments.smoke:
-        smoke.shrink(config, schema)
+        explicit.append(key.removeprefix("--config."))
     try:
-        parsed = schema_lib.parse(schema, config)
+        parsed = schema_lib.parse(schema, config)  # before --smoke, which would hide a typing error
+        if arguments.smoke:
+            if line := smoke.shrink(config, schema, explicit):
+                say(line)
+            parsed = schema_lib.parse(schema, config)
     except UserError:
         if print_config:  # the config, then its error
             print("\n".join(schema_lib.lines(config.to_dict())))
         raise
     if print_config:
         print("\n".join(schema_lib.lines(schema_lib.to_dict(parsed))))
-        print("next: the same command without --print_config")
+        print("next: run the same command without --print_config")
         sys.exit()
     return arguments, parsed

@@ -1,4 +1,4 @@
-"""Errors that commands report as one line, and helpers for its text."""
+"""Errors that commands report as one line, and helpers for the text of messages."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -42,3 +42,8 @@ def printable(text: str) -> str:
     """Returns the text with control characters escaped, so that file names cannot control the
     terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Returns "1 image" or "2 images"; plural: default `noun` with an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -21,11 +21,11 @@ from etils import epath
 from dgpt_jax import cli, invocation
 from dgpt_jax.config import EvaluateConfig, roots
 from dgpt_jax.distributed import multihost, sharding
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.evals import feature_bank, features, fewshot, knn, probe, results, robustness
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.storage import output_paths, tfds_dataset
-from dgpt_jax.weights import api
+from dgpt_jax.weights import api, flags
 
 SOURCES = {
     "knn": "facebookresearch/dinov2 dinov2/eval/knn.py",
@@ -129,21 +129,21 @@ def _counts(
 def _refuse_missing_classes(settings: EvaluateConfig, train: np.ndarray, test: np.ndarray):
     if len(missing := np.setdiff1d(test, train)):
         raise UserError(
-            f"{settings.data}: split {settings.test} has {len(missing)} classes that "
-            f"{settings.train} lacks: imports are sorted by class, so a slice misses some; "
-            f"set config.train to the full split"
+            f"{settings.data}: split {settings.test} has "
+            f"{counted(len(missing), 'class', 'classes')} that {settings.train} lacks: imports are "
+            f"sorted by class, so a slice misses some; set config.train to the full split"
         )
 
 
 def open_weights(
-    settings: EvaluateConfig, path: str, untrained: int | None
+    settings: EvaluateConfig, path: str, untrained: int | None, heads: int | None = None
 ) -> api.PretrainedEncoder:
     """The encoder, or for robustness the classifier, to evaluate. Raises UserError."""
     if settings.protocol == "robustness":
         if untrained is not None:
             raise UserError("--untrained has no classification head, which robustness needs")
-        return api.load_classifier(path)
-    encoder = api.load_encoder(path)
+        return api.load_classifier(path, heads=heads)
+    encoder = api.load_encoder(path, heads=heads)
     return encoder if untrained is None else api.untrained(encoder.model, untrained)
 
 
@@ -152,6 +152,7 @@ def main():
     parser.add_argument(
         "--checkpoint", type=cli.path, required=True, help="work directory or weights"
     )
+    flags.add_encoder(parser)
     parser.add_argument("--out", type=cli.path, help="JSON file to add the results to")
     parser.add_argument(
         "--untrained", type=int, least=0, metavar="SEED", help="evaluate it at initialization"
@@ -161,7 +162,7 @@ def main():
     kernel_check.select(settings.kernels, cli.say)
     if arguments.out and not jax.process_index():  # the process that writes
         output_paths.file(arguments.out)
-    weights = open_weights(settings, arguments.checkpoint, arguments.untrained)
+    weights = open_weights(settings, arguments.checkpoint, arguments.untrained, arguments.heads)
     say = (lambda line: None) if jax.process_index() else cli.say
     for note in weights.notes:
         say(note)
@@ -187,8 +188,10 @@ def main():
     print("low, high: 95 % Wilson interval of the accuracy, for the sampling of test examples")
     if out:
         print(f"added to {out}")
-    file = shlex.quote(str(out)) if out else "RESULTS.json…"
-    print(f"next: {invocation.command('results')} {file}")
+    if out:
+        print(f"next: {invocation.command('results')} {shlex.quote(str(out))}")
+    else:
+        print("next: run the same command without --untrained, to compare")
 
 
 def gather(
@@ -206,7 +209,7 @@ def gather(
             rows += batch
     except BaseException:
         if out and rows and not jax.process_index():
-            print(f"stopped: the {len(rows)} rows evaluated so far are in {out}")
+            print(f"stopped: {out} has what was evaluated so far, {counted(len(rows), 'row')}")
         raise
     return rows
 

@@ -20,9 +20,9 @@ from etils import epath
 from dgpt_jax import cli
 from dgpt_jax.config import TrainConfig, durations, schema
 from dgpt_jax.distributed import compilation_cache, multihost, preemption, run_lock, sharding
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.models.kernels import kernel_check
-from dgpt_jax.monitoring import metrics
+from dgpt_jax.monitoring import metrics, trackers
 from dgpt_jax.monitoring.progress import TrainingProgress
 from dgpt_jax.storage import output_paths
 from dgpt_jax.training import checkpointing, optimizer, resume, tasks
@@ -42,8 +42,9 @@ def resolve_schedule(config: TrainConfig, examples: int) -> Schedule:
     warmup = to_steps(config.optim.warmup, "config.optim.warmup", total=total)
     if warmup >= total:
         raise UserError(
-            f"config.optim.warmup={config.optim.warmup!r} is {warmup} steps, config.total is "
-            f"{total}: shorten the warm-up, or the learning rate never reaches its peak"
+            f"config.optim.warmup={config.optim.warmup!r} is {counted(warmup, 'step')}, "
+            f"config.total is {total}: shorten the warm-up, or the learning rate never reaches its "
+            f"peak"
         )
     if config.profile and config.profile[0] >= total:
         raise UserError(
@@ -64,14 +65,15 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
     """Trains to the end or until a signal and returns the exit code. Raises UserError."""
     mesh = sharding.make_mesh(config.mesh)
     progress = TrainingProgress()
+    if config.wandb:
+        trackers.import_wandb()
     kernel_check.select(config.kernels, progress.say)
-    progress.say("\n".join(multihost.preflight(workdir, mesh)))
+    processes = multihost.preflight(workdir, mesh)
     task = tasks.open_task(config)
     schedule = resolve_schedule(config, len(task.examples))
     peaks = optimizer.peak_learning_rates(config.optim, config.batch_size)
     rate = optimizer.schedule(peaks, schedule.warmup, schedule.total, config.optim.min_lr)
     tx = task.optimizer(rate)
-    describe(config, task, schedule, mesh, peaks.max(), progress)
     # Shared with the evaluators, which would copy host arrays to the devices.
     task.frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     evaluators = periodic_evaluators(task, mesh)
@@ -87,10 +89,16 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
         ) as checkpoints,
         contextlib.closing(progress),
     ):
-        train_state, start_step = resume.restore_or_init(
-            config, task, tx, mesh, checkpoints, progress.say,
+        latest = resume.check(
+            config, task.examples, checkpoints, progress.say,
             allow_config_change=allow_config_change,
         )  # fmt: skip
+        # From here on nothing in config, paths and data is refused.
+        for line in (*processes, *describe(config, task, schedule, mesh, peaks.max(), workdir)):
+            progress.say(line)
+        if latest is not None:
+            progress.say(f"resuming from step {latest} in {checkpoints.directory}")
+        train_state = resume.restore_or_init(config, task, tx, mesh, checkpoints, latest)
         progress.say(
             parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
         )
@@ -111,7 +119,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
                 schedule,
                 rate,
                 train_state,
-                start_step,
+                latest or 0,
                 mesh=mesh,
                 workdir=workdir,
                 evaluators=evaluators,
@@ -120,14 +128,15 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
                 progress=progress,
             )
             loop.run(step_fn, stop)
-    if stop.exit_code is not None:
+    if stop.exit_code is not None and loop.step < schedule.total:
         progress.say(f"stopped by a signal, saved at step {loop.step}: the same command resumes")
         return stop.exit_code
     best_and_last = metrics.best_and_last(workdir, config.checkpoint.best)
     for line in (*best_and_last, *evaluations_of(task).save_results(task, workdir)):
         progress.say(line)
     command = task.next_command.format(workdir=shlex.quote(str(workdir)))
-    progress.say(f"done: {workdir} holds step {loop.step}; next: {command}")
+    progress.say(f"finished: {workdir} holds step {loop.step}, the last")
+    progress.say(f"next: {command}")
     return 0
 
 
@@ -137,20 +146,19 @@ def describe(
     schedule: Schedule,
     mesh: jax.sharding.Mesh,
     peak: float,
-    progress: TrainingProgress,
-):
-    """Logs the resolved config, notes of the task, and the sizes of the run."""
-    for line in schema.lines(schema.to_dict(config)):
-        progress.say(line)
-    for note in task.notes:
-        progress.say(note)
+    workdir: epath.Path,
+) -> list[str]:
+    """Returns lines with the configured values, notes of the task, and the sizes of the run."""
     epoch = len(task.examples) / config.batch_size
-    progress.say(
-        f"{len(task.examples)} examples, batch {config.batch_size}, {epoch:.1f} steps per epoch, "
-        f"{schedule.total} steps ({schedule.warmup} warm-up), peak learning rate {peak:.3g}, "
-        f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}, "
-        f"{jax.process_count()} process(es)"
-    )
+    return [
+        *schema.lines(schema.set_values(config)),
+        f"the other values are defaults; {workdir}/config.json has all",
+        *task.notes,
+        f"{counted(len(task.examples), 'example')}, batch {config.batch_size}, {epoch:.1f} steps "
+        f"per epoch, {counted(schedule.total, 'step')} ({schedule.warmup} warm-up), peak learning "
+        f"rate {peak:.3g}, mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}, "
+        f"{counted(jax.process_count(), 'process', 'processes')}",
+    ]
 
 
 def main():

@@ -7,11 +7,11 @@ On several hosts or GPUs, start it on all of them; each builds its share.
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
 
-import shlex
-
-from dgpt_jax import cli, invocation
+from dgpt_jax import cli
+from dgpt_jax.commands import next_commands
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.distributed import multihost, preemption
+from dgpt_jax.errors import counted
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.storage import output_paths
 from dgpt_jax.tokens import build
@@ -36,12 +36,12 @@ def main():
     least, mean = info.cosine
     variance = f", {info.variance:.2%} of their variance" if info.is_reduced else ""
     print(
-        f"{args.out}: {config.views} view(s) of {info.source['examples']} images, {info.codec} "
+        f"{args.out}: {counted(config.views, 'view')} of "
+        f"{counted(info.source['examples'], 'image')}, {info.codec} "
         f"tokens {info.tokens}×{info.width}{variance}, cosine to exact tokens {mean:.5f} "
         f"(least {least:.5f})"
     )
-    arguments = shlex.join([args.out, f"--weights={config.teacher.weights}"])
-    print(f"next: {invocation.command('verify')} {arguments}")
+    print(f"next: {next_commands.verify_tokens(args.out, config.teacher)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Inspects, extracts and averages checkpoints, on the CPU.
 
-python tools/checkpoint.py inspect RUN                  arrays: shapes, shardings, bytes
+python tools/checkpoint.py inspect RUN                  sizes by block; --all: each array
 python tools/checkpoint.py extract RUN FILE.safetensors parameters, without optimizer state
 python tools/checkpoint.py average RUN DIR --last=3     the mean of the newest checkpoints
 python tools/checkpoint.py average RUN DIR --last=9 --decay=0.8
@@ -12,6 +12,7 @@ average = decay · average + (1 - decay) · checkpoint.
 import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from dgpt_jax import cli, invocation
 from dgpt_jax.distributed import preemption
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import file_limits, orbax_checkpoint
 from dgpt_jax.storage.gcs import AnyPath
 from dgpt_jax.weights import card, export, mapping, registry
@@ -29,16 +30,41 @@ from dgpt_jax.weights.types import Weights
 BLOCK = 1 << 20  # values averaged at a time
 
 
-def inspect(path: AnyPath, step: int | None) -> list[str]:
-    """One line per array, and one with totals."""
+def inspect(path: AnyPath, step: int | None, *, every: bool = False) -> list[str]:
+    """A line per block, with `every` one per array, and one with totals."""
     rows = orbax_checkpoint.describe(path, step)
-    lines = ["  ".join(map(str, row)) for row in rows]
     sums = {
         part: sum(row[-1] for row in rows if row[0].startswith(part))
         for part in ("params", "opt_state")
     }
     totals = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in sums.items())
-    return ["name  shape  dtype  sharding  bytes", *lines, f"{len(rows)} arrays: {totals}"]
+    if every:
+        lines = ["name  shape  dtype  sharding  bytes", *("  ".join(map(str, row)) for row in rows)]
+    else:
+        lines = [*_blocks(rows), "--all lists each array: shape, dtype, sharding, bytes"]
+    return [*lines, f"{counted(len(rows), 'array')}: {totals}"]
+
+
+def _blocks(rows: Sequence[orbax_checkpoint.Row]) -> list[str]:
+    """A table of parameters by module, and of the optimizer state by moment."""
+    tops = {row[0].split("/")[1] for row in rows if row[0].startswith("params/")}
+    blocks: dict[str, list[orbax_checkpoint.Row]] = {}
+    for row in rows:
+        part, *names = row[0].split("/")
+        depth = next((i for i, name in enumerate(names) if name in tops), None)
+        if part == "params":
+            name = "/".join([part, *names[:2]])
+        else:
+            name = f"{part}/counters" if depth is None else "/".join([part, *names[:depth]])
+        blocks.setdefault(name, []).append(row)
+    width = max(map(len, blocks), default=0)
+    lines = [f"{'block':{width}}  arrays        values         MB  dtype"]
+    for name, members in blocks.items():
+        values = sum(math.prod(shape) for _, shape, *_ in members)
+        dtypes = ", ".join(sorted({dtype for _, _, dtype, *_ in members}))
+        size = sum(row[-1] for row in members) / 1e6
+        lines.append(f"{name:{width}}  {len(members):6} {values:13,} {size:10.2f}  {dtypes}")
+    return lines
 
 
 def average(path: AnyPath, last: int, decay: float | None = None) -> Weights:
@@ -48,7 +74,7 @@ def average(path: AnyPath, last: int, decay: float | None = None) -> Weights:
     """
     steps = orbax_checkpoint.steps(path)[-last:]
     if len(steps) < last or last < 1:
-        raise UserError(f"{path} has {len(steps)} checkpoints, not {last}")
+        raise UserError(f"{path} has {counted(len(steps), 'checkpoint')}, not {last}")
     if decay is not None and not 0 <= decay < 1:
         raise UserError(f"decay {decay:g} is not in [0, 1)")
     _, weights = registry.read(path)
@@ -119,6 +145,9 @@ def main() -> None:
         "--decay", type=float, help="average: decay of an exponential moving average"
     )
     parser.add_argument("--step", type=int, least=0, help="inspect: step; default: the newest")
+    parser.add_argument(
+        "--all", action="store_true", help="inspect: list each array, with shape and sharding"
+    )
     args = parser.parse_args()
     if (args.dst is None) != (args.action == "inspect"):
         parser.error("DST is required for extract and average, and not allowed for inspect")
@@ -126,8 +155,9 @@ def main() -> None:
     file_limits.trim_malloc()
     jax.config.update("jax_platforms", "cpu")
     if args.action == "inspect":
-        print("\n".join(inspect(args.path, args.step)))
-        print(f"next: {invocation.command('convert')} {shlex.quote(args.path)} DIR --to=timm")
+        print("\n".join(inspect(args.path, args.step, every=args.all)))
+        source = args.path if args.step is None else f"{args.path}/checkpoints/{args.step}"
+        print(f"next: {invocation.command('convert')} {shlex.quote(source)} EXPORT --to=timm")
         return
     name = "safetensors" if args.action == "extract" else "flax"
     layout = registry.LAYOUTS[name]
@@ -139,7 +169,7 @@ def main() -> None:
     path, verified = export.write(weights, layout, args.dst, release=True)
     print(f"wrote {path}: the parameters of {weights.source}")
     print(verified)
-    print(f"next: {card.loading(weights, name, path)[0][1]}")
+    print(f"next: load it in Python: {card.loading(weights, name, path)[0][1]}")
 
 
 if __name__ == "__main__":

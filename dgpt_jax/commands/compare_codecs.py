@@ -22,6 +22,7 @@ from dgpt_jax.monitoring import markdown
 from dgpt_jax.storage import tfds_dataset
 from dgpt_jax.tokens import writer
 from dgpt_jax.tokens.teacher import Teacher
+from dgpt_jax.weights import flags
 
 IMAGES = {"IN-1K": 1_281_167, "IN-21K": 14_197_122}
 VIEWS = (1, 8, 16)
@@ -117,17 +118,20 @@ def main():
     parser.add_argument("--images", type=cli.path, help="image dataset of the crops")
     parser.add_argument("--split", default="train", help="its split; may be a slice")
     parser.add_argument("--weights", type=cli.path, help="the teacher's weights; needs --images")
+    flags.add_teacher(parser)
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--pca", type=int, help="also measure this number of principal axes")
     args = parser.parse_args()
     if args.weights and not args.images:
         parser.error("--weights needs --images")
+    if not args.weights and (names := flags.given_teacher(args)):
+        parser.error(f"--{names[0]} needs --weights")
     teacher, image_bytes = None, 26e3
     if args.images:
         settings = parse(roots.TokensConfig, {"source": args.images, "split": args.split})
         crops = draw_crops(settings, args.examples)
         if args.weights:
-            teacher = Teacher(roots.TeacherConfig(weights=args.weights), min(16, args.examples))
+            teacher = Teacher(flags.teacher_config(args), min(16, args.examples))
         image_bytes = compare_images(crops, teacher)
     tokens = teacher(crops) if teacher else simulated(args.examples)
     compare_tokens(tokens, args.pca, image_bytes)

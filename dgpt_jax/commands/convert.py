@@ -24,7 +24,7 @@ from dgpt_jax import cli
 from dgpt_jax.distributed import preemption
 from dgpt_jax.models.transformer import ACTIVATIONS
 from dgpt_jax.storage import file_limits
-from dgpt_jax.weights import card, export, mapping, registry
+from dgpt_jax.weights import card, export, flags, mapping, registry
 from dgpt_jax.weights.types import adapt
 
 
@@ -51,8 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, help="resize positions (bicubic, as in timm)")
     parser.add_argument("--activation", choices=list(ACTIVATIONS), help="change the GELU")
     parser.add_argument("--eps", type=float, help="change the eps of the LayerNorms")
-    parser.add_argument("--heads", type=int, help="attention heads, if no JSON beside SRC has them")
-    parser.add_argument("--decoder_heads", type=int, help="heads of the decoders (official layout)")
+    flags.add_encoder(parser, decoders=True)
     parser.add_argument(
         "--keys", action="store_true", help="print array names, shapes and parameters"
     )
@@ -93,7 +92,7 @@ def main() -> None:
     part = "encoder and decoders" if weights.full else f"encoder with pooling {weights.pooling}"
     print(f"wrote {path}: {part} of {weights.source} in layout {target.name}")
     print(verified)
-    print(f"next: {card.loading(weights, target.name, path)[0][1]}")
+    print(f"next: load it in Python: {card.loading(weights, target.name, path)[0][1]}")
 
 
 if __name__ == "__main__":

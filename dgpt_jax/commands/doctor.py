@@ -19,7 +19,10 @@ from collections.abc import Iterator
 import jax
 
 from dgpt_jax import cli, invocation
+from dgpt_jax.commands import next_commands
 from dgpt_jax.config import HostsConfig
+from dgpt_jax.data import token_store
+from dgpt_jax.errors import counted
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.planning import doctor
 
@@ -67,11 +70,14 @@ def main():
         print(finding, flush=True)
         failed += finding.level == "fail"
     if failed:
-        print(f"next: fix the {failed} failed checks, and run this again")
+        print(f"next: fix the {counted(failed, 'failed check')}, and run this again")
         sys.exit(1)
-    print(
-        f"next: {invocation.command('train')} --config=NAME --workdir=RUN --config.data.path=TOKENS"
-    )
+    if stores := [path for path in arguments.data if token_store.exists(path)]:
+        print(f"next: {next_commands.train(stores[0], arguments.workdir or 'RUN')}")
+    else:
+        print(
+            f"next: build a token store with {invocation.command('tokens')}, and check it as well"
+        )
 
 
 if __name__ == "__main__":

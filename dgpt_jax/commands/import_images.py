@@ -8,6 +8,7 @@ import warnings
 
 from dgpt_jax import cli, invocation
 from dgpt_jax.data.ingest import decoder_messages, discovery, importer, user_images
+from dgpt_jax.errors import counted
 from dgpt_jax.storage import output_paths
 
 MAX_CLASSES_SHOWN = 12
@@ -73,22 +74,26 @@ def main():
     if report.transparent:
         red, green, blue = options.background
         color = f"#{red:02x}{green:02x}{blue:02x}"
-        cli.say(f"{report.transparent} transparent images were composited on {color}")
+        cli.say(f"composited {counted(report.transparent, 'transparent image')} on {color}")
     counts = ", ".join(f"{name} {n}" for name, n in report.examples.items())
     cli.say(
         f"{args['out']}: {counts}; {_classes(report.classes)}; "
-        f"{len(report.broken)} unreadable files skipped"
+        f"skipped {counted(len(report.broken), 'unreadable file')}"
     )
+    flags = [f"--config.source={args['out']}"]
+    if "train" not in report.examples:
+        flags.append(f"--config.split={next(iter(report.examples))}")
     cli.say(
         f"next: {invocation.command('tokens')} --config=tokens_in1k_openclip_h14 "
-        f"{shlex.quote('--config.source=' + args['out'])} --out=TOKENS"
+        f"{shlex.join(flags)} --config.teacher.weights=CLIP_DIR --out=TOKENS"
     )
 
 
 def _classes(names: list[str]) -> str:
     if not names:
         return "no labels"
-    return f"{len(names)} classes" + f" ({', '.join(names)})" * (len(names) <= MAX_CLASSES_SHOWN)
+    shown = f" ({', '.join(names)})" * (len(names) <= MAX_CLASSES_SHOWN)
+    return counted(len(names), "class", "classes") + shown
 
 
 if __name__ == "__main__":

@@ -159,13 +159,15 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
     if arguments.device == "gpu" and not evaluates:
         print(report.gpu_text(config))
-        return
-    if not arguments.topology:
+    elif not arguments.topology:
         raise UserError("--topology is missing: v5e:4x4 or v5p:4x4x8, for example")
-    if evaluates:
+    elif evaluates:
         plan_evaluations(arguments, config)
     else:
         plan_trainings(arguments, config)
+    if not arguments.json:
+        name = "evaluate" if evaluates else "train"
+        print(f"next: run python -m dgpt_jax.{name} with the same config flags on these devices")
 
 
 if __name__ == "__main__":

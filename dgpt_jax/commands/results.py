@@ -17,8 +17,8 @@ def main():
     args = parser.parse_args()
     print(report.report(args.files))
     print(
-        f"next: {invocation.command('evaluate')} --config=knn_in1k --checkpoint=RUN; --config=list "
-        f"prints the other protocols"
+        f"next: add results by {invocation.command('evaluate')}, with --config=knn_in1k, "
+        f"fewshot_in1k, linear_in1k or robustness_in1k"
     )
 
 

@@ -7,23 +7,21 @@ with the views of the source, drawn and rendered again. Exits with 1 if anything
 import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import itertools
-import shlex
 
-from dgpt_jax import cli, invocation
-from dgpt_jax.config import roots
+from dgpt_jax import cli
+from dgpt_jax.commands import next_commands
 from dgpt_jax.data import token_store
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.tokens import verify
+from dgpt_jax.weights import flags
 
 
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("store", type=cli.path, help="directory of a token store")
     parser.add_argument("--weights", type=cli.path, required=True, help="the teacher's weights")
-    parser.add_argument("--heads", type=int, help="required if no JSON next to the weights has it")
-    parser.add_argument("--activation", help="likewise: gelu or quick_gelu")
-    parser.add_argument("--image_size", type=int, help="input size, if not that of the JSON")
+    flags.add_teacher(parser)
     parser.add_argument(
         "--source", type=cli.path, default="", help="image dataset that the store was built from"
     )
@@ -31,15 +29,8 @@ def main():
     args = parser.parse_args()
     info = token_store.StoreInfo.load(args.store)
     tower = info.teacher.get("tower", {})
-    teacher = roots.TeacherConfig(
-        weights=args.weights,
-        heads=args.heads,
-        activation=args.activation,
-        image_size=args.image_size,
-        mean=tuple(tower["mean"]) if "mean" in tower else None,
-        std=tuple(tower["std"]) if "std" in tower else None,
-        dtype=info.teacher["dtype"],
-    )
+    stored = {name: tower[name] for name in ("mean", "std") if name in tower}
+    teacher = flags.teacher_config(args, dtype=info.teacher["dtype"], **stored)
     least, median = verify.thresholds(info)
     damaged = []
     kernel_check.select("auto", cli.say)
@@ -53,13 +44,11 @@ def main():
         _print(shard.split, f"#{shard.shard}", [shard])
     if damaged:
         raise UserError(
-            f"{args.store}: the tokens of {len(damaged)} shards are not those of their images "
+            f"{args.store}: {counted(len(damaged), 'shard')} with tokens of other images "
             f"(required cosines: least {least:.4f}, median {median:.4f}): build the store again"
         )
-    print(
-        f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}; "
-        f"next: {invocation.command('train')} with config.data.path={shlex.quote(args.store)}"
-    )
+    print(f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}")
+    print(f"next: {next_commands.train(args.store)}")
 
 
 def _print(split: str, shards: str, reports: list[verify.ShardReport]):

@@ -46,7 +46,7 @@ from dgpt_jax.evals.feature_maps import (
 )
 from dgpt_jax.evals.figures import heat, mean_token_cosine, prediction_captions, prediction_rows
 from dgpt_jax.storage import output_paths, tfds_dataset
-from dgpt_jax.weights import api, chunking
+from dgpt_jax.weights import api, chunking, flags
 
 MAX_IMAGES = 64  # in a figure
 Figure = tuple[dict[str, np.ndarray], dict[str, list[str]]]  # rows and captions of image_grid.grid
@@ -188,7 +188,7 @@ def store_examples(
 
 def show_predictions(args: argparse.Namespace) -> Figure:
     """Predictions beside stored tokens. Raises UserError if the store does not fit the model."""
-    model = api.load_digpt(args.checkpoint)
+    model = api.load_digpt(args.checkpoint, heads=args.heads, decoder_heads=args.decoder_heads)
     images, tokens, orders, cls = store_examples(args, model.model)
     if (width := tokens.shape[-1]) != (expected := model.module.out_width):
         raise UserError(
@@ -216,6 +216,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--neighbours", type=int, default=6, help="per image")
     parser.add_argument("--gallery", type=int, default=1000, help="images to find neighbors among")
     parser.add_argument("--features", choices=("cls", "mean"), default="mean", help="of neighbors")
+    flags.add_encoder(parser, decoders=True)
     parser.add_argument("--store", type=cli.path, help="token store, for predictions")
     parser.add_argument("--view", type=int, least=0, default=0, help="view of the store")
     parser.add_argument("--seed", type=int, least=0, default=0, help="of the orders of segments")
@@ -228,6 +229,8 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--{name}={value}: must be from {allowed[0]} to {allowed[-1]}")
     if args.show == "predictions" and (args.images or not args.store):
         raise UserError("--show=predictions needs --store=TOKENS and no images")
+    if args.show != "predictions" and args.decoder_heads:
+        raise UserError("--decoder_heads needs --show=predictions")
     if args.show != "predictions" and (args.store or not args.images):
         raise UserError(f"--show={args.show} needs images and no --store")
     return args
@@ -240,7 +243,7 @@ def main():
         rows, captions = show_predictions(args)
     else:
         entries = list_images(args.images)
-        encoder = api.load_encoder(args.checkpoint)
+        encoder = api.load_encoder(args.checkpoint, heads=args.heads)
         for note in encoder.notes:
             cli.say(note)
         rows, captions = RENDERERS[args.show](encoder, entries, args)

@@ -4,7 +4,7 @@ import math
 from decimal import Decimal, DecimalException
 from fractions import Fraction
 
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 
 # Decimal exponents of sensible numbers; with larger ones exact arithmetic is slow.
 EXPONENTS = range(-30, 15)
@@ -13,6 +13,21 @@ EXPONENTS = range(-30, 15)
 def check(duration: str, key: str, *, percent: bool = True) -> None:
     """Raises UserError unless the value of the config key is a duration."""
     _parse(duration, key, percent)
+
+
+def check_shorter(duration: str, key: str, than: str, than_key: str, batch_size: int) -> None:
+    """Raises UserError if the value of `key` is at least as long as that of `than_key`, unless only
+    the dataset's length decides that, between epochs and other units."""
+    (number, unit), (limit, limit_unit) = _parse(duration, key, True), _parse(than, than_key, False)
+    if unit == "%":
+        limit = Fraction(100)
+    elif "epoch" in (unit, limit_unit) and unit != limit_unit:
+        return
+    else:
+        size = {"step": batch_size, "example": 1, "epoch": 1}
+        number, limit = number * size[unit], limit * size[limit_unit]
+    if 0 < limit <= number:
+        raise UserError(f"{key}={duration!r} is not shorter than {than_key}={than!r}: shorten it")
 
 
 def steps(
@@ -43,8 +58,8 @@ def steps(
         count = max(count, least)
     if count < least:
         raise UserError(
-            f"{key}={duration!r} is {float(exact):.3g} steps ({examples} examples, batches of "
-            f"{batch_size}): set it to {least} or more"
+            f"{key}={duration!r} is {float(exact):.3g} steps ({counted(examples, 'example')}, "
+            f"batches of {batch_size}): set it to {least} or more"
         )
     return count
 

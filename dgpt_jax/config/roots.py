@@ -68,7 +68,7 @@ class TrainConfig:
 
     def resolved(self) -> "TrainConfig":
         """Returns the config itself. Raises UserError if values do not fit together."""
-        check_choice("config.kernels", self.kernels, KERNELS)
+        _check_platform(self.platform, self.kernels)
         check_choice("config.task", self.task, ("pretrain", "classify"))
         check_choice("config.dtype", self.dtype, ("bfloat16", "float32"))
         check_choice("config.data.targets", self.data.targets, ("stored", "online", "pixels"))
@@ -107,6 +107,9 @@ class TrainConfig:
                 text = getattr(getattr(self, section), name)
                 if text or name != "keep_every":
                     durations.check(text, f"config.{section}.{name}")
+        durations.check_shorter(
+            self.optim.warmup, "config.optim.warmup", self.total, "config.total", self.batch_size
+        )
 
     def _check_pretrain(self) -> None:
         optim = self.optim
@@ -172,7 +175,7 @@ class TokensConfig:
 
     def resolved(self) -> "TokensConfig":
         """Returns the config itself. Raises UserError on invalid values."""
-        check_choice("config.kernels", self.kernels, KERNELS)
+        _check_platform(self.platform, self.kernels)
         check_choice("config.codec", self.codec, ("float16", "int8", "int4"))
         check_choice(
             "config.image_encoding", self.image_encoding, ("jpeg95", "webp-lossless", "png")
@@ -224,7 +227,7 @@ class EvaluateConfig:
 
     def resolved(self) -> "EvaluateConfig":
         """Returns the config itself. Raises UserError on invalid values."""
-        check_choice("config.kernels", self.kernels, KERNELS)
+        _check_platform(self.platform, self.kernels)
         check_choice("config.protocol", self.protocol, ("knn", "linear", "fewshot", "robustness"))
         for name in self.features:
             check_choice("config.features", name, ("cls", "mean"))
@@ -234,6 +237,12 @@ class EvaluateConfig:
             if not getattr(self, name):
                 raise UserError(f"config.{name} is empty: list at least one value")
         return self
+
+
+def _check_platform(platform: str, kernels: str) -> None:
+    if platform:
+        check_choice("config.platform", platform, ("cpu", "gpu", "tpu"))
+    check_choice("config.kernels", kernels, KERNELS)
 
 
 def _check_crops(prefix: str, scale: tuple[float, float], ratio: tuple[float, float]) -> None:

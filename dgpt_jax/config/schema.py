@@ -119,6 +119,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def set_values(config: Any) -> dict[str, Any]:
+    """Returns {"model.width": 96} of the values of a parsed config that are not defaults."""
+    values, defaults = (flatten(to_dict(x)) for x in (config, type(config)()))
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
 def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
     """Returns {"model.width": 8} of {"model": {"width": 8}}."""
     flat = {}

@@ -1,10 +1,13 @@
 """`--smoke`: turns any command into a one-minute dry run on a CPU, through the same code.
 
 Data, teacher, image and patch size, segments, losses and optimizer stay as configured. Sizes and
-durations are reduced, after all other flags, and expected properties of the data are not checked.
+durations are reduced, those of explicit flags too, and expected properties of the data are not
+checked.
 """
 
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -18,41 +21,75 @@ WIDTH = 32
 # In the form of command-line flags.
 OVERRIDES = {
     TrainConfig: (
-        "total=4 steps", "batch_size=16", "log_every=1", "platform=cpu", "kernels=auto",
+        "total=4 steps", "log_every=1", "platform=cpu", "kernels=auto",
         f"model.width={WIDTH}", "model.depth=8", "model.heads=2", "model.taps=None",
         "model.decoder_width=32", "model.decoder_heads=2",
         "data.examples=None", "data.lanes=None", "teacher.width=None", "teacher.grid=None",
-        "classify.mixup_group_size=16", "optim.warmup=2 steps",
+        "optim.warmup=2 steps",
         "mesh.data=-1", "mesh.fsdp=1", "mesh.tensor=1",
-        "checkpoint.every=2 steps", "checkpoint.keep_every=",
-        "evals.every=2 steps", "evals.max_examples=32", "evals.batch_size=16",
+        "checkpoint.every=2 steps", "checkpoint.keep_every=", "evals.every=2 steps",
     ),
-    TokensConfig: (
-        "views=1", "batch_size=4", "shard_size=4", "tensor=1", "platform=cpu", "kernels=auto",
-    ),
-    EvaluateConfig: (
-        "max_examples=32", "shots=0", "seeds=0", "k=10,20", "batch_size=16", "platform=cpu",
-        "kernels=auto",
-    ),
+    TokensConfig: ("tensor=1", "platform=cpu", "kernels=auto"),
+    EvaluateConfig: ("shots=0", "seeds=0", "platform=cpu", "kernels=auto"),
 }  # fmt: skip
+# Numbers that are reduced to these, smaller ones are kept.
+LIMITS = {
+    TrainConfig: {
+        "batch_size": 16, "accum_steps": 2, "evals.max_examples": 32, "evals.batch_size": 16,
+    },
+    TokensConfig: {"views": 1, "batch_size": 4, "shard_size": 4},
+    EvaluateConfig: {"max_examples": 32, "batch_size": 16},
+}  # fmt: skip
+NEIGHBORS = (10, 20)  # kNN among 32 examples
+_BOUND = r"(-?[\d_.]+(%|shard)?)"
+_PART = rf"[\w-]+(\[({_BOUND}?:{_BOUND}?|-?\d+shard)\])?"
+SPLIT = re.compile(rf"{_PART}(\s*\+\s*{_PART})*")  # of TFDS
 
 
-def shrink(config: Any, schema: type) -> None:
-    """Reduces the ConfigDict of a schema. Raises UserError if it starts from larger weights."""
+def shrink(config: Any, schema: type, explicit: Iterable[str] = ()) -> str:
+    """Reduces the ConfigDict of a schema. Raises UserError if it starts from larger weights.
+
+    explicit: keys ("model.width") that the user set by flags. Returns a line with those of them
+    whose values changed, "" if there are none.
+    """
+    before = schema_lib.flatten(config.to_dict())
     for flag in OVERRIDES[schema]:
         key, _, value = flag.partition("=")
         schema_lib.override(config, schema, f"config.{key}", value)
+    for key, limit in LIMITS[schema].items():
+        value = min(limit if before[key] is None else before[key], limit)
+        schema_lib.override(config, schema, f"config.{key}", str(value))
     if schema is TrainConfig:
-        config.accum_steps = min(config.accum_steps, 2)
+        config.classify.mixup_group_size = config.batch_size
+        if config.batch_size % config.accum_steps:
+            config.accum_steps = 1
         _refuse_large(config)
     elif schema is TokensConfig:
-        config.split = f"{_without_slice(config.split)}[:8]"
+        config.split = f"{_without_slice('split', config.split)}[:8]"
     else:  # so few examples of two splits could have different classes
-        config.train = config.test = _without_slice(config.train)
+        _without_slice("test", config.test)
+        config.train = config.test = _without_slice("train", config.train)
+        config.k = tuple(k for k in config.k if k <= max(NEIGHBORS)) or NEIGHBORS
+    after = schema_lib.flatten(config.to_dict())
+    changes = ", ".join(
+        f"{key} {_shown(before[key])} -> {_shown(after[key])}"
+        for key in dict.fromkeys(explicit)
+        if before[key] != after[key]
+    )
+    return f"--smoke: {changes}" if changes else ""
 
 
-def _without_slice(split: str) -> str:
-    """The split without its slice, which a small dataset may not have."""
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return "unset" if value in (None, "") else str(value)
+
+
+def _without_slice(key: str, split: str) -> str:
+    """The split without its slice, which a small dataset may not have. Raises UserError if it
+    cannot be read."""
+    if not SPLIT.fullmatch(split):
+        raise UserError(f"config.{key}={split} is no split: write NAME or NAME[FROM:TO]")
     return split.partition("[")[0]
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from dgpt_jax.data import image_ops, token_codec
-from dgpt_jax.errors import BadRecord, UserError, bad_record
+from dgpt_jax.errors import BadRecord, UserError, bad_record, counted
 from dgpt_jax.storage import tfds_dataset
 
 T = TypeVar("T")
@@ -78,6 +78,7 @@ class Policy:
     def _check(self, bad: int, examples: int):
         if bad > self.max_fraction * examples:
             raise UserError(
-                f"{bad} bad records in {examples} examples exceed config.data.max_bad_fraction="
-                f"{self.max_fraction:g}; they are listed above: fix the dataset, or raise the limit"
+                f"{counted(bad, 'bad record')} in {counted(examples, 'example')}, more than "
+                f"config.data.max_bad_fraction={self.max_fraction:g}, see above: fix the dataset, "
+                f"or raise the limit"
             )

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from dgpt_jax.errors import counted
+
 
 def first_difference(names: Sequence[str], expected: Sequence[str]) -> int | None:
     """Returns the first class whose names differ, or None.
@@ -18,4 +20,5 @@ def first_difference(names: Sequence[str], expected: Sequence[str]) -> int | Non
 
 def summary(names: Sequence[str], most: int = 8) -> str:
     """Returns the number of names and the first few: "1000 classes (n01440764, n01443537, …)"."""
-    return f"{len(names)} classes ({', '.join(names[:most])}{', …' if names[most:] else ''})"
+    number = counted(len(names), "class", "classes")
+    return f"{number} ({', '.join(names[:most])}{', …' if names[most:] else ''})"

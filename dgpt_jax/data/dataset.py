@@ -15,7 +15,7 @@ from dgpt_jax import invocation
 from dgpt_jax.config import ClassificationConfig, DataConfig, ModelConfig
 from dgpt_jax.data import bad_records, class_names, token_store
 from dgpt_jax.data.transforms import ClassificationTransform, PretrainTransform
-from dgpt_jax.errors import BadRecord, UserError
+from dgpt_jax.errors import BadRecord, UserError, counted
 from dgpt_jax.storage import file_limits, gcs, tfds_dataset
 
 
@@ -121,7 +121,8 @@ def require_labels(split: tfds_dataset.Split, classify: ClassificationConfig):
         raise UserError(f"{split} has no labels")
     if split.label.num_classes != classify.num_classes:
         raise UserError(
-            f"{split} has labels of {split.label.num_classes} classes, the config expects "
+            f"{split} has labels of {counted(split.label.num_classes, 'class', 'classes')}, the "
+            f"config expects "
             f"{classify.num_classes} (config.classify.num_classes)"
         )
     check_first_label(split)
@@ -182,13 +183,15 @@ def _make_dataset(
         token_store.check_features(data.path, opened.builder.info.features)
         views = len(opened.builder.info.splits)
         if data.views is not None and not 1 <= data.views <= views:
-            raise UserError(f"config.data.views={data.views}: {data.path} has {views} views")
+            raise UserError(
+                f"config.data.views={data.views}: {data.path} has {counted(views, 'view')}"
+            )
         names = [token_store.view_split(v) for v in range(data.views or views)]
     splits = [tfds_dataset.Split(data.path, name, opened) for name in names]
     if data.examples not in (None, len(splits[0])):
         raise UserError(
-            f"{splits[0]} has {len(splits[0])} examples, the config expects {data.examples} "
-            f"(config.data.examples)"
+            f"{splits[0]} has {counted(len(splits[0]), 'example')}, the config expects "
+            f"{data.examples} (config.data.examples)"
         )
     default = "error" if stored else "skip"
     policy = bad_records.Policy(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from dgpt_jax.data import class_names
 from dgpt_jax.data.ingest import labels
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 
 CLASSES = 1000
 
@@ -75,7 +75,7 @@ def class_indices(names: Sequence[str], what: object) -> list[int]:
     rank = {wnid: i for i, wnid in enumerate(labels.imagenet("labels.txt"))}
     if unknown := [name for name in names if name not in rank]:
         raise UserError(
-            f"{what}: {len(unknown)} class names are neither ImageNet's wnids nor numbers below "
-            f"1000, first {unknown[0]!r}"
+            f"{what} has {counted(len(unknown), 'class name')} beside ImageNet's wnids and numbers "
+            f"below 1000, first {unknown[0]!r}"
         )
     return [rank[name] for name in names]

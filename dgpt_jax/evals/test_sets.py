@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.evals import imagenet
 from dgpt_jax.evals.labelled import FileImages, StoredImages, folders, list_files, padded
 from dgpt_jax.storage import tfds_dataset
@@ -177,7 +177,8 @@ def _with_labels_json(path: Path) -> FileImages:
     names = [files[i].id for i in range(len(files))]
     if missing := [name for name in names if name not in labels]:
         raise UserError(
-            f"{path}/labels.json lacks labels of {len(missing)} images, first {missing[0]}"
+            f"{path}/labels.json lacks labels of {counted(len(missing), 'image')}, first "
+            f"{missing[0]}"
         )
     return FileImages(path, files, padded([labels[name] for name in names]))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dgpt_jax.errors import counted
 from dgpt_jax.monitoring.metrics_log import Log
 
 
@@ -34,13 +35,13 @@ class Difference:
         if not self.common:
             return f"{self.name}: no common steps; {self._last_values()}"
         if self.first is None or self.largest is None:
-            text = f"{self.name}: the same at {self.common} common steps"
+            text = f"{self.name}: the same at {counted(self.common, 'common step')}"
         else:
             (step, a, b), (largest_step, c, d) = self.first, self.largest
             text = (
                 f"{self.name}: differs from step {step} on: {a:.7g} and {b:.7g}, by "
                 f"{distance(a, b):.2g}; most at step {largest_step}, by {distance(c, d):.2g}; "
-                f"{self.common} common steps"
+                f"{counted(self.common, 'common step')}"
             )
         counts = [f"{n} only in the {w} run" for n, w in zip(self.only, ("first", "second")) if n]
         return ", ".join([text, *counts])
@@ -49,7 +50,7 @@ class Difference:
         """Returns the last values and their distance, for runs without common steps."""
         runs = zip(("first", "second"), self.last, self.only, strict=True)
         ends = [
-            f"the {run} run ends with {end[1]:.7g} at step {end[0]} ({n} steps)"
+            f"the {run} run ends with {end[1]:.7g} at step {end[0]} ({counted(n, 'step')})"
             if end
             else f"the {run} run has none"
             for run, end, n in runs

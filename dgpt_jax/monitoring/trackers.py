@@ -47,6 +47,18 @@ class TensorBoard:
             self._writer.close()
 
 
+def import_wandb() -> Any:
+    """Returns the module wandb. Raises UserError if it is missing."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
+    except ImportError:
+        raise UserError(
+            "config.wandb needs the package wandb: pip install 'dgpt_jax[wandb]', or "
+            "--config.wandb=''"
+        ) from None
+    return wandb
+
+
 class Wandb:
     """A run of a Weights & Biases project (extra `wandb`), with its files in `directory`.
 
@@ -56,14 +68,7 @@ class Wandb:
     """
 
     def __init__(self, project: str, name: str, directory: Path):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]  # an extra
-        except ImportError:
-            raise UserError(
-                "config.wandb needs the package wandb: pip install 'dgpt_jax[wandb]', or "
-                "--config.wandb=''"
-            ) from None
-        self._wandb = wandb
+        self._wandb = wandb = import_wandb()
         id_file = directory / WANDB_ID
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))

@@ -22,7 +22,7 @@ from dgpt_jax import invocation
 from dgpt_jax.config import HostsConfig
 from dgpt_jax.data import token_store
 from dgpt_jax.distributed import multihost
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import disk_space, gcs, tfds_dataset
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -125,7 +125,8 @@ def devices(config: HostsConfig, requested: str) -> list[Finding]:
     except UserError as e:
         return [Finding("fail", str(e))]
     local = jax.local_devices()
-    text = f"{jax.device_count()} × {local[0].device_kind} in {jax.process_count()} process(es)"
+    processes = counted(jax.process_count(), "process", "processes")
+    text = f"{jax.device_count()} × {local[0].device_kind} in {processes}"
     stats = [device.memory_stats() or {} for device in local]
     if limits := [s["bytes_limit"] for s in stats if "bytes_limit" in s]:
         text += f", {min(limits) / 2**30:.1f} GiB each on this host"
@@ -167,13 +168,14 @@ def data(path: str) -> list[Finding]:
             store.load_codec(path)
             teacher = store.teacher.get("name", "a teacher without a name")
             tokens = f"{store.codec}, {store.tokens} × {store.width} of {teacher}"
-            counts = f"{len(splits)} view(s) of {len(splits[0])} examples"
+            counts = f"{counted(len(splits), 'view')} of {counted(len(splits[0]), 'example')}"
             return [Finding("ok", f"{path}: token store, {counts}, {tokens}, {size}")]
     except UserError as e:
         return [Finding("fail", str(e))]
     counts = ", ".join(f"{split.split} {len(split)}" for split in splits)
-    label = f"{splits[0].label.num_classes} classes" if splits[0].label else "no labels"
-    return [Finding("ok", f"{path}: images, {counts}, {label}, {size}")]
+    label = splits[0].label
+    classes = counted(label.num_classes, "class", "classes") if label else "no labels"
+    return [Finding("ok", f"{path}: images, {counts}, {classes}, {size}")]
 
 
 def workdir(path: str) -> list[Finding]:

@@ -7,7 +7,6 @@ Training states are saved and restored by training/checkpointing.py; no other fi
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -19,18 +18,16 @@ from etils import epath
 
 from dgpt_jax import invocation
 from dgpt_jax.config import renamed_keys
-from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.storage import checksums, gcs
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import checksums, gcs, orbax_errors
 from dgpt_jax.storage.gcs import AnyPath
+from dgpt_jax.storage.orbax_errors import REMEDY
 
 # 1: before non-finite updates were skipped, with another optimizer state. 3: with a moving average
 # of the parameters in the optimizer state, which load_params returns; without one 2 is written.
 FORMAT, OLDEST = 3, 2
-REMEDY = "Copy it again, or move that step's directory away to read the step before it"
-# Prefixes of TensorStore's errors about access to the files rather than their content.
-UNREACHABLE = re.compile(
-    "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
-)
+# Name, shape, dtype, sharding when saved, and bytes of an array.
+Row = tuple[str, tuple[int, ...], str, str, int]
 
 
 def directory(workdir: AnyPath) -> str:
@@ -84,23 +81,6 @@ def verify(
             raise UserError(f"{path} is damaged: {name} differs from the saved array. {REMEDY}")
 
 
-@contextlib.contextmanager
-def translate_damage(item: AnyPath) -> Iterator[None]:
-    """Context that turns Orbax's errors about truncated, changed or missing files into UserError,
-    and those about unreachable files into another UserError."""
-    try:
-        yield
-    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as e:
-        sys.unraisablehook = _without_late_reads
-        reason = one_line(e)
-        missing = isinstance(e, (FileNotFoundError, NotADirectoryError))
-        if (isinstance(e, OSError) and not missing) or UNREACHABLE.search(reason):
-            raise UserError(f"{item} cannot be read: {reason}") from e
-        raise UserError(f"{item} is damaged: {reason}. {REMEDY}") from e
-
-
 def steps(path: AnyPath) -> list[int]:
     """Returns the steps of a work directory's finished checkpoints, ascending. Raises UserError if
     there are none."""
@@ -128,7 +108,8 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
     """Saves a checkpoint of parameters alone, NumPy arrays, into a work directory that has none.
 
     Takes no further memory. By default Orbax copies all arrays first, in case they change while it
-    writes in the background, and compresses all of them at once, which saves 8 % of a file.
+    writes in the background, and compresses all of them at once, which saves 8 % of a file. Raises
+    OSError.
     """
     item = epath.Path(directory(workdir)) / str(step)
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -139,6 +120,7 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
         params=ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry),
         metadata=ocp.JsonCheckpointHandler(),
     )
+    orbax_errors.hide_repeated_errors()
     with ocp.Checkpointer(handler) as writer:
         arguments = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
@@ -146,13 +128,12 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
                 with_checksums({"format": OLDEST, "step": step} | metadata, {"params": params})
             ),
         )
-        writer.save(item, args=arguments)
-
-
-def _without_late_reads(unraisable, before=sys.unraisablehook):
-    """A sys.unraisablehook that hides reads which end after the one that failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        before(unraisable)
+        try:
+            writer.save(item, args=arguments)
+        except Exception as e:
+            if problem := orbax_errors.disk_problem(e):
+                raise OSError(problem) from e
+            raise
 
 
 @contextlib.contextmanager
@@ -163,7 +144,7 @@ def _reader(item: epath.Path) -> Iterator[ocp.Checkpointer]:
         opt_state=ocp.PyTreeCheckpointHandler(),  # only its moving average is read
         metadata=ocp.JsonCheckpointHandler(),
     )
-    with translate_damage(item), ocp.Checkpointer(handler) as reader:
+    with orbax_errors.translate_damage(item), ocp.Checkpointer(handler) as reader:
         yield reader
 
 
@@ -244,9 +225,7 @@ def _select(tree: dict, names: Collection[str], prefix: str = "") -> dict:
     return selected
 
 
-def describe(
-    path: AnyPath, step: int | None = None
-) -> list[tuple[str, tuple[int, ...], str, str, int]]:
+def describe(path: AnyPath, step: int | None = None) -> list[Row]:
     """Returns (name, shape, dtype, sharding when saved, bytes) of every array, reading none.
 
     Names begin with params or opt_state. Raises UserError.

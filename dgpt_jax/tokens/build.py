@@ -21,7 +21,7 @@ from dgpt_jax.data import token_codec, token_store
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.distributed import multihost
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import array_record_shards, disk_space, tfds_dataset
 from dgpt_jax.tokens import writer
@@ -53,7 +53,7 @@ def build(config: TokensConfig, out: epath.PathLike, *, check: bool = False) -> 
         planned = [s for v in range(config.views) for s in _plan_view(config, directory, info, v)]
         todo = _unfinished(directory, planned, pool, say, check=check)
         complete = sum(len(s.indices) for s in planned) - sum(len(s.indices) for s in todo)
-        say(f"{complete} of {len(source) * config.views} examples are complete")
+        say(f"complete: {complete} of {counted(len(source) * config.views, 'example')}")
         _check_disk_space(directory, info, todo, say)
         mine = todo[jax.process_index() :: jax.process_count()]
         codec = info.load_codec(directory)

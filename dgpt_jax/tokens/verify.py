@@ -10,7 +10,7 @@ import numpy as np
 from dgpt_jax.config import roots
 from dgpt_jax.data import bad_records, image_ops, token_codec, token_store
 from dgpt_jax.data.token_store import StoreInfo
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import tfds_dataset
 from dgpt_jax.tokens import writer
 from dgpt_jax.tokens.teacher import Teacher
@@ -118,7 +118,7 @@ def _open_source(store: Path | str, info: StoreInfo, source: str) -> tfds_datase
     original = tfds_dataset.Split(source, info.source["split"])
     if len(original) != info.source["examples"]:
         raise UserError(
-            f"{store} was built from {info.source['examples']} examples, {original} has "
+            f"{store} was built from {counted(info.source['examples'], 'example')}, {original} has "
             f"{len(original)}"
         )
     if info.source.get("digest", original.digest) != original.digest:

@@ -6,7 +6,6 @@ Their format, and reading parameters alone: storage/orbax_checkpoint.py.
 import contextlib
 import logging
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from dgpt_jax.distributed import multihost
 from dgpt_jax.errors import UserError
 from dgpt_jax.monitoring import metrics_log
-from dgpt_jax.storage import checksums, orbax_checkpoint
+from dgpt_jax.storage import checksums, orbax_checkpoint, orbax_errors
 from dgpt_jax.storage.orbax_checkpoint import FORMAT, OLDEST, directory
 from dgpt_jax.training import optimizer
 from dgpt_jax.training.train_step import TrainState
@@ -57,6 +56,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
         )
+        orbax_errors.hide_repeated_errors()
         self._in_flight, self._failures = False, 0
         self._manager = ocp.CheckpointManager(
             directory(workdir),
@@ -137,7 +137,7 @@ class Checkpoints:
     def metadata(self, step: int) -> dict:
         """The metadata of a step. Raises UserError if damaged or written by later code."""
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        with orbax_checkpoint.translate_damage(self._path(step)):
+        with orbax_errors.translate_damage(self._path(step)):
             metadata = self._manager.restore(step, args=items)["metadata"]
             return orbax_checkpoint.check_metadata(metadata, self._path(step))
 
@@ -157,7 +157,7 @@ class Checkpoints:
             params=ocp.args.StandardRestore(abstract.params),
             opt_state=ocp.args.StandardRestore(abstract.opt_state),
         )
-        with orbax_checkpoint.translate_damage(self._path(step)):
+        with orbax_errors.translate_damage(self._path(step)):
             restored = self._manager.restore(step, args=items)
             arrays = {name: restored[name] for name in ("params", "opt_state")}
         orbax_checkpoint.verify(checksums.of_tree(arrays), metadata, self._path(step))
@@ -179,20 +179,16 @@ class Checkpoints:
     def _translate_disk_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # TensorStore: ValueError, Orbax: various, the system: OSError
-            match = re.search(
-                r"(RESOURCE_EXHAUSTED|No space left|quota exceeded)|Read-only|Permission denied",
-                str(e),
-            )
-            if not match:
+        except Exception as e:
+            problem = orbax_errors.disk_problem(e)
+            if not problem:
                 raise
-            problem = "no space left for" if match[1] else "no permission to write"
             newest = self._manager.latest_step() or "none"
             # asyncio would log the error of every array after this one.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise UserError(
-                f"{problem} a checkpoint in {self.directory} (newest complete step: {newest}): fix "
-                f"this and run the same command again to resume"
+                f"{problem} for a checkpoint in {self.directory} (newest complete step: {newest}): "
+                f"fix this and run the same command again to resume"
             ) from e
 
 

@@ -20,7 +20,7 @@ from dgpt_jax import invocation
 from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.data import loader
 from dgpt_jax.distributed import compilation_cache, preemption, sharding
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.evals import classification, figures, pretraining
 from dgpt_jax.monitoring import metrics, metrics_log
 from dgpt_jax.monitoring.progress import Clock, TrainingProgress, seconds_since_start
@@ -235,7 +235,7 @@ class Loop:
         except (UserError, OSError) as e:
             remedy = f"step {first} could not be dumped: {e}"
         raise UserError(
-            f"{in_a_row} steps in a row from step {first} were skipped "
+            f"skipped {counted(in_a_row, 'step')} in a row, from step {first} on "
             f"(config.optim.max_skipped_in_a_row): loss or gradients were not finite, or the loss "
             f"exceeded config.optim.loss_spike_factor times its mean: {remedy}"
         )

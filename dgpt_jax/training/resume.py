@@ -12,7 +12,7 @@ import optax
 from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.data import class_names
 from dgpt_jax.data.dataset import ExampleDataset
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.training import optimizer, train_step
 from dgpt_jax.training.checkpointing import Checkpoints
 from dgpt_jax.training.tasks.base import Task
@@ -31,24 +31,22 @@ FIXED_FIELDS = re.compile(
 )
 
 
-def restore_or_init(
+def check(
     config: TrainConfig,
-    task: Task,
-    tx: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
+    examples: ExampleDataset,
     checkpoints: Checkpoints,
     say: Callable[[str], None],
     *,
     allow_config_change: bool,
-) -> tuple[train_step.TrainState, int]:
-    """(state, step) of the run's newest checkpoint, else the initial state and 0.
+) -> int | None:
+    """Compares a run with its newest checkpoint; returns that one's step, None if there is none.
 
     Logs all differences. Raises UserError if the checkpoint is of another model, or if its data, or
     config fields other than RESUMABLE_FIELDS, differ and `allow_config_change` is False.
     """
     latest = checkpoints.latest()
     if latest is None:
-        return train_step.init_state(task.init, tx, mesh, config.seed, task.initial_params), 0
+        return None
     metadata = checkpoints.metadata(latest)
     # Fields added after the checkpoint was written had their defaults.
     saved = schema.flatten(json.loads(json.dumps(schema.to_dict(type(config)()))))
@@ -59,23 +57,37 @@ def restore_or_init(
         for name, value in current.items()
         if value != saved.get(name)
     }
-    for change in changes.values():
-        say(change)
-    refused = [name for name in changes if not RESUMABLE_FIELDS.match(name)]
-    if fixed := [name for name in refused if FIXED_FIELDS.match(name)]:
+    changed = [name for name in changes if not RESUMABLE_FIELDS.match(name)]
+    fixed = [name for name in changed if FIXED_FIELDS.match(name)]
+    refused = fixed or ([] if allow_config_change else changed)
+    for name, change in changes.items():
+        if name not in refused[:1]:  # which the error says
+            say(change)
+    if fixed:
         raise UserError(f"{changes[fixed[0]]}: choose another --workdir")
-    if refused and not allow_config_change:
+    if refused:
         more = f" (and {len(refused) - 1} more, above)" if refused[1:] else ""
         raise UserError(
             f"{changes[refused[0]]}{more}: choose another --workdir, or pass --allow_config_change "
             f"to resume with the changed config"
         )
-    check_data(metadata.get("data"), task.examples, latest, say, allow_config_change)
-    say(f"resuming from step {latest} in {checkpoints.directory}")
+    check_data(metadata.get("data"), examples, latest, say, allow_config_change)
+    return latest
+
+
+def restore_or_init(
+    config: TrainConfig,
+    task: Task,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    latest: int | None,
+) -> train_step.TrainState:
+    """The state of the checkpoint of step `latest`, the initial state if that is None."""
+    if latest is None:
+        return train_step.init_state(task.init, tx, mesh, config.seed, task.initial_params)
     restored = checkpoints.restore(latest, train_step.abstract_state(task.init, tx, mesh))
-    return dataclasses.replace(
-        restored, opt_state=optimizer.reset_skip_counter(restored.opt_state)
-    ), latest
+    return dataclasses.replace(restored, opt_state=optimizer.reset_skip_counter(restored.opt_state))
 
 
 def check_data(
@@ -105,12 +117,12 @@ def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     """
     changes, views, saved_views = [], current["views"], saved["views"]
     if saved["examples"] != current["examples"]:
-        changes.append(f"has {current['examples']} examples, {saved['examples']}")
+        changes.append(f"has {counted(current['examples'], 'example')}, {saved['examples']}")
     elif len(views) != (count := len(saved_views)):
         hint = ""
         if views[:count] == saved_views:
             hint = f" (--config.data.views={count} selects the same)"
-        changes.append(f"has {len(views)} views{hint}, {count}")
+        changes.append(f"has {counted(len(views), 'view')}{hint}, {count}")
     elif views != saved_views:
         changes.append("has other contents than")
     if saved.get("teacher") != current.get("teacher"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import disk_space, output_paths
 from dgpt_jax.weights import card, parity, registry
 from dgpt_jax.weights.types import WeightLayout, Weights, encoder
@@ -50,7 +50,8 @@ def write(
     for name, array in weights.params.items():
         if count := array.size - np.count_nonzero(np.isfinite(array)):
             raise UserError(
-                f"{weights.source}: {name} has {count} non-finite values: use an earlier checkpoint"
+                f"{weights.source}: {name} has {counted(int(count), 'non-finite value')}: use an "
+                f"earlier checkpoint"
             )
     target, directory = refuse_existing(layout, dst)
     parent = next(path for path in (directory, *directory.parents) if path.exists())

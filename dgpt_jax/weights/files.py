@@ -40,8 +40,14 @@ class Read(NamedTuple):
 def split(path: Path | str) -> tuple[Path, str | None]:
     """(file, key) of FILE#KEY; (path, None) of another path."""
     path = Path(path)
+    if path.exists():
+        return path, None
+    text = os.fspath(path)
+    for i in (i for i, character in enumerate(text) if character == "#"):
+        if os.path.isfile(text[:i]):  # the key may contain a slash
+            return Path(text[:i]), text[i + 1 :]
     name, separator, key = path.name.partition("#")
-    if not separator or path.exists():
+    if not separator:
         return path, None
     return path.with_name(name) if name else path, key
 
@@ -204,7 +210,8 @@ def write_safetensors(
 
 
 def write_torch(path: Path | str, content: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes {key: state dict} atomically with torch.save. Raises UserError without PyTorch."""
+    """Writes {key: state dict} atomically with torch.save. Raises UserError without PyTorch, and
+    OSError on a full disk."""
     torch_pickle.import_torch(path, "written")
     import torch
 
@@ -215,8 +222,8 @@ def write_torch(path: Path | str, content: Mapping[str, Mapping[str, np.ndarray]
     with replacing(path) as temporary:
         try:
             torch.save(tensors, temporary)
-        except RuntimeError as e:  # raised on a full disk
-            raise UserError(f"{path} cannot be written: {one_line(e)}") from e
+        except RuntimeError as e:  # on a full disk
+            raise OSError(one_line(e)) from e
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:

@@ -233,4 +233,6 @@ def _settings(source: Source, overrides: Mapping[str, Any], path: Path) -> dict[
 
 
 def _config_keys(names: list[str]) -> str:
-    return " and ".join(f"config.teacher.{name}" for name in names)
+    """Keys for commands with --config, and flags of those without."""
+    keys, flags = (" and ".join(f"{p}{name}" for name in names) for p in ("config.teacher.", "--"))
+    return f"{keys} (without --config: {flags})"

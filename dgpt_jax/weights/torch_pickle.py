@@ -86,7 +86,8 @@ def _state_dict(content: Any, path: Path, key: str | None) -> tuple[Mapping, str
     candidates = _state_dicts(content)
     if key is not None:
         if key not in candidates:
-            raise UserError(f"{path} has no weights under {key!r}{_key_list(candidates)}")
+            nested = " (a key within another cannot be selected)" if "/" in key else ""
+            raise UserError(f"{path} has no weights under {key!r}{nested}{_key_list(candidates)}")
         return (*_state_dict(candidates[key], path, None)[:1], key, [])
     if not isinstance(content, Mapping):
         raise UserError(f"{path} contains a {type(content).__name__}, not a state dict")

@@ -1,6 +1,8 @@
 """tools/checkpoint.py on a work directory with two checkpoints."""
 
+import ast
 import importlib.util
+import math
 import shutil
 import sys
 
@@ -59,11 +61,21 @@ def command(monkeypatch, *words):
 
 def test_inspect(run, monkeypatch, capsys):
     command(monkeypatch, "inspect", run[0])
+    summary = capsys.readouterr().out
+    assert len(summary.splitlines()) < 30  # a screen
+    blocks = {line.split()[0]: line.split()[1:] for line in summary.splitlines()[1:-3]}
+    assert blocks["params/next/pred"] == ["2", "72", "0.00", "float32"]
+    command(monkeypatch, "inspect", run[0], "--all")
     out = capsys.readouterr().out
+    rows = [line.split("  ") for line in out.splitlines()[1:-2]]
+    assert len(rows) == sum(int(columns[0]) for columns in blocks.values())
+    values = sum(math.prod(ast.literal_eval(row[1])) for row in rows)
+    assert values == sum(int(columns[1].replace(",", "")) for columns in blocks.values())
     kernel = next(line for line in out.splitlines() if line.startswith("params/next/pred/kernel"))
     assert "(8, 8)  float32" in kernel and kernel.endswith(" 256")
     size = sum(x.nbytes for x in run[1][7].values())
-    assert f"params {size / 1e6:.1f} MB, opt_state {2 * size / 1e6:.1f} MB" in out
+    totals = f"params {size / 1e6:.1f} MB, opt_state {2 * size / 1e6:.1f} MB"
+    assert totals in summary and totals in out
 
 
 def test_a_missing_step(run, monkeypatch):

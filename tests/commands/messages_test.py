@@ -1,5 +1,6 @@
 """One-line errors with a remedy for missing packages, devices or examples."""
 
+import ast
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dgpt_jax import cli
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.evals import probe
 from dgpt_jax.monitoring import metrics_log, run_diff
 from tests.support import commands
@@ -85,6 +86,19 @@ def test_invalid_jax_platforms(words):
     text = process.stdout + process.stderr
     assert "JAX_PLATFORMS=nosuch" in text, text
     assert "Traceback" not in text
+
+
+def test_counts_agree_with_their_nouns():
+    words = ("step",), ("process", "processes"), ("damaged one",)
+    shown = [counted(number, *noun) for noun in words for number in (0, 1, 2)]
+    assert shown == [
+        "0 steps", "1 step", "2 steps", "0 processes", "1 process", "2 processes",
+        "0 damaged ones", "1 damaged one", "2 damaged ones",
+    ]  # fmt: skip
+    for path in (ROOT / "dgpt_jax").rglob("*.py"):  # no "view(s)"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.search(r"\w\((s|es)\)", node.value), f"{path.name}: {node.value}"
 
 
 def test_too_few_examples():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,70 @@ def test_initial_weights_must_be_of_a_tiny_model(tmp_path):
     assert shrunk(name, run_of_smoke(tmp_path))[1].init.weights == str(tmp_path)
 
 
-def test_it_overrides_other_flags(tmp_path):
-    flags = ("config.data.path=x", "config.batch_size=4096", "config.model.taps=(6,12)")
-    _, small = shrunk(str(CONFIGS / "pretrain_b16_in1k.py:v5e-16"), *flags)
-    assert small.batch_size == 16 and small.accum_steps == 2 and small.model.taps == (4, 5, 7, 8)
+def parsed(name: str, kind: type, capsys, *flags: str):
+    """(config, lines printed) of a command line with --smoke."""
+    words = [f"--config={CONFIGS / name}", "--smoke", *(f"--config.{flag}" for flag in flags)]
+    config = cli.parse(cli.parser("", kind), kind, words)[1]
+    return config, capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "name,kind,flags,line",
+    [
+        (
+            "pretrain_b16_in1k.py:v5e-16",
+            roots.TrainConfig,
+            ("data.path=x", "total=100 epochs", "batch_size=256", "model.taps=(6,12)", "seed=3"),
+            "total 100 epochs -> 4 steps, batch_size 256 -> 16, model.taps 6,12 -> unset",
+        ),
+        ("pretrain_b16_in1k.py", roots.TrainConfig, ("data.path=x", "batch_size=8"), ""),
+        ("pretrain_b16_in1k.py", roots.TrainConfig, ("data.path=x", "log_every=1"), ""),
+        (
+            "tokens_in1k_openclip_h14.py",
+            roots.TokensConfig,
+            ("source=x", "views=4", "split=val[:0.5%]", "batch_size=2"),
+            "views 4 -> 1, split val[:0.5%] -> val[:8]",
+        ),
+        (
+            "knn_in1k.py",
+            roots.EvaluateConfig,
+            ("data=x", "train=a[:9]+b", "test=val", "k=5,50", "max_examples=7"),
+            "train a[:9]+b -> a, test val -> a, k 5,50 -> 5",
+        ),
+    ],
+)
+def test_reduced_flags_are_said(name, kind, flags, line, capsys):
+    assert parsed(name, kind, capsys, *flags)[1] == ([f"--smoke: {line}"] if line else [])
+
+
+@pytest.mark.parametrize(
+    "name,kind,flag,message",
+    [
+        ("pretrain_b16_in1k.py", roots.TrainConfig, "total=100 epoks", "config.total: cannot read"),
+        ("pretrain_b16_in1k.py", roots.TrainConfig, "total=5 epochs", "config.optim.warmup="),
+        ("pretrain_b16_in1k.py", roots.TrainConfig, "checkpoint.every=1 day", "checkpoint.every:"),
+        ("pretrain_b16_in1k.py", roots.TrainConfig, "data.lanes=3", "config.data.lanes 3"),
+        ("pretrain_b16_in1k.py", roots.TrainConfig, "platform=tpuu", "config.platform must be"),
+        ("pretrain_b16_in1k.py", roots.TrainConfig, "kernels=our", "config.kernels must be"),
+        ("pretrain_b16_in1k.py", roots.TrainConfig, "model.heads=5", "config.model"),
+        ("tokens_in1k_openclip_h14.py", roots.TokensConfig, "views=0", "config.views must be"),
+        ("tokens_in1k_openclip_h14.py", roots.TokensConfig, "split=val[:5", "config.split=val[:5"),
+        ("knn_in1k.py", roots.EvaluateConfig, "test=val[5]", "config.test=val[5]"),
+        ("knn_in1k.py", roots.EvaluateConfig, "k=", "config.k is empty"),
+    ],
+)
+def test_invalid_values_are_refused_before_they_are_reduced(name, kind, flag, message, capsys):
+    path = {roots.TrainConfig: "data.path", roots.TokensConfig: "source"}.get(kind, "data")
+    with pytest.raises(UserError, match=re.escape(message)):
+        parsed(name, kind, capsys, f"{path}=x", flag)
+
+
+def test_sizes_still_fit_together(capsys):
+    """Batches smaller than those of --smoke are kept, with accumulation and groups of mixup too."""
+    flags = ("data.path=x", "init.weights=", "accum_steps=3", "classify.mixup_group_size=6")
+    for batch_size, result in ((6, (6, 2, 6)), (24, (16, 2, 16))):
+        config, _ = parsed(
+            "finetune_b16_in1k.py", roots.TrainConfig, capsys, *flags, f"batch_size={batch_size}"
+        )
+        sizes = config.batch_size, config.accum_steps, config.classify.mixup_group_size
+        assert sizes == result

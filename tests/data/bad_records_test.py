@@ -188,9 +188,7 @@ def test_batch_ids_are_those_of_replacements(spotted):
 
 
 def test_too_many_bad_records_are_fatal(spotted):
-    with pytest.raises(
-        UserError, match=r"1 bad records in 40 .*config.data.max_bad_fraction=0.001"
-    ):
+    with pytest.raises(UserError, match=r"1 bad record in 40 .*config.data.max_bad_fraction=0.001"):
         batches(opened_images(spotted), 10)
     with pytest.raises(UserError, match="2 bad records in 40"):
         opened_images(spotted, max_bad_fraction=0.04)(0, 5)  # 5 and 6 follow each other

@@ -29,7 +29,7 @@ def test_constants():
     assert len(set(WNIDS)) == 1000 and sorted(WNIDS) == WNIDS
     assert imagenet.class_indices([WNIDS[7], WNIDS[999]], "x") == [7, 999]
     assert imagenet.class_indices(["10", "9", "999"], "x") == [10, 9, 999]
-    with pytest.raises(UserError, match="x: 1 class names .* first 'cat'"):
+    with pytest.raises(UserError, match="x has 1 class name .* first 'cat'"):
         imagenet.class_indices(["cat", WNIDS[0]], "x")
 
 
@@ -188,7 +188,7 @@ def of_unknown_classes(_, sets: Path):
         (interrupted, 130, ["imagenet_a"]),
         (damaged, "sketch: .*1.png: .* not a readable image", ["imagenet_a"]),
         (without_labels, "imagenet-hard/labels.json: No such file", []),
-        (of_unknown_classes, "fog/4: 1 class names", []),
+        (of_unknown_classes, "fog/4 has 1 class name ", []),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
@@ -222,7 +222,7 @@ def test_an_interrupted_evaluation_keeps_its_rows(
     assert bool(calls) == bool(measured_before)
     rows = json.loads(out.read_text())["results"] if out.exists() else []
     assert [row["data"] for row in rows] == measured_before
-    line = f"stopped: the 1 rows evaluated so far are in {out}"
+    line = f"stopped: {out} has what was evaluated so far, 1 row"
     assert (line in capsys.readouterr().out) == bool(measured_before)
     if fault is interrupted:  # the same command completes, without duplicates
         cli.run(evaluate.main)

@@ -63,7 +63,7 @@ def test_data_is_opened_and_counted(tmp_path):
     store = stores.write(tmp_path / "store", (4, 2), views=2)
     (finding,) = doctor.data(str(store))
     assert finding.level == "ok", finding
-    assert "token store, 2 view(s) of 6 examples, int8, 5 × 4 of a teacher" in finding.text
+    assert "token store, 2 views of 6 examples, int8, 5 × 4 of a teacher" in finding.text
     shard = sorted(store.glob("*view001*array_record*"))[0]
     content = shard.read_bytes()
     shard.write_bytes(content[:-8])

@@ -12,7 +12,7 @@ import pytest
 from dgpt_jax.config import MeshConfig, OptimConfig
 from dgpt_jax.distributed import sharding
 from dgpt_jax.errors import UserError
-from dgpt_jax.storage import checksums, orbax_checkpoint
+from dgpt_jax.storage import checksums, orbax_checkpoint, orbax_errors
 from dgpt_jax.training import checkpointing, optimizer, train_step
 from tests.support.data import edit_metadata
 from tests.support.processes import on_devices
@@ -124,7 +124,7 @@ def test_damaged_files_are_read_as_saved_or_refused(saved, tmp_path, name, kind,
     ],
 )
 def test_unreachable_files_are_not_called_damaged(error, message):
-    with pytest.raises(UserError, match=message), orbax_checkpoint.translate_damage("x"):
+    with pytest.raises(UserError, match=message), orbax_errors.translate_damage("x"):
         raise error
 
 

@@ -93,10 +93,10 @@ def test_a_killed_build_resumes(built, tmp_path):
     finished = [name for name, at in stamps.items() if (out / name).stat().st_mtime_ns == at]
     assert len(finished) >= len(stamps) - 2  # each of two writers may lack a receipt
     complete = sum(array_record_shards.shard_infos(out)[name].records for name in finished)
-    assert f"{complete} of {EXAMPLES} examples are complete" in output
+    assert f"complete: {complete} of {EXAMPLES} examples" in output
     assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
     again = run(command, out)
-    assert f"{EXAMPLES} of {EXAMPLES} examples are complete" in again
+    assert f"complete: {EXAMPLES} of {EXAMPLES} examples" in again
 
 
 def test_sigterm_keeps_complete_shards(built, tmp_path):

@@ -141,10 +141,36 @@ def test_a_run_does_not_resume_with_another_model(inputs, full_run, tmp_path, ca
     assert "config.log_every is 2" in capsys.readouterr().err
 
 
-def test_preflight_runs_before_data_are_opened(tmp_path, capsys):
-    with pytest.raises(UserError, match=str(tmp_path / "absent")):
-        train.train(settings(tmp_path / "absent"), tmp_path / "run")
-    assert "process  host" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"data": {"path": "absent"}}, "absent"),
+        ({"optim": {"warmup": "9 epochs"}}, "config.optim.warmup"),
+        ({"evals": {"heldout": "absent"}}, "absent"),
+        ({"evals": {"knn": "absent"}}, "absent"),
+        ({"checkpoint": {"best": "knn/cls"}}, "config.checkpoint.best"),
+        ({"seed": 7}, "config.seed is 7"),  # of a run in this directory
+    ],
+)
+def test_errors_precede_all_other_lines(inputs, full_run, tmp_path, capsys, changes, message):
+    """The error is not found below the table of processes and the config."""
+    workdir = full_run if "seed" in changes else tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        train.train(settings(inputs[2], **changes), workdir)
+    assert not capsys.readouterr().err
+
+
+def test_the_configured_values_are_printed(inputs, tmp_path, capsys):
+    """Those that differ from the defaults; config.json has all."""
+    run = settings(inputs[2], total="2 steps", optim={"warmup": "1 steps"})
+    train.train(run, tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line.split()[0] for line in lines if line.startswith("config.")]
+    saved = schema.flatten(json.loads((tmp_path / "config.json").read_text()))
+    defaults = schema.flatten(json.loads(json.dumps(schema.to_dict(roots.TrainConfig()))))
+    changed = [f"config.{name}" for name in saved if saved[name] != defaults[name]]
+    assert shown == changed and "config.total" in shown and "config.seed" not in shown
+    assert len(shown) < len(saved) / 3
 
 
 def test_ctrl_c_saves(inputs, tmp_path, monkeypatch):
@@ -152,6 +178,17 @@ def test_ctrl_c_saves(inputs, tmp_path, monkeypatch):
     assert train.train(settings(inputs[2], profile=(1, 9)), tmp_path) == 130
     assert orbax_checkpoint.find(tmp_path)[1] == 3
     assert traces(tmp_path) == ["step_1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_does_not_resume(inputs, tmp_path, monkeypatch, number, capsys):
+    """The run is finished: its results are saved and the command succeeds."""
+    stop_after(monkeypatch, 2, number)
+    run = settings(inputs[2], total="2 steps", optim={"warmup": "1 steps"})
+    assert train.train(run, tmp_path) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert orbax_checkpoint.find(tmp_path)[1] == 2 and lines[-1].startswith("next: python ")
+    assert f"finished: {tmp_path} holds step 2, the last" in lines
 
 
 def test_an_implicit_transfer_in_the_loop_is_an_error(inputs, tmp_path, monkeypatch):

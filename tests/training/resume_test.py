@@ -13,10 +13,6 @@ from dgpt_jax.training import resume
 IDENTITY = {"examples": 1, "views": ["a"]}
 
 
-class Restored(Exception):
-    """Raised instead of restoring the state."""
-
-
 class FakeCheckpoints:
     """A run with one checkpoint, of which only the metadata are read."""
 
@@ -31,9 +27,6 @@ class FakeCheckpoints:
     def metadata(self, step: int) -> dict:
         return {"config": self.config, "data": IDENTITY}
 
-    def restore(self, *_):
-        raise Restored
-
 
 def settings(**changes) -> TrainConfig:
     return parse(TrainConfig, {"data": {"path": "x"}} | changes)
@@ -43,18 +36,15 @@ def as_saved(config: TrainConfig) -> dict:
     return json.loads(json.dumps(schema.to_dict(config)))
 
 
-def resume_log(config: TrainConfig, saved: dict, monkeypatch, *, allow: bool = False) -> list[str]:
-    """Lines logged until the state is restored. Raises UserError."""
-    monkeypatch.setattr(resume.train_step, "abstract_state", lambda *_: None)
-    lines: list[str] = []
+def resume_log(
+    config: TrainConfig, saved: dict, *, allow: bool = False, lines: list[str] | None = None
+) -> list[str]:
+    """Lines logged by the comparison with a checkpoint. Raises UserError."""
+    lines = [] if lines is None else lines
     examples = SimpleNamespace(data=config.data, identity=lambda: IDENTITY)
-    task = SimpleNamespace(init=None, examples=examples)
-    with pytest.raises(Restored):
-        resume.restore_or_init(
-            config, task, None, None, FakeCheckpoints(saved), lines.append,
-            allow_config_change=allow,
-        )  # fmt: skip
-    assert lines.pop() == "resuming from step 3 in RUN/checkpoints"
+    checkpoints = FakeCheckpoints(saved)
+    latest = resume.check(config, examples, checkpoints, lines.append, allow_config_change=allow)
+    assert latest == 3
     return lines
 
 
@@ -79,28 +69,44 @@ NEW_FIELDS = [
 
 
 @pytest.mark.parametrize("name", NEW_FIELDS)
-def test_a_field_added_after_the_checkpoint_had_its_default(name, monkeypatch):
+def test_a_field_added_after_the_checkpoint_had_its_default(name):
     saved = without(as_saved(settings()), name)
-    assert resume_log(settings(), saved, monkeypatch) == []
+    assert resume_log(settings(), saved) == []
 
 
-def test_a_field_added_later_and_set_is_a_change(monkeypatch):
+def test_a_field_added_later_and_set_is_a_change():
     saved = without(
         without(as_saved(settings()), "optim.loss_spike_factor"), "data.max_bad_fraction"
     )
     changed = settings(data={"path": "x", "max_bad_fraction": 0.5})
-    (line,) = resume_log(changed, saved, monkeypatch)
+    (line,) = resume_log(changed, saved)
     assert line.startswith("config.data.max_bad_fraction is 0.5") and line.endswith("0.001")
     changed = settings(optim={"loss_spike_factor": 3.0})
     with pytest.raises(UserError, match="optim.loss_spike_factor is 3.0.*--allow_config_change"):
-        resume_log(changed, saved, monkeypatch)
-    (line,) = resume_log(changed, saved, monkeypatch, allow=True)
+        resume_log(changed, saved)
+    (line,) = resume_log(changed, saved, allow=True)
     assert line.startswith("config.optim.loss_spike_factor is 3.0")
 
 
-def test_a_removed_field_is_no_change(monkeypatch):
+@pytest.mark.parametrize(
+    "changes,logged,error",
+    [
+        ({"seed": 1}, [], "config.seed is 1.* 0: choose"),
+        ({"seed": 1, "log_every": 9}, ["log_every"], "config.seed is 1.* 0: choose"),
+        ({"seed": 1, "batch_size": 9}, ["batch_size"], r"config.seed .*\(and 1 more, above\)"),
+        ({"seed": 1, "task": "classify"}, ["seed"], "config.task is .*choose another --workdir$"),
+    ],
+)
+def test_each_difference_is_said_once(changes, logged, error):
+    lines: list[str] = []
+    with pytest.raises(UserError, match=error):
+        resume_log(settings(**changes), as_saved(settings()), lines=lines)
+    assert [line.split()[0] for line in lines] == [f"config.{name}" for name in logged]
+
+
+def test_a_removed_field_is_no_change():
     saved = as_saved(settings()) | {"removed": 1}
-    assert resume_log(settings(), saved, monkeypatch) == []
+    assert resume_log(settings(), saved) == []
 
 
 def test_fields_that_change_the_run_are_not_resumable():

@@ -1,12 +1,15 @@
 """Export paths: nothing is overwritten, no partial files remain."""
 
 import os
+import re
 import shutil
+import subprocess
 from collections import namedtuple
 
 import pytest
 
 from dgpt_jax.errors import UserError
+from dgpt_jax.storage import disk_space
 from dgpt_jax.weights import export, files, parity, registry
 from tests.support.conversions import convert, convert_error, random_weights
 from tests.support.paths import GOLDEN
@@ -109,3 +112,31 @@ def test_clip_towers_are_not_encoders(tmp_path, monkeypatch):
     for name in ("clip_tower_tiny.safetensors", "hf_clip_tiny"):
         message = convert_error(monkeypatch, GOLDEN / name, tmp_path / "a", "--to=timm")
         assert "CLIP" in message and "--config.teacher.weights" in message
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A separate file system of 64 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=False)
+    if mount.returncode:
+        pytest.skip("mounting is not permitted")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("name", ["out --to=flax", "out.pth --to=digpt", "out --to=timm"])
+def test_a_full_disk_is_one_line(name, small_disk, monkeypatch, capfd):
+    """Nothing but that line is printed, by threads and native code either. It is found while the
+    files are written, not before."""
+    monkeypatch.setattr(disk_space, "require", lambda *_: None)
+    path, layout = name.split()
+    source = GOLDEN / "formats/0.1/exports/full.safetensors"
+    heads = ("--heads=3", "--decoder_heads=2")
+    error = convert_error(monkeypatch, source, small_disk / path, layout, *heads)
+    assert re.match(rf"error: {small_disk / path} cannot be written: .*", error), error
+    captured = capfd.readouterr()
+    assert not captured.err.removeprefix(error).strip(), captured.err
+    assert "Traceback" not in captured.out
+    assert not list(small_disk.iterdir())

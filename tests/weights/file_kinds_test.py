@@ -106,7 +106,12 @@ def test_keys_of_state_dicts(tmp_path):
         files.read(path)
     with pytest.raises(UserError, match="'ema'.*teacher, student"):
         files.read(f"{path}#ema")
+    for nested in ("teacher/a", "ema/model/b"):
+        with pytest.raises(UserError, match=f"x.pth has .*'{nested}'.*within.*teacher, student"):
+            registry.read(f"{path}#{nested}")
     save_file(A, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="x.safetensors.*#a/b"):
+        files.read(tmp_path / "x.safetensors#a/b")
     with pytest.raises(UserError, match="x.safetensors.*#ema"):
         files.read(tmp_path / "x.safetensors#ema")
     with pytest.raises(UserError, match="absent.pth$"):

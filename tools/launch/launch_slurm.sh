@@ -53,12 +53,12 @@ while $interrupted && [ "$code" -gt 128 ]; do
 done
 
 if [ "$code" = 75 ] && ! $cancelled; then
-  echo "next: nothing; stopped after saving, job $SLURM_JOB_ID is requeued and continues"
+  echo "next: wait until job $SLURM_JOB_ID, stopped after saving and requeued, resumes"
   scontrol requeue "$SLURM_JOB_ID"
 elif [ "$code" = 75 ]; then
-  echo "next: stopped after saving, the same command continues"
+  echo "next: run the same command again to resume: it was stopped after saving"
 else
-  echo "next: $([ "$code" = 0 ] && echo 'evaluate: python -m dgpt_jax.evaluate' ||
-    echo 'read the log and fix the error: the same command continues')"
+  echo "next: $([ "$code" = 0 ] && echo 'evaluate it by python -m dgpt_jax.evaluate' ||
+    echo 'read the log, fix the error and run the same command again to resume')"
 fi
 exit "$code"

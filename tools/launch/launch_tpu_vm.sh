@@ -187,10 +187,10 @@ finish() {
   if [ "$outcome" != lost ]; then fetch_logs; fi
   if [ -s "$scratch/answers" ]; then cat "$scratch/answers"; fi
   case $outcome in
-    succeeded) next "$(self delete), which ends the costs" && exit 0 ;;
-    stopped) next "the same command continues; $(self delete) ends the costs" && exit 75 ;;
-    again) next "the run was stopped: the same command continues" && exit 75 ;;
-    failed) next "read the logs and fix the error: the same command continues" && exit "$code" ;;
+    succeeded) next "$(self delete)  # ends the costs" && exit 0 ;;
+    stopped) next "run the same command again to resume; $(self delete) ends the costs" && exit 75 ;;
+    again) next "run the same command again to resume: the run was stopped" && exit 75 ;;
+    failed) next "read the logs, fix the error and run the same command again to resume" && exit "$code" ;;
     running) fail "lost the connection to $name, the run is still running: \`attach\`" ;;
     idle) fail "nothing was started on $name: \`run\`" ;;
   esac
@@ -263,7 +263,7 @@ main() {
   if [ "$command" = status ]; then say "$name is $state, $((workers * ${#nodes[@]})) workers"; fi
   [ "$state" = READY ] || fail "$name is $state, not READY: run \`create\` or \`keep\`"
   case $command in
-    setup) setup && next "$(self run) -- python -m dgpt_jax.train …" ;;
+    setup) setup && next "start a run: $(self run) -- python -m dgpt_jax.train …" ;;
     run) start && follow && find_outcome && finish ;;
     attach) follow && find_outcome && finish ;;
     logs) fetch_logs && next "$(self status)" ;;

@@ -31,7 +31,7 @@ from dgpt_jax.data.ingest import tar_index
 from dgpt_jax.data.ingest.directory_walk import Skipped, Walk, unpack_first
 from dgpt_jax.data.ingest.image_index import ImageIndex, text
 from dgpt_jax.data.ingest.user_images import EXTENSIONS
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import gcs
 
 SPLITS = ("train", "val", "valid", "validation", "test")
@@ -183,7 +183,7 @@ def _sorted_unique(images: ImageIndex) -> ImageIndex:
     if twice:
         files = {text(images[twice[0] + i].file): None for i in range(2)}
         raise UserError(
-            f"{len(twice)} images occur twice, the first is {images[twice[0]].id}, in "
+            f"found {counted(len(twice), 'image')} twice, the first is {images[twice[0]].id}, in "
             f"{' and '.join(files)}: remove one of each"
         )
     return images

@@ -21,7 +21,7 @@ from etils import epath
 
 from dgpt_jax.data.ingest import discovery, import_settings, shard_writer, user_images
 from dgpt_jax.data.ingest.image_index import ImageIndex
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import array_record_shards, disk_space, tfds_dataset
 from dgpt_jax.storage.array_record_shards import ShardInfo
 
@@ -84,8 +84,9 @@ def import_images(
         say(f"{directory} is finished: nothing to do")
         return _report(images, shards, infos)
     import_settings.check_decoding_version(directory, infos)
-    counts = ", ".join(f"{name} {len(index)}" for name, index in images.splits.items())
-    say(f"{src}: {counts} images, {len(images.classes)} classes, {disk_space.size(images.bytes)}")
+    counts = [f"{name} {counted(len(index), 'image')}" for name, index in images.splits.items()]
+    classes = counted(len(images.classes), "class", "classes")
+    say(f"{src}: {', '.join(counts)}, {classes}, {disk_space.size(images.bytes)}")
     infos = _keep_sound_shards(directory, infos, damaged, say)
     _check_disk_space(directory, images, infos)
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,8 +108,8 @@ def _finish(
             _remove_output(out, shards)
         name = next(name for name, examples in report.examples.items() if not examples)
         raise UserError(
-            f"none of the {len(images.splits[name])} images of {src} ({name}) could be read; the "
-            f"first: {report.broken[0]}"
+            f"none of {counted(len(images.splits[name]), 'image')} of {src} ({name}) could be "
+            f"read; the first: {report.broken[0]}"
         )
     written = {name: [infos[path.name] for path in split] for name, split in shards.items()}
     tfds_dataset.write_metadata(out, tfds_dataset.image_features(images.classes), written)
@@ -143,8 +144,8 @@ def _keep_sound_shards(out: epath.Path, infos: ShardInfos, damaged: list[str], s
         return {}
     for name in damaged:
         array_record_shards.invalidate(out / name)
-    again = f", {len(damaged)} damaged ones are written again" * bool(damaged)
-    say(f"resuming {out}: {len(infos) - len(damaged)} shards are kept{again}")
+    again = f", writing {counted(len(damaged), 'damaged one')} again" * bool(damaged)
+    say(f"resuming {out}: keeping {counted(len(infos) - len(damaged), 'shard')}{again}")
     return {name: info for name, info in infos.items() if name not in damaged}
 
 

@@ -84,7 +84,8 @@ def _resolve_links(
     links: dict[bytes, _Link], files: Iterable[Member], path: Path | str, start: int, note: Note
 ) -> Iterator[Member]:
     """Yields the targets of links, like `members`."""
-    targets = {link.target for link in links.values()}
+    ends = {name: _resolve(links, link.target) for name, link in links.items()}
+    targets = {link.target for link in links.values()} | set(ends.values())
     ranges: dict[bytes, tuple[int, int]] = {}
     contents: dict[bytes, list[Member]] = {}  # of folders that are targets
 
@@ -97,7 +98,6 @@ def _resolve_links(
 
     for name, offset, size in files:
         add(name, offset, size)
-    ends = {name: _resolve(links, link.target) for name, link in links.items()}
     for name, target in ends.items():
         if target in ranges:
             add(name, *ranges[target])
@@ -136,11 +136,15 @@ def _resolve_links(
 
 
 def _resolve(links: dict[bytes, _Link], target: bytes | None) -> bytes | None:
-    """Follows up to MAX_LINKS links from `target`."""
+    """Follows up to MAX_LINKS links from `target`, or from folders on the path to it."""
     for _ in range(MAX_LINKS):
-        if target not in links:
+        if target is None:
             break
-        target = links[target].target
+        link = next((path for path in (target, *_parents(target)) if path in links), None)
+        if link is None:
+            break
+        end, rest = links[link].target, target[len(link) :]
+        target = None if end is None else (end + rest).lstrip(b"/")
     return target
 
 

@@ -58,7 +58,7 @@ class ClassificationTask:
         start: InitialWeights = FRESH,
     ):
         self.config = config
-        self.next_command = f"{invocation.command('convert')} {{workdir}} DIR --to=timm"
+        self.next_command = f"{invocation.command('convert')} {{workdir}} EXPORT --to=timm"
         self.examples: Any = examples
         self.initial_params, self.source, self.notes = start
         self.frozen: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def starting_weights(config: TrainConfig, names: Sequence[str] = ()) -> InitialW
         table = classifier.classifier_params_from_encoder({}, model)["pos_embed"]
         notes = ("config.init.weights is empty: training from random weights",)
         return InitialWeights({"pos_embed": table}, "random weights", notes)
-    _, weights = registry.read(config.init.weights, encoder_only=True)
+    _, weights = registry.read(config.init.weights, heads=model.heads, encoder_only=True)
     weights = weights_lib.encoder(weights, cfg.pooling if weights.full else None)
     _require_same_encoder(model, weights)
     notes = [f"initial weights: {weights.source}", *weights.notes]

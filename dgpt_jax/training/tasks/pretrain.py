@@ -55,7 +55,7 @@ class PretrainTask:
     ):
         evaluate = f"{invocation.command('evaluate')} --config=knn_in1k"
         self.config = config
-        self.next_command = f"{evaluate} --checkpoint={{workdir}}"
+        self.next_command = f"{evaluate} --checkpoint={{workdir}} --config.data=IMAGES"
         self.target = target
         self.examples: Any = examples
         self.teacher = teacher

@@ -44,7 +44,11 @@ class ProbeTask(ClassificationTask):
         self.module, self.stacks = _module(config), ()
         self.independent = cfg.head == "dinov2"  # the others have BatchNorm
         if config.optim.base_lr_grid:
-            self.next_command = f"{invocation.command('results')} {{workdir}}/results.json"
+            self.next_command = (
+                f"{invocation.command('results')} {{workdir}}/results.json"
+                if config.evals.heldout
+                else f"{invocation.command('plot')} {{workdir}} --out=curves.png"
+            )
             self.stacks = self.module.stacks
             rates = optimizer.peak_learning_rates(config.optim, config.batch_size)
             kinds = [f"{name}_" for name in self.stacks] if len(self.stacks) > 1 else [""]

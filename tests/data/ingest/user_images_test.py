@@ -306,9 +306,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     )
     import_images.main()
     output = capsys.readouterr().out
-    assert "2 transparent images were composited on #0000ff\n" in output
+    assert "composited 2 transparent images on #0000ff\n" in output
     assert "skipped files: 1 .heic\n" in output
-    assert f"{tmp_path}/out: train 3; 2 classes (cat, dog); 0 unreadable files skipped\n" in output
+    assert f"{tmp_path}/out: train 3; 2 classes (cat, dog); skipped 0 unreadable files\n" in output
     (folder / "odd\x1b[2J\n.tif").write_bytes(b"no image")
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "src"), f"--out={tmp_path}/out2"])
     import_images.main()

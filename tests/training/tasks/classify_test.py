@@ -90,7 +90,7 @@ def test_an_interrupted_run_resumes_exactly(dataset, full_run, tmp_path, monkeyp
     log = capsys.readouterr().err
     assert "val/top1: best " in log and "val/top1_squash: best " in log
     assert "val/top5" not in log  # always right with two classes
-    assert f"next: python tools/convert.py {tmp_path} DIR --to=timm" in log
+    assert f"next: python tools/convert.py {tmp_path} EXPORT --to=timm" in log
     with pytest.raises(UserError, match=r"config.classify.pooling is 'cls'.*--workdir"):
         train.train(settings(dataset, classify={"pooling": "cls"}), tmp_path)
     with pytest.raises(UserError, match=r"config.optim.ema is 0.0.*--workdir"):
