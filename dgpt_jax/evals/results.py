@@ -101,8 +101,8 @@ def location(path: str) -> str:
 
 
 def default_path(checkpoint: epath.PathLike, step: int | None) -> epath.Path:
-    """Results file of a checkpoint: in a work directory, beside a weights file, or, of weights on the
-    Hugging Face hub, in the current directory."""
+    """Results file of a checkpoint: in a work directory, beside a weights file, or, of weights on
+    the Hugging Face hub, in the current directory."""
     name = "results.json" if step is None else f"results_step{step}.json"
     if hub.is_name(checkpoint):
         repository = os.fspath(checkpoint).removeprefix(hub.PREFIX).replace("/", "--")
