@@ -62,6 +62,7 @@ setup(
         "torch": ["torch>=2.6,<3"],
         "parity": ["torch>=2.6,<3", "transformers>=5.24,<6"],
         "gcs": ["gcsfs>=2026.8"],
+        "hub": ["huggingface_hub>=1,<3"],
         "plot": ["matplotlib>=3.9,<4"],
         "wandb": ["wandb>=0.19,<1"],
         "notebook": [
@@ -76,6 +77,7 @@ setup(
         "lint": ["basedpyright==1.40.2", "import-linter==2.17", "ruff==0.17.6"],
         "test": [
             "gcsfs>=2026.8",
+            "huggingface_hub>=1,<3",
             "hypothesis>=6.150,<7",
             "matplotlib>=3.9,<4",
             "pytest>=8,<10",

@@ -64,6 +64,12 @@ class EvalsConfig:
     knn_resize: int = field(
         256, "shorter side in pixels before the center crop of image_size", COUNT
     )
+    label_free: int = field(
+        0,
+        "held-out images whose features' effective rank and view agreement are logged, without "
+        "labels; 0: none",
+        NATURAL,
+    )
     batch_size: int = field(256, "examples per step", COUNT)
     threads: int | None = field(
         None, "reader threads per process; default: number of cores + 4, at most 32", COUNT

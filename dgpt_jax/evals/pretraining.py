@@ -11,14 +11,15 @@ import numpy as np
 
 from dgpt_jax.data import loader
 from dgpt_jax.distributed import sharding
-from dgpt_jax.evals import feature_maps, features, figures, knn
+from dgpt_jax.errors import UserError
+from dgpt_jax.evals import feature_maps, features, figures, knn, label_free
 from dgpt_jax.models import classifier, vit
 from dgpt_jax.storage import tfds_dataset
 
 if TYPE_CHECKING:  # tasks are a later package
     from dgpt_jax.training.tasks.pretrain import PretrainTask
 
-POOLINGS = ("cls", "mean")  # of kNN's features
+POOLINGS = ("cls", "mean")  # of frozen features
 
 
 def make_evaluators(
@@ -30,6 +31,8 @@ def make_evaluators(
         evaluators.append(heldout_loss(task, mesh))
     if task.config.evals.knn:
         evaluators.append(knn_accuracy(task, mesh))
+    if task.config.evals.label_free:
+        evaluators.append(label_free_quality(task, mesh))
     return evaluators
 
 
@@ -37,7 +40,8 @@ def metric_names(task: "PretrainTask") -> list[str]:
     """Names of the metrics of `make_evaluators`."""
     evals = task.config.evals
     losses = [f"heldout/{name}" for name in task.weights] if evals.heldout else []
-    return losses + ([f"knn/{pooling}" for pooling in POOLINGS] if evals.knn else [])
+    groups = ["knn"] * bool(evals.knn) + ["rank", "agreement"] * bool(evals.label_free)
+    return losses + [f"{group}/{pooling}" for group in groups for pooling in POOLINGS]
 
 
 def save_results(task: "PretrainTask", workdir: Path | str) -> list[str]:
@@ -110,14 +114,8 @@ def knn_accuracy(
     config, model = task.config.evals, task.config.model
     train = features.RecordSource(tfds_dataset.Split(config.knn, config.knn_train))
     test = features.RecordSource(tfds_dataset.Split(config.knn, config.knn_test))
-    module = classifier.classifier(model, "cls", dtype=task.config.dtype)
-
-    def encode(encoder_params, images):
-        variables = {"params": classifier.classifier_params_from_encoder(encoder_params, model)}
-        return module.apply(variables, vit.normalize(images), POOLINGS, method="pooled")
-
     extract = features.Extractor(
-        encode,
+        _pooled_features(task),
         mesh,
         batch_size=config.batch_size,
         max_examples=config.max_examples,
@@ -134,3 +132,56 @@ def knn_accuracy(
         }
 
     return evaluate
+
+
+def label_free_quality(
+    task: "PretrainTask", mesh: jax.sharding.Mesh
+) -> Callable[[Any], dict[str, float]]:
+    """Evaluator of the effective rank and the view agreement (label_free) of frozen CLS and mean
+    features of the first config.evals.label_free held-out images. Raises UserError without them."""
+    config = task.config.evals
+    if not config.heldout:
+        raise UserError(
+            "config.evals.label_free measures features of held-out images: set config.evals.heldout"
+        )
+    load, length = task.heldout()
+    views = label_free.TwoViews(load, length, flip=task.config.data.flip)
+    pooled = _pooled_features(task)
+
+    def encode(encoder_params, images):
+        named = zip(("image", "crop"), jnp.moveaxis(images, 1, 0), strict=True)
+        return {
+            f"{view}/{pooling}": rows
+            for view, one in named
+            for pooling, rows in pooled(encoder_params, one).items()
+        }
+
+    extract = features.Extractor(
+        encode,
+        mesh,
+        batch_size=config.batch_size,
+        max_examples=config.label_free,
+        threads=config.threads,
+    )
+
+    def evaluate(params) -> dict[str, float]:
+        banks = extract(params["encoder"], views, lambda pair: pair)
+        ranks = {f"rank/{p}": label_free.effective_rank(banks[f"image/{p}"]) for p in POOLINGS}
+        return ranks | {
+            f"agreement/{p}": label_free.view_agreement(banks[f"image/{p}"], banks[f"crop/{p}"])
+            for p in POOLINGS
+        }
+
+    return evaluate
+
+
+def _pooled_features(task: "PretrainTask") -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+    """Returns encode(encoder parameters, uint8 (B, size, size, 3)) → {pooling: (B, D)}."""
+    model = task.config.model
+    module = classifier.classifier(model, "cls", dtype=task.config.dtype)
+
+    def encode(encoder_params, images):
+        variables = {"params": classifier.classifier_params_from_encoder(encoder_params, model)}
+        return module.apply(variables, vit.normalize(images), POOLINGS, method="pooled")
+
+    return encode

@@ -23,7 +23,7 @@ from dgpt_jax import invocation
 from dgpt_jax.errors import UserError
 from dgpt_jax.monitoring import markdown
 from dgpt_jax.storage import atomic
-from dgpt_jax.weights import mapping
+from dgpt_jax.weights import hub, mapping
 
 FORMAT = 1
 # Rows that differ in one of these are different results; so are rows of datasets at different paths
@@ -102,9 +102,13 @@ def location(path: str) -> str:
 
 
 def default_path(checkpoint: epath.PathLike, step: int | None) -> epath.Path:
-    """Results file of a checkpoint: in a work directory, or beside a weights file."""
-    path = epath.Path(checkpoint)
+    """Results file of a checkpoint: in a work directory, beside a weights file, or, of weights on
+    the Hugging Face hub, in the current directory."""
     name = "results.json" if step is None else f"results_step{step}.json"
+    if hub.is_name(checkpoint):
+        repository = os.fspath(checkpoint).removeprefix(hub.PREFIX).replace("/", "--")
+        return epath.Path(f"{repository}.{name}")
+    path = epath.Path(checkpoint)
     return path / name if path.is_dir() else path.with_name(f"{path.stem}.{name}")
 
 

@@ -10,7 +10,7 @@ from etils import epath
 from dgpt_jax.errors import UserError
 from dgpt_jax.models import probes
 from dgpt_jax.storage import gcs
-from dgpt_jax.weights import files, types
+from dgpt_jax.weights import files, hub, types
 from dgpt_jax.weights.layouts import big_vision, digpt, dinov2_encoder, hf, mae, native, timm
 from dgpt_jax.weights.mapping import unflatten
 from dgpt_jax.weights.source import first_names
@@ -51,10 +51,13 @@ def read(
 ) -> tuple[WeightLayout, Weights]:
     """Reads the weights at a path; returns their layout (detected if `name` is None) and them.
 
-    A work directory DIR stands for its newest checkpoint, DIR/checkpoints/STEP for that one.
+    A work directory DIR stands for its newest checkpoint, DIR/checkpoints/STEP for that one,
+    hf:ORG/NAME for weights on the Hugging Face hub (hub.fetch).
     encoder_only: skips decoders where that saves memory. Raises UserError.
     """
     gcs.require(path)
+    named = hub.fetch(path, FILES) if hub.is_name(path) else None
+    path = named.path if named else path
     state, file, notes = _open(cast(Path, epath.Path(path)))  # pathlib's interface, also for gs://
     layout = _layout(state, file, name)
     options: dict[str, Any] = {"heads": heads, "decoder_heads": decoder_heads}
@@ -68,6 +71,8 @@ def read(
             f"{path} cannot be read in layout {layout.name}: {type(e).__name__} {e}"
         ) from e
     weights = dataclasses.replace(weights, notes=(*notes, *weights.notes))
+    if named:
+        weights = dataclasses.replace(weights, source=named.name)
     requested = {"heads": heads, "decoder_heads": decoder_heads if weights.full else None}
     for key, count in requested.items():
         actual = getattr(weights.model, key)

@@ -13,7 +13,7 @@ from dgpt_jax.data.normalization import CLIP_MEAN, CLIP_STD
 from dgpt_jax.errors import UserError
 from dgpt_jax.models.teacher_vit import TeacherArchitecture, TeacherViT
 from dgpt_jax.models.transformer import ACTIVATIONS
-from dgpt_jax.weights import files, mapping, mean_std, open_clip_json
+from dgpt_jax.weights import files, hub, mapping, mean_std, open_clip_json
 from dgpt_jax.weights.config_json import check_sizes, is_timm, read_json
 from dgpt_jax.weights.layouts import clip, dinov2, siglip
 from dgpt_jax.weights.source import Source, first_names, unsupported
@@ -50,12 +50,14 @@ def load(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Loaded:
-    """Loads the teacher in a weights file (files.read), or in a directory with one of FILES.
+    """Loads the teacher in a weights file (files.read), in a directory with one of FILES, or of
+    hf:ORG/NAME (hub.fetch).
 
     An `image_size` other than the weights' interpolates the positions. Raises UserError on
     unsupported layouts, missing or unknown arrays, missing or contradicting settings.
     """
-    state, path, notes = files.read(_find(Path(weights)))
+    named = hub.fetch(weights, FILES) if hub.is_name(weights) else None
+    state, path, notes = files.read(named.path if named else _find(Path(weights)))
     assert state is not None
     overrides = {"heads": heads, "activation": activation, "mean": mean, "std": std}
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -88,6 +90,7 @@ def load(
             )
     file, _ = files.split(path)
     name = file.parent.name if file.name in FILES else file.stem
+    name = named.name if named else name
     return Loaded(tower, mapping.unflatten(flat), name, files.hash_state(source.state), notes)
 
 

@@ -155,6 +155,8 @@ def test_default_path(tmp_path):
     assert results.default_path(tmp_path, 7) == tmp_path / "results_step7.json"
     file = tmp_path / "model.safetensors"
     assert results.default_path(file, None) == tmp_path / "model.results.json"
+    hub = results.default_path("hf:org/name@main", None)
+    assert hub.as_posix() == "org--name@main.results.json"
 
 
 def test_tables_omit_details():
