@@ -3,6 +3,8 @@
 import re
 import xml.etree.ElementTree
 
+import pytest
+
 from tests.docs import selection
 from tests.docs.readme_test import RUN_ELSEWHERE
 from tests.support import commands as command_files
@@ -62,14 +64,14 @@ def test_named_tests_exist():
     assert sorted(selection.undefined(wrong)) == sorted(wrong)
 
 
+@pytest.mark.slow
 def test_named_tests_are_run(tmp_path):
-    """By tools/test.sh, .ci/run or the weekly workflow."""
+    """By tools/test.sh, .ci/run or the weekly workflow. Importing their files takes 20 s."""
     runs = selection.pytest_runs(tmp_path)
     assert {run.source for run in runs} == {*selection.SCRIPTS, selection.WORKFLOW}
     names = named_tests()
-    collected = selection.collect(
-        runs, {file for name in names for file in selection.files_of(name)}
-    )
+    files = {file for name in names for file in selection.files_of(name)}
+    collected = selection.collect(runs, sorted(files))
     never = selection.never_run(names, collected)
     assert not never, {name: names[name] for name in never}
     ordinary = selection.Collected(collected.functions[:1], collected.skipped_files)

@@ -82,6 +82,7 @@ def test_every_command_is_run_or_needs_something():
 
 
 def test_every_block_is_collected():
+    assert {*(ROOT / "docs").rglob("*.md")} <= {*pages()}, "a page is not in the navigation"
     for page in pages():
         assert not bad_blocks(page.read_text()), page
 
