@@ -18,6 +18,7 @@ from dgpt_jax.errors import UserError
 from dgpt_jax.storage import orbax_checkpoint
 from dgpt_jax.training import checkpointing, optimizer, train_step
 from dgpt_jax.weights import mapping, registry, types
+from tests.docs import pages
 from tests.support.conversions import convert
 from tests.support.paths import ROOT
 
@@ -175,11 +176,11 @@ def test_the_onnx_recipe(run, monkeypatch, tmp_path):
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
     convert(monkeypatch, run[0], tmp_path / "EXPORT_HF", "--to=hf")
-    text = (ROOT / "docs/guides/export.md").read_text()
-    block = text.split("## ONNX")[1].split("\n\n")[2]
+    text = (ROOT / "docs/guides/export.md").read_text().partition("## ONNX")[2]
+    ((_, block),) = pages.blocks(text)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec("\n".join(line[4:] for line in block.splitlines()), names)
+    exec(block, names)
     model, torch = onnx.load("model.onnx"), names["torch"]
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator(model)

@@ -3,6 +3,10 @@
 import re
 import xml.etree.ElementTree
 
+import pytest
+
+from tests.docs import selection
+from tests.docs.readme_test import RUN_ELSEWHERE
 from tests.support import commands as command_files
 from tests.support.paths import ROOT, documentation
 
@@ -40,12 +44,37 @@ def _rows(head: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in table.strip().splitlines()[1:]]
 
 
-def test_every_fault_names_a_test_that_exists():
+def named_tests() -> dict[str, str]:
+    """{"file_test::test_name": the fault or command that it is named for}."""
     rows = _rows("| fault | what happens | test |")
     assert len(rows) > 20 and all(len(row) == 3 for row in rows)
-    for fault, _, tests in rows:
-        names = re.findall(r"`(\w+_test)`", tests)
-        assert names, fault
-        for name in names:
-            files = [*ROOT.glob(f"tests/**/{name}.py")]
-            assert files and all("def test_" in f.read_text() for f in files), fault
+    result = {}
+    for fault, _, cell in rows:
+        names = re.findall(r"`(\w+_test::test_\w+)`", cell)
+        assert 1 <= len(names) <= 3 and len(names) == cell.count("`") / 2, fault
+        result |= dict.fromkeys(names, fault)
+    for command, names in RUN_ELSEWHERE.items():
+        result |= dict.fromkeys(names, command)
+    return result
+
+
+def test_named_tests_exist():
+    assert not selection.undefined(named_tests())
+    wrong = ["loop_test::test_absent", "absent_test::test_pods", "loop_test::test_ctrl_c"]
+    assert sorted(selection.undefined(wrong)) == sorted(wrong)
+
+
+@pytest.mark.slow
+def test_named_tests_are_run(tmp_path):
+    """By tools/test.sh, .ci/run or the weekly workflow. Importing their files takes 20 s."""
+    runs = selection.pytest_runs(tmp_path)
+    assert {run.source for run in runs} == {*selection.SCRIPTS, selection.WORKFLOW}
+    names = named_tests()
+    files = {file for name in names for file in selection.files_of(name)}
+    collected = selection.collect(runs, sorted(files))
+    never = selection.never_run(names, collected)
+    assert not never, {name: names[name] for name in never}
+    ordinary = selection.Collected(collected.functions[:1], collected.skipped_files)
+    assert "kill_test::test_runs_killed_at_random_times_resume" in selection.never_run(
+        names, ordinary
+    )

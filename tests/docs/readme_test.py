@@ -2,10 +2,9 @@
 
 import dataclasses
 import re
-import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,32 +14,26 @@ from PIL import Image
 
 from dgpt_jax import cli
 from dgpt_jax.distributed import preemption
+from tests.docs.pages import Command, all_commands
 from tests.support import commands as command_files
 from tests.support import data
-from tests.support.paths import GOLDEN, ROOT, documentation
+from tests.support.paths import GOLDEN, ROOT
 
-DOCS = "\n\n".join(page.read_text() for page in documentation())
-STARTS = ("python ", "tools/", "git ", "gcloud ", "pip ", "POD=", "EXTRAS=", "import ")
-# Commands not run here: the file that runs them, and a text in it.
+# Commands not run here, and the test functions that run the same; checked by readme_tables_test.
 RUN_ELSEWHERE = {
-    "tools/quickstart.sh": (".ci/run", "tools/quickstart.sh"),
-    "tools/test.sh": (".ci/run", "tools/test.sh"),
-    "tools/setup_venv.sh": ("tools/test.sh", "tools/setup_venv.sh"),
-    "git clone": (".ci/run", ""),  # the working tree is a clone
-    "python -m tools.benchmarks.bench": (
-        "tests/benchmarks/bench_test.py",
-        "bench_peer.alternate(",
-    ),  # compiles for minutes
-    "python tools/plan.py": ("tests/planning/plan_test.py", "tools/plan.py"),
-    "python -m tools.studies.ablate": (
-        "tests/studies/ablate_test.py",
-        "tools/studies/ablate.py",
-    ),  # trains for an hour
-    "python -m dgpt_jax.evaluate --config=configs/robustness_in1k.py": (
-        "tests/support/imagenet_sets.py",
-        "robustness.evaluate(",
-    ),
-    "import torch": ("tests/commands/checkpoint_test.py", "def test_the_onnx_recipe"),
+    "tools/quickstart.sh": ["scripts_test::test_the_quickstart"],
+    "tools/test.sh": ["scripts_test::test_the_tests"],
+    "tools/setup_venv.sh": ["scripts_test::test_the_environment"],
+    "python -m tools.benchmarks.bench ": [  # compiles for minutes
+        "bench_test::test_alternating_rounds",
+        "bench_test::test_official_losses_and_gradients",
+    ],
+    "python tools/plan.py": ["plan_test::test_pods", "plan_test::test_bounds_for_gpus"],
+    "python -m tools.studies.ablate": ["ablate_test::test_a_study_of_two_steps"],  # takes an hour
+    "python -m dgpt_jax.evaluate --config=configs/robustness_in1k.py": [
+        "robustness_test::test_one_command_on_real_weights"
+    ],
+    "import torch": ["checkpoint_test::test_the_onnx_recipe"],
 }
 # Flags added to commands; later flags override earlier ones.
 ADDED = {
@@ -63,103 +56,62 @@ REPLACED = {
 PLACEHOLDERS = "SRC IMAGES CLIP_DIR TOKENS RUN OTHER_RUN EXPORT EXPORT_HF PHOTOS TUNED DIR MEAN EMA"
 
 
-@dataclass(frozen=True)
-class Command:
-    """An indented command or Python block, and its section."""
-
-    section: str
-    text: str
-    needs: bool  # the section has a line "Needs …", such as a TPU
-
-    @property
-    def words(self) -> list[str]:
-        return shlex.split(self.text, comments=True)
-
-    def elsewhere(self) -> tuple[str, str] | None:
-        files = [file for start, file in RUN_ELSEWHERE.items() if self.text.startswith(start)]
-        return files[0] if files else None
+def elsewhere(command: Command) -> list[str]:
+    """Returns the test functions that run what the command runs."""
+    names = [value for start, value in RUN_ELSEWHERE.items() if command.text.startswith(start)]
+    return names[0] if names else []
 
 
-def commands(text: str = DOCS) -> list[Command]:
-    result = []
-    for section in re.split(r"^(?=#+ )", text, flags=re.MULTILINE):
-        title, _, body = section.partition("\n")
-        needs = re.search(r"^Needs ", body, re.MULTILINE) is not None
-        for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", body, re.MULTILINE):
-            lines = iter(re.sub(r"^    ", "", block, flags=re.MULTILINE).strip("\n").splitlines())
-            for line in lines:
-                if line.startswith("import "):
-                    line = "\n".join([line, *lines])
-                elif not line.startswith(STARTS):
-                    continue
-                else:
-                    line = _join_continued(line, lines)
-                result.append(Command(title.lstrip("# "), line, needs))
-    return result
-
-
-def _join_continued(line: str, lines) -> str:
-    """Joins a line with those that continue it after a backslash or within quotes."""
-    while True:
-        if line.endswith("\\"):
-            line = f"{line[:-1]} {next(lines).strip()}"
-            continue
-        try:
-            shlex.split(line, comments=True)
-        except ValueError:
-            line = f"{line} {next(lines).strip()}"
-        else:
-            return line
-
-
-def test_every_command_is_run_or_needs_hardware():
-    all_commands = commands()
-    assert len(all_commands) > 50
-    assert sum(map(_is_run, all_commands)) > 25
-    for command in all_commands:
-        if not _is_run(command) and not command.needs:
-            elsewhere = command.elsewhere()
-            assert elsewhere, f"neither run by a test nor marked by 'Needs …': {command.text}"
-            file, text = elsewhere
-            assert text in (ROOT / file).read_text(), command.text
-
-
-def test_a_command_without_a_test_is_detected():
-    text = (
-        "## New\n\n    python tools/unheard_of.py\n    rm -rf /\n\n    tools/y.sh a \\\n      b\n"
-    )
-    first, second = commands(text)
-    assert _is_run(first) and not _is_run(second)
-    assert not second.needs and second.elsewhere() is None
-    assert second.words == ["tools/y.sh", "a", "b"]
-    assert all(command.needs for command in commands(text + "\nNeeds a TPU.\n"))
-
-
-def _is_run(command: Command) -> bool:
-    """True if test_the_commands runs it."""
+def is_run(command: Command) -> bool:
+    """True if a test of this file runs it."""
     ours = command.text.startswith(("python tools/", "python -m ", "import dgpt_jax"))
-    return ours and not command.needs and command.elsewhere() is None
+    return ours and not command.needs and not elsewhere(command)
+
+
+def test_every_command_is_run_or_needs_something():
+    collected = all_commands()
+    assert len(collected) > 50
+    assert sum(map(is_run, collected)) > 25
+    for command in collected:
+        assert is_run(command) or command.needs or elsewhere(command), (
+            f"{command.page}, {command.section}: {command.text}: neither run by a test, nor does "
+            "the first paragraph of its section or page say what it 'Needs …'"
+        )
+    for start in RUN_ELSEWHERE:
+        assert any(c.text.startswith(start) and not c.needs for c in collected), start
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch):
+    """From images to an encoder in Python."""
+    _run_all([c for c in all_commands() if c.page == "README.md"], tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_commands(tmp_path, monkeypatch):
-    """Runs all commands that need no hardware, in order, each on outputs of earlier ones; those
-    with --config run with --smoke."""
+def test_the_commands_of_the_site(tmp_path, monkeypatch):
+    _run_all([c for c in all_commands() if c.page != "README.md"], tmp_path, monkeypatch)
+    for name in ("attention.png", "neighbours.png", "predictions.png"):
+        assert Image.open(tmp_path / name).size[0] > 200
+    assert "data:image" in (tmp_path / "run.html").read_text()
+
+
+def _run_all(selected: list[Command], tmp_path: Path, monkeypatch):
+    """Runs those that need no hardware, in order, each on outputs of earlier ones; those with
+    --config run with --smoke."""
     monkeypatch.setattr(preemption, "raise_on_sigterm", lambda: None)
     monkeypatch.chdir(tmp_path)
     paths = {}
-    for command in filter(_is_run, commands()):
+    for command in filter(is_run, selected):
         if command.section in ("Your own images", "Step by step"):
             paths = _start_section(tmp_path / command.section.split()[0], paths)
         _prepare(paths, command)
-        print(f"{command.section}: {command.text}")
+        started = time.process_time()
         if command.text.startswith("import"):
             _run_python(command.text, paths)
         else:
             _run(monkeypatch, command, paths)
-    for name in ("tokens.png", "attention.png", "neighbours.png", "predictions.png", "curves.png"):
+        print(f"{time.process_time() - started:.1f} s of CPU: {command.section}: {command.text}")
+    for name in ("tokens.png", "curves.png"):
         assert Image.open(tmp_path / name).size[0] > 200
-    assert "data:image" in (tmp_path / "run.html").read_text()
 
 
 def _start_section(root, paths: dict) -> dict:

@@ -257,7 +257,11 @@ def test_resumable_changes_are_logged_and_others_can_be_allowed(store, run, tmp_
 
 
 def test_formats_of_other_versions(store, run, tmp_path):
-    for version, message in ((99, "format 99"), (1, "format 1.*--workdir")):
+    supported = orbax_checkpoint.FORMAT
+    for version, message in (
+        (99, f"format 99.* {supported}"),
+        (1, f"format 1,.* {supported}: .*--workdir"),
+    ):
         workdir = shutil.copytree(run, tmp_path / str(version))
         data.edit_metadata(
             workdir / "checkpoints/2", lambda metadata, n=version: metadata.update(format=n)
