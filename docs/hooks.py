@@ -16,6 +16,10 @@ SCHEMAS = {
     TokensConfig: "`python tools/build_tokens.py`",
     EvaluateConfig: "`python -m dgpt_jax.evaluate`",
 }
+CONFIG_INTRODUCTION = (
+    "Look up the type, default and meaning of a config key. Every key is a flag: "
+    "`--config.model.depth=24`."
+)
 
 
 class _Captured(Exception):
@@ -30,7 +34,7 @@ def on_files(files, config):
 
 def config_page() -> str:
     """Returns a table of keys for each command that takes `--config`."""
-    parts = ["# Config keys", "Every key is a flag: `--config.model.depth=24`."]
+    parts = ["# Config keys", CONFIG_INTRODUCTION]
     for schema, command in SCHEMAS.items():
         parts += [f"## {schema.__name__}", command, _table(schema, "config")]
     return "\n\n".join(parts) + "\n"
@@ -56,7 +60,10 @@ def cli_page() -> str:
     """Returns the `--help` of every user command, without the config keys."""
     names = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
     modules = ["dgpt_jax.train", "dgpt_jax.evaluate", *(f"dgpt_jax.commands.{n}" for n in names)]
-    parts = ["# Commands"]
+    parts = [
+        "# Commands",
+        "Look up the flags of a command; its config keys have a page of their own.",
+    ]
     for module in modules:
         name = module.rpartition(".")[2]
         start = f"tools/{name}.py" if "commands" in module else f"-m {module}"
