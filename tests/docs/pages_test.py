@@ -1,9 +1,10 @@
-"""Every page begins with a sentence about its use; the release notes name every renamed key."""
+"""Pages begin with a sentence about their use, and name config keys that exist."""
 
 import re
 
 import pytest
 
+from dgpt_jax.config import EvaluateConfig, TokensConfig, TrainConfig, schema
 from dgpt_jax.config.renamed_keys import RENAMED
 from tests.support.paths import ROOT, documentation
 
@@ -31,3 +32,16 @@ def test_release_notes_name_the_renamed_keys():
     text = (ROOT / "docs/release_notes.md").read_text()
     rows = re.findall(r"^\| `config\.(\S+)` \| `config\.(\S+)` \|$", text, flags=re.MULTILINE)
     assert dict(rows) == RENAMED
+
+
+def test_config_keys_exist():
+    keys = set()
+    for config in (TrainConfig, TokensConfig, EvaluateConfig):
+        for key in schema.flatten(schema.to_dict(config())):
+            parts = key.split(".")
+            keys |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+    files = {"json", "py"}
+    for page in documentation():
+        named = re.findall(r"(?<![\w./])(?:--)?config\.([a-z]\w*(?:\.[a-z]\w*)*)", page.read_text())
+        old = set(RENAMED) if page.name == "release_notes.md" else set()
+        assert set(named) - keys - files <= old, page
