@@ -32,7 +32,7 @@ GELU by erf in float32, rounded before the multiplication, instead of erfc in bf
 no change): v5e:8x8 39.3 → 36.6 GB, v4:2x2x4 198.6 GB both; multiplied in float32, v4 212.1.
 Explicit LayerNorm gradient (for GPUs; predicted: no change): v5e:8x8 35.9 GB, v4:2x2x4 194.2.
 
-On one H200 (batch 256) a step takes 103 ms, 2,475 images/s: docs/results/speed.md.
+On one H200 (batch 256) a step takes 103 ms, 2,475 images/s: docs/results/gpu.md.
 """
 
 from dgpt_jax.config import TrainConfig, check_choice, default_config

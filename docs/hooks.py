@@ -11,6 +11,11 @@ from dgpt_jax import cli, invocation
 from dgpt_jax.config import EvaluateConfig, TokensConfig, TrainConfig
 
 SCHEMAS = {TrainConfig: "train", TokensConfig: "tokens", EvaluateConfig: "evaluate"}
+CONFIG_INTRODUCTION = (
+    "Look up the type, default and meaning of a config key. Every key is a flag: "
+    "`--config.model.depth=24`."
+)
+CLI_INTRODUCTION = "Look up the flags of a command; its config keys have a page of their own."
 
 
 class _Captured(Exception):
@@ -25,7 +30,7 @@ def on_files(files, config):
 
 def config_page() -> str:
     """Returns a table of keys for each command that takes `--config`."""
-    parts = ["# Config keys", "Every key is a flag: `--config.model.depth=24`."]
+    parts = ["# Config keys", CONFIG_INTRODUCTION]
     for schema, name in SCHEMAS.items():
         parts += [f"## {schema.__name__}", _forms(name), _table(schema, "config")]
     return "\n\n".join(parts) + "\n"
@@ -55,7 +60,7 @@ def _forms(name: str) -> str:
 def cli_page() -> str:
     """Returns the `--help` of every user command, without the config keys."""
     dgpt = importlib.import_module("dgpt_jax.__main__")
-    parts = ["# Commands", f"```text\n{dgpt.usage('dgpt')}\n```"]
+    parts = ["# Commands", CLI_INTRODUCTION, f"```text\n{dgpt.usage('dgpt')}\n```"]
     for name, entry in invocation.COMMANDS.items():
         if importlib.util.find_spec(entry.module):
             parts += [f"## {name}", _forms(name), f"```text\n{_help(entry)}\n```"]

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,25 +60,6 @@ def report_misfit(
     }
 
 
-def plot(reports: list[dict[str, Any]], title: str, out: Path):
-    """Plots throughput per chip against the number of chips, with communication hidden behind the
-    rest of the step and exposed."""
-    from dgpt_jax.commands.plot import plt, save
-
-    figure, axis = plt.subplots(figsize=(6, 3.6))
-    chip_counts = [r["chips"] for r in reports]
-    for name, label in (("hidden", "communication hidden"), ("exposed", "none of it hidden")):
-        axis.plot(chip_counts, [report.rate(r, name) for r in reports], marker="o", label=label)
-    axis.set(xscale="log", xlabel="chips", ylabel="images/s per chip, at most", title=title)
-    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-    axis.set_xticks(chip_counts, [str(n) for n in chip_counts])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.tight_layout()
-    save(figure, out)
-
-
 def plan_trainings(arguments: argparse.Namespace, config: TrainConfig):
     """Prints the plan of the training step for each topology. Raises UserError if one does not
     fit."""
@@ -101,7 +81,15 @@ def plan_trainings(arguments: argparse.Namespace, config: TrainConfig):
     if arguments.images_a_chip:
         say(report.scaling_table(reports))
     if arguments.plot:
-        plot(reports, f"{config.model.size}, at most (data sheets)", arguments.plot)
+        from dgpt_jax.commands import plot
+
+        rates = {
+            label: [report.rate(numbers, name) for numbers in reports]
+            for name, label in report.COMMUNICATION.items()
+        }
+        chip_counts = [numbers["chips"] for numbers in reports]
+        title = f"{config.model.size}, at most (data sheets)"
+        plot.scaling(chip_counts, rates, arguments.plot, title)
     if failed:
         raise UserError("\n".join(failed))
 

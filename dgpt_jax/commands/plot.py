@@ -41,6 +41,7 @@ with cli.needs("dgpt_jax[plot]"):
     from matplotlib.ticker import MaxNLocator
 
 COLUMNS = 4
+PANELS = 3  # of differences, side by side
 FORMATS = tuple(f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes())
 Output = Path | str | IO[bytes]
 # {row: {(protocol, labels per class): (mean, standard error)}}, in percent
@@ -154,17 +155,41 @@ def differences(
     cells: {row: {"PROTOCOL SHOTS": (mean, half width of the interval)}}
     """
     columns, rows = list(next(iter(cells.values()))), list(cells)
-    size = (2.2 * len(columns) + 2, 0.4 * len(rows) + 1.6)
-    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False)
-    for axis, column in zip(axes[0], columns, strict=True):
+    across = min(PANELS, len(columns))
+    down = -(-len(columns) // across)
+    size = (2.4 * across + 2, (0.3 * len(rows) + 1.1) * down + 0.5)
+    figure, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False)
+    for axis, column in zip(axes.flat, columns, strict=False):
         means, halves = np.array([cells[row][column] for row in rows]).T
         axis.axvline(0, color="grey", linewidth=1)
         axis.errorbar(means, range(len(rows)), xerr=np.nan_to_num(halves), fmt="o", capsize=3)
-        axis.set(title=column, xlabel="points")
+        axis.set_title(column, fontsize=10)
         axis.set_yticks(range(len(rows)), rows)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.margins(y=0.5 / len(rows))
         axis.grid(axis="x", alpha=0.3)
+    for axis in axes.flat[len(columns) :]:
+        axis.set_axis_off()
     axes[0, 0].invert_yaxis()
+    figure.supxlabel("points", fontsize=10)
     figure.suptitle(f"{title} (mean and 95 % interval, paired by seed)", fontsize=10)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def scaling(
+    chip_counts: Sequence[int], rates: Mapping[str, Sequence[float]], out: Path | str, title: str
+):
+    """One line per entry of rates: images/s per chip against the number of chips."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for label, values in rates.items():
+        axis.plot(chip_counts, values, marker="o", label=label)
+    axis.set(xscale="log", xlabel="chips", ylabel="images/s per chip, at most", title=title)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+    axis.set_xticks(chip_counts, [str(n) for n in chip_counts])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
     figure.tight_layout()
     save(figure, out)
 

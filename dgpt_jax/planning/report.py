@@ -11,6 +11,9 @@ from dgpt_jax.planning.chips import GIB
 from dgpt_jax.planning.plan import Plan, libtpu_version, steps_of
 from dgpt_jax.training import tasks
 
+# {argument of `rate`: label in figures}
+COMMUNICATION = {"hidden": "communication hidden", "exposed": "communication exposed"}
+
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """Returns a plan as plain numbers: bytes, FLOPs, seconds; per chip unless the key says so."""
@@ -101,7 +104,7 @@ def scaling_table(reports: Sequence[dict[str, Any]]) -> str:
     for report in reports:
         bounds = ", ".join(f"{1e3 * s:.1f}" for s in report["bound_seconds"].values())
         sent = sum(c["wire_bytes"] for c in report["collectives"]) / 1e9
-        rates = ", ".join(f"{rate(report, name):.0f}" for name in ("hidden", "exposed"))
+        rates = ", ".join(f"{rate(report, name):.0f}" for name in COMMUNICATION)
         lines.append(
             f"| {report['topology']} | {report['images_a_chip']:g} | {sent:.2f} | {bounds} | "
             f"{rates} |"

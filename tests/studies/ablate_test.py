@@ -15,7 +15,7 @@ from dgpt_jax import cli
 from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.evals import ablations
 from tests.support.paths import ROOT
-from tools.studies import ablate, ablation_runs
+from tools.studies import ablate, ablation_runs, result_tables
 
 COLUMNS = ("knn 5", "linear all")
 
@@ -117,6 +117,7 @@ def test_a_killed_study_resumes(stub, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "order.md").read_text()
     assert "| raw pixels | " in text and "| minus random |" in text and "11 of 11 runs" in text
     assert (tmp_path / "order.png").stat().st_size > 1000
+    assert all(table in text for table in result_tables.tables(tmp_path / "order.csv"))
     # Runs shared with another study are not repeated.
     run_study(monkeypatch, tmp_path, "taps", "--seeds=3")
     assert len(stub) == len(set(stub)) == 11 + 3

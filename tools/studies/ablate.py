@@ -5,9 +5,9 @@
 Prepares real images (digits, or glyphs with a test split of held-out fonts), a small teacher and
 token stores, trains every row with dgpt_jax.train, and measures kNN and linear probes on the test
 split. `--config` is the base config of all runs; default: configs/study.py. Prints the estimated
-duration and one line per run, and writes DIR/STUDY.md and .png; DIR/results.jsonl has the finished
-runs. The same command resumes after a kill; a second one in parallel shares the work. Studies in
-one DIR share images, teacher, stores and equal runs.
+duration and one line per run, and writes DIR/STUDY.md, .csv and .png; DIR/results.jsonl has the
+finished runs. The same command resumes after a kill; a second one in parallel shares the work.
+Studies in one DIR share images, teacher, stores and equal runs.
 """
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
@@ -33,7 +33,7 @@ from dgpt_jax.evals import ablations
 from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import output_paths
 from dgpt_jax.training import resume
-from tools.studies import ablation_runs, small_images
+from tools.studies import ablation_runs, result_tables, small_images
 from tools.studies.small_images import Images, say
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,7 @@ def execute_all(todo: Sequence[ablations.Run], base: TrainConfig, out: Path, ima
 def write_report(
     out: Path, name: str, study: ablations.Study, runs: Sequence[ablations.Run]
 ) -> list[ablations.Run]:
-    """Writes DIR/STUDY.md and .png from the finished runs. Returns the unfinished ones."""
+    """Writes DIR/STUDY.md, .csv and .png from the finished runs. Returns the unfinished ones."""
     results = read_results(out)
     finished = [run for run in runs if run.key in results]
     numbers: dict[str, dict[int, dict]] = {
@@ -124,6 +124,7 @@ def write_report(
     if differences := ablations.differences(trained, baseline):
         text += [ablations.table(differences, f"minus {baseline}", sign="+"), ""]
         plot.differences(differences, out / f"{name}.png", f"{name}: minus {baseline}")
+        result_tables.write_study(out / f"{name}.csv", ablations.means(numbers), differences)
     (out / f"{name}.md").write_text("\n".join(text))
     print("\n".join(["", *text]))
     return [run for run in runs if run.key not in results]
