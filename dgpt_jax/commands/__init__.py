@@ -1,4 +1,4 @@
-"""User commands, one module each with `main()`, which tools/NAME.py calls.
+"""User commands, one module each with `main()`, which `dgpt NAME` and tools/MODULE.py call.
 
-Each imports early_signals first, parses its flags (cli.py) and calls the packages.
+The names are in invocation.py. Each imports early_signals first, parses its flags (cli.py) and calls the packages.
 """
