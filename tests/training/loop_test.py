@@ -358,7 +358,8 @@ def test_visualize_and_report_read_a_run(inputs, full_run, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["visualize", *map(str, argv)])
     visualize.main()
     page = report.page(full_run)
-    assert page.count("data:image/png") == 1 and "checkpoints of steps</td><td>20" in page
+    assert "predictions.png" in page and "checkpoints of steps</td><td>20" in page
+    assert "finished 20 steps" in page and "crops at step 0" in page
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear", "fewshot"])
