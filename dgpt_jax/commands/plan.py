@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.config import EvaluateConfig, TrainConfig
 from dgpt_jax.errors import UserError
 from dgpt_jax.planning import chips, fit_search, plan_evals, report
@@ -155,7 +155,8 @@ def main():
         plan_trainings(arguments, config)
     if not arguments.json:
         name = "evaluate" if evaluates else "train"
-        print(f"next: run python -m dgpt_jax.{name} with the same config flags on these devices")
+        command = invocation.command(name)
+        print(f"next: run {command} with the same config flags on these devices")
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def fetch(name: str | os.PathLike, files: Sequence[str]) -> Snapshot:
         raise UserError(f"{name}: names on the Hugging Face hub are hf:ORG/NAME[@REVISION][/FILE]")
     file, _, key = (match["file"] or "").partition("#")
     repository = _Repository(name, match["repo"], match["revision"])
-    found = next(filter(None, map(repository.get, (file,) if file else files)), None)
-    if found is None:
+    weights = next(filter(None, map(repository.get, (file,) if file else files)), None)
+    if weights is None:
         where = f"{match['repo']} on the Hugging Face hub"
         raise UserError(
             f"{name}: {where} has no file {file}"
@@ -57,10 +57,10 @@ def fetch(name: str | os.PathLike, files: Sequence[str]) -> Snapshot:
         )
     for setting in SETTINGS:
         repository.get(str(Path(file).with_name(setting)) if file else setting)
-    if found.name.endswith(".index.json"):
-        _fetch_shards(repository, found)
+    if weights.name.endswith(".index.json"):
+        _fetch_shards(repository, weights)
     part = f"/{match['file']}" if file else ""
-    path = found.with_name(f"{found.name}#{key}") if key else found
+    path = weights.with_name(f"{weights.name}#{key}") if key else weights
     return Snapshot(path, f"{PREFIX}{match['repo']}@{repository.revision}{part}")
 
 
@@ -91,7 +91,7 @@ class _Repository:
         if self._offline or (self.revision and re.fullmatch("[0-9a-f]{40}", self.revision)):
             known = huggingface_hub.try_to_load_from_cache(self.repo, file, revision=self.revision)
             if known is not None:
-                return self._found(known) if isinstance(known, str) else None
+                return self._at_commit(known) if isinstance(known, str) else None
         if self._offline:  # also for settings: without them weights could be read wrongly
             raise UserError(
                 f"{self.name}: {file} is not in the local cache and the hub does not answer: check "
@@ -113,10 +113,10 @@ class _Repository:
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as e:
             reason = f"could not be read: {one_line(e)}"
         else:
-            return self._found(path)
+            return self._at_commit(path)
         raise UserError(f"{self.name}: {self.repo} on the Hugging Face hub {reason}")
 
-    def _found(self, path: str) -> Path:
+    def _at_commit(self, path: str) -> Path:
         if match := COMMIT.search(Path(path).as_posix()):
             self.revision = match[1]
         return Path(path)

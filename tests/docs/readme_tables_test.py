@@ -29,6 +29,7 @@ def test_quoted_messages_exist():
     files = [*(ROOT / "dgpt_jax").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
     source = "".join(path.read_text() for path in files)
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # joins string literals of several lines
+    source = re.sub(r"\{counted\([^,]+, '([\w ]+)'\)\}", r" \1s", source)
     rows = _rows("| symptom | cause, and what to do |")
     assert len(rows) > 10
     for symptom, _ in rows:
