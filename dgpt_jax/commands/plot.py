@@ -125,8 +125,9 @@ def table(cells: Cells) -> str:
     return markdown.table(("features", *titles), rows)
 
 
-def accuracies(cells: Cells, out: Path | str):
-    """Bar chart of the means with standard errors, one panel per protocol."""
+def accuracies(cells: Cells, out: Output, **options: Any):
+    """Bar chart of the means with standard errors, one panel per protocol; `options` are those of
+    savefig."""
     columns = list(next(iter(cells.values())))
     protocols = list(dict.fromkeys(protocol for protocol, _ in columns))
     figure, axes = plt.subplots(1, len(protocols), figsize=(11, 4), sharey=True, squeeze=False)
@@ -143,7 +144,7 @@ def accuracies(cells: Cells, out: Path | str):
     axes[0, 0].set_ylabel("accuracy, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(shots))
     figure.tight_layout(rect=(0, 0, 1, 0.93))
-    save(figure, out)
+    save(figure, out, **options)
 
 
 def differences(

@@ -24,7 +24,9 @@ PACKAGES = {
     "glyphs": "matplotlib",
     "quickstart": "sklearn",
     "digits": "sklearn",
-    "small_images": "sklearn",
+    "scenes": "sklearn",
+    "small_teacher": "sklearn",
+    "measure": "sklearn",
     "bench_torch": "torch",
 }
 WITHOUT = """
@@ -42,7 +44,7 @@ for tool, module in {tools!r}.items():
 
 
 def test_missing_packages():
-    folders = (ROOT / "dgpt_jax/commands", ROOT / "tools/studies", ROOT / "tools/benchmarks")
+    folders = [ROOT / folder for folder in commands.FOLDERS]
     files = {path.stem: path for folder in folders for path in folder.glob("*.py")}
     modules = {name: commands.dotted(files[name]) for name in sorted(PACKAGES)}
     script = WITHOUT.format(packages=sorted(set(PACKAGES.values())), tools=modules)

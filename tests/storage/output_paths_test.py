@@ -37,6 +37,9 @@ DIRECTORIES = {
     "ablate": "views --out=OUT",
     "quickstart": "--out=OUT",
     "glyphs": "OUT",
+    "scenes": "OUT",
+    "small_teacher": "x OUT --images=scenes",
+    "measure": "OUT raw --images=scenes",
     "bench_input": "store --dir=OUT",
     "bench_tokens": "--dir=OUT",
 }
@@ -139,7 +142,15 @@ def test_weights_are_not_overwritten(monkeypatch, tmp_path, command, arguments, 
 
 @pytest.mark.parametrize("command,arguments", [*FILES.items(), *DIRECTORIES.items()])
 def test_parents_may_be_missing(monkeypatch, tmp_path, command, arguments):
-    if command in ("quickstart", "glyphs", "bench_input", "bench_tokens", "ablate", "plan"):
+    if command in (
+        "quickstart",
+        "glyphs",
+        "scenes",
+        "bench_input",
+        "bench_tokens",
+        "ablate",
+        "plan",
+    ):
         pytest.skip("it would start its work")
     path = tmp_path / "a/b/OUT"
     assert str(path) not in refused(monkeypatch, command, arguments.replace("OUT", str(path)))

@@ -1,6 +1,6 @@
 """Renders an image set of characters in matplotlib's fonts.
 
-    python -m tools.studies.glyphs FOLDER [--size=64]
+    python -m dgpt_jax.examples.glyphs FOLDER [--size=64]
     python tools/import_images.py FOLDER --out=GLYPHS
 
 62 classes (0-9, A-Z, a-z), white on black. The training split has 16 fonts and six images of each
@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dgpt_jax import cli
+from dgpt_jax.examples import digits
 from dgpt_jax.storage import output_paths
-from tools.studies import digits
 
 with cli.needs("dgpt_jax[quickstart]"):
     import matplotlib

@@ -1,0 +1,55 @@
+"""The small image sets by name, and how a teacher and a store are made for each."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dgpt_jax.examples import digits, glyphs, scenes
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """steps: of 64 images. augmentation: shifts by a few pixels, or crops of half to all of the
+    area. patch_loss: the classes are also predicted from the mean of the patch tokens."""
+
+    steps: int
+    augmentation: Literal["shift", "crop"]
+    patch_loss: bool
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """write: writes folder/{train,test}/CLASS/… with files of size×size pixels. crop_scale, views:
+    of the token store, and the crops of live views. labelled: end of the names of the training
+    files whose labels are used to measure features."""
+
+    write: Callable
+    teacher: TeacherRecipe
+    crop_scale: tuple[float, float]
+    views: int
+    labelled: str = ""
+
+
+_CROPS = TeacherRecipe(600, "crop", patch_loss=False)
+SETS = {
+    "scenes": ImageSet(
+        scenes.write_scenes,
+        TeacherRecipe(1500, "shift", patch_loss=True),
+        crop_scale=(0.8, 1.0),
+        views=2,
+        labelled="_0",
+    ),
+    "digits": ImageSet(digits.write_digits, _CROPS, crop_scale=(0.5, 1.0), views=4),
+    "glyphs": ImageSet(glyphs.write_glyphs, _CROPS, crop_scale=(0.5, 1.0), views=4),
+}
+
+
+def create_once(path: Path, write: Callable[[Path], None]):
+    """Creates the directory `path` atomically by `write(temporary path)`, unless it exists."""
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        write(temporary)
+        temporary.rename(path)
