@@ -137,7 +137,7 @@ def accuracies(cells: Cells, out: Output, **options: Any):
             x = [row + 0.27 * (i - (len(shots) - 1) / 2) for row in range(len(cells))]
             means, errors = zip(*(row[protocol, shot] for row in cells.values()), strict=True)
             label = "all labels" if shot == "all" else f"{shot} labels per class"
-            axis.bar(x, means, 0.25, yerr=errors, label=label)
+            axis.bar(x, means, 0.25, yerr=errors, ecolor="grey", label=label)
         axis.set_xticks(range(len(cells)), list(cells), rotation=30, ha="right", fontsize=8)
         axis.set_title(protocol)
         axis.grid(axis="y", alpha=0.3)

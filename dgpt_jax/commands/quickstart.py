@@ -114,14 +114,9 @@ def all_jobs(out: Path, images: str, steps: int | None) -> Iterator[Job]:
     yield measurement(out, images, "references", *REFERENCES)
     for name in RUNS:
         yield measurement(out, images, name, name)
-    both, timm, predictions = out / "runs" / "both", out / "timm", out / "predictions.png"
+    both, timm = out / "runs" / "both", out / "timm"
     export = ("-m", "dgpt_jax.commands.convert", f"{both}", f"{timm}", "--to=timm")
     yield Job("export", "the encoder for timm", timm, export, ("train_both",), replace=True)
-    draw = (
-        "-m", "dgpt_jax.commands.visualize", f"{both}", "--show=predictions",
-        f"--store={out / 'tokens_test'}", "--count=8", f"--out={predictions}",
-    )  # fmt: skip
-    yield Job("predictions", "a figure of predicted tokens", predictions, draw, ("train_both",))
 
 
 def check_settings(out: Path, settings: dict):

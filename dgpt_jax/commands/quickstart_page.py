@@ -1,5 +1,7 @@
 """The quickstart's page: its table, curves and figures, the commands, and what to do next."""
 
+import argparse
+import contextlib
 import io
 import json
 import re
@@ -89,7 +91,13 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
         plot.draw(logs, METRICS, curves, format="svg")
         say("page: tokens of the encoders")
         tokens = tokens_figure(out)
-    steps = logs[0].last
+        say("page: predictions of D-iGPT")
+        predictions = predictions_figure(out)
+    steps, key = logs[0].last, ("linear", "all")
+    cards = html.cards(
+        (title, f"{rows[title][key][0]:.1f} %", "linear, all labels")
+        for title in (measure.ROWS[name] for name in ("both", "pixels", "raw", "teacher"))
+    )
     sections = {
         "Accuracy of frozen features": html.note(caption(out, images))
         + table
@@ -102,7 +110,7 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
             "of each encoder's tokens over these images are red, green and blue.",
         ),
         "Predicted tokens": html.figure(
-            (out / "predictions.png").read_bytes(),
+            predictions,
             "png",
             "Tokens that D-iGPT predicts for held-out images, beside the teacher's. A row per rank "
             "of the segments in a random order; captions are mean cosines.",
@@ -117,6 +125,7 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
     text = html.page(
         "dgpt_jax quickstart",
         sections,
+        cards,
         subtitle=f"Images, teacher, token store, {len(RUNS)} pretrainings of {steps} steps, "
         f"probes and an export, on this machine's CPU. Image set: {images}.",
     )
@@ -147,6 +156,19 @@ def tokens_figure(out: Path) -> bytes:
     rows["teacher"] = _colors(np.asarray(tokens)[:, 1:])
     file = io.BytesIO()
     visualize.grid(rows, file, {"image": names})
+    return file.getvalue()
+
+
+def predictions_figure(out: Path) -> bytes:
+    """A PNG file: tokens that D-iGPT predicts for test images, beside the teacher's."""
+    args = argparse.Namespace(
+        checkpoint=str(out / "runs" / "both"), store=str(out / "tokens_test"), count=8, view=0,
+        seed=0,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):  # its note on --count
+        rows, captions = visualize.show_predictions(args)
+    file = io.BytesIO()
+    visualize.grid(rows, file, captions)
     return file.getvalue()
 
 

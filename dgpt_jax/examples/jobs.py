@@ -26,6 +26,8 @@ LINE_SECONDS = 8.0  # between two lines about a command where stderr is not a te
 BAR_SECONDS = 0.5
 _PROGRESS = re.compile(r"^\w+ (\d+)/(\d+) (.*)$", re.MULTILINE)
 
+_DETAILS = re.compile(r" (wait|grad_norm|skipped|lr) \S+")  # of a training
+
 
 @dataclass(frozen=True)
 class Job:
@@ -83,9 +85,9 @@ class Running:
             file.seek(max(0, self.log.stat().st_size - 4096))
             lines = _PROGRESS.findall(file.read().decode(errors="replace"))
         if not lines:
-            return 0, 1, f"starting, {progress.duration(self.seconds)}"
+            return 0, 1, f"running, {progress.duration(self.seconds)}"
         done, total, text = lines[-1]
-        return int(done), int(total), text
+        return int(done), int(total), _DETAILS.sub("", text)
 
     def stop(self):
         """Asks the command to save and exit."""

@@ -85,12 +85,12 @@ def store_config(out: Path, name: str, views: int, base: TrainConfig) -> TokensC
     )
 
 
-def raw_pixels(images: np.ndarray | jax.Array) -> jax.Array:
-    """Luma of images, uint8 (N, size, size, 3), from 0 to 1, averaged over blocks of 2×2 pixels:
-    features (N, size² / 4)."""
+def raw_pixels(images: np.ndarray | jax.Array, block: int = 1) -> jax.Array:
+    """Luma of images, uint8 (N, size, size, 3), from 0 to 1, averaged over squares of `block`
+    pixels: features (N, (size / block)²)."""
     luma = jnp.asarray(images, jnp.float32) @ jnp.asarray(scenes.LUMA, jnp.float32) / 255
     count, size, _ = luma.shape
-    blocks = luma.reshape(count, size // 2, 2, size // 2, 2)
+    blocks = luma.reshape(count, size // block, block, size // block, block)
     return blocks.mean((2, 4)).reshape(count, -1)
 
 

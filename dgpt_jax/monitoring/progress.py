@@ -104,9 +104,10 @@ class Progress:
         if not self._live:
             self._show_line(line)
         elif self._bar is None:
+            bar = "{bar}" if self.position is None else "{bar:16}"  # several are aligned
             self._bar = _Bar(
                 total=total, initial=done, desc=line, file=self._stream, dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {desc}", position=self.position,
+                bar_format=f"{{percentage:3.0f}}%|{bar}| {{desc}}", position=self.position,
                 leave=self.position is None,
             )  # fmt: skip
         else:

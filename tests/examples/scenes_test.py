@@ -88,5 +88,6 @@ def test_raw_pixels_are_luma_of_blocks():
     images = np.zeros((2, 4, 4, 3), np.uint8)
     images[0, :2, :2, 1] = 255  # green
     images[1, 3, 3] = 255  # a white pixel
-    features = np.asarray(small_images.raw_pixels(images))
+    features = np.asarray(small_images.raw_pixels(images, block=2))
     np.testing.assert_allclose(features, [[0.587, 0, 0, 0], [0, 0, 0, 0.25]], atol=1e-6)
+    np.testing.assert_allclose(small_images.raw_pixels(images)[1, -1], 1, atol=1e-6)
