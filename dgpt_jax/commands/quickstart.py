@@ -37,11 +37,18 @@ SETTINGS, SECONDS = "settings.json", "seconds.json"
 CONFIGS = cli.CONFIGS
 
 
+def write_images(out: Path, images: str) -> Job:
+    """Image files OUT/pictures/{train,test}/CLASS/…"""
+    words = ("-m", "dgpt_jax.examples.image_sets", f"{out / 'pictures'}", f"--images={images}")
+    return Job("images", f"{images} as image files", out / "pictures", words)
+
+
 def import_images(out: Path) -> Job:
     """Import of the image files OUT/pictures."""
     images = out / "images"
     words = ("-m", "dgpt_jax.commands.import_images", f"{out / 'pictures'}", f"--out={images}")
-    return Job("import", "image files become a dataset", images / "dataset_info.json", words)
+    about = "the image files become a dataset"
+    return Job("import", about, images / "dataset_info.json", words, ("images",))
 
 
 def train_teacher(out: Path, images: str, steps: int | None) -> Job:
@@ -101,6 +108,7 @@ def measurement(out: Path, images: str, name: str, *encoders: str) -> Job:
 
 def all_jobs(out: Path, images: str, steps: int | None) -> Iterator[Job]:
     """The commands of the quickstart, those that others wait for first."""
+    yield write_images(out, images)
     yield import_images(out)
     yield train_teacher(out, images, steps)
     yield token_store(out, images)
@@ -145,12 +153,9 @@ def add_seconds(out: Path, started: float) -> float:
 
 
 def work(args: argparse.Namespace, out: Path, todo: list[Job], commands: list[Job]):
-    """Writes the images, runs the commands and writes the page."""
+    """Runs the commands that are left, and writes the page."""
     display, started = jobs.Display(), time.monotonic()
     display.say(f"output directory: {args.out}")
-    if not (out / "pictures").exists():
-        display.say(f"images: {args.images} as image files")
-        image_sets.create_once(out / "pictures", image_sets.SETS[args.images].write)
     try:
         jobs.run(todo, out / "logs")
         quickstart_page.write(out, args.images, commands, display.say)

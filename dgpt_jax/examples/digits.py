@@ -1,6 +1,6 @@
 """scikit-learn's 1,797 handwritten digits as image files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,12 @@ from dgpt_jax.storage import tfds_dataset
 with cli.needs("dgpt_jax[quickstart]"):
     from sklearn import datasets
 
-TEST_SIZE = 360  # of 1,797 images
+SIZE, TEST_SIZE = 1797, 360  # images in all and in the test split
+Show = Callable[[int, int], None]  # is given the number of written files, and of all
+
+
+def ignore(done: int, total: int):
+    """Shows no progress."""
 
 
 def load_digits() -> Iterator[tuple[str, int, int, np.ndarray]]:
@@ -25,12 +30,13 @@ def load_digits() -> Iterator[tuple[str, int, int, np.ndarray]]:
         yield "test" if rank < TEST_SIZE else "train", int(i), int(labels[i]), images[i] / 16
 
 
-def write_digits(folder: Path, size: int = 32):
+def write_digits(folder: Path, size: int = 32, show: Show = ignore):
     """Writes the digits, size×size pixels, to folder/{train,test}/CLASS/i.{png,jpg}."""
-    for split, i, label, alpha in load_digits():
+    for rank, (split, i, label, alpha) in enumerate(load_digits()):
         image = Image.fromarray((alpha * 255).astype(np.uint8))
         image = image.resize((size, size), Image.Resampling.BICUBIC)
         save(image, folder / split / str(label) / f"{i:04d}", lossless=bool(i % 2))
+        show(rank + 1, SIZE)
 
 
 def save(image: Image.Image, path: Path, *, lossless: bool):

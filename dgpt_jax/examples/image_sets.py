@@ -1,12 +1,22 @@
-"""The small image sets by name, and how a teacher and a store are made for each."""
+"""The small image sets by name, and how a teacher and a store are made for each.
 
+python -m dgpt_jax.examples.image_sets FOLDER --images=scenes [--size=32]
+python tools/import_images.py FOLDER --out=SCENES
+"""
+
+import dgpt_jax.distributed.early_signals  # noqa: F401
+
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dgpt_jax import cli
 from dgpt_jax.examples import digits, glyphs, scenes
+from dgpt_jax.monitoring import progress
+from dgpt_jax.storage import output_paths
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,8 @@ class TeacherRecipe:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """write: writes folder/{train,test}/CLASS/… with files of size×size pixels. crop_scale, views:
+    """write: write(folder, size, show) writes folder/{train,test}/CLASS/… with files of size×size
+    pixels. crop_scale, views:
     of the token store, and the crops of live views. labelled: end of the names of the training
     files whose labels are used to measure features."""
 
@@ -53,3 +64,25 @@ def create_once(path: Path, write: Callable[[Path], None]):
         shutil.rmtree(temporary, ignore_errors=True)
         write(temporary)
         temporary.rename(path)
+
+
+def main():
+    parser = cli.parser(__doc__)
+    parser.add_argument("folder", type=cli.local_path, help="output directory")
+    parser.add_argument("--images", required=True, choices=SETS, help="image set")
+    parser.add_argument("--size", type=int, least=16, default=32, help="height and width in pixels")
+    args = parser.parse_args()
+    output_paths.directory(args.folder)
+    bar = progress.Progress("file", interval=1.0)
+
+    def show(done: int, total: int):
+        if bar.is_due() or done == total:
+            bar.show(done, total, "written")
+
+    SETS[args.images].write(args.folder, args.size, show)
+    bar.close()
+    print(f"next: python tools/import_images.py {shlex.quote(str(args.folder))} --out=IMAGES")
+
+
+if __name__ == "__main__":
+    cli.run(main)

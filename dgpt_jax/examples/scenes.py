@@ -1,8 +1,5 @@
 """Colored digits on photographs: an image set with captions and masks.
 
-    python -m dgpt_jax.examples.scenes FOLDER [--size=32]
-    python tools/import_images.py FOLDER --out=SCENES
-
 A scene is one of scikit-learn's 1,797 digits, in one random color, over a random square of one of
 scikit-learn's two photographs. The training split has four scenes of each of 1,437 digits, over
 squares from the left three fifths of the photographs; the test split has two of each of the other
@@ -11,10 +8,7 @@ than the background under the digit by CONTRAST of luma, everything else varies:
 tells little about the digit.
 """
 
-import dgpt_jax.distributed.early_signals  # noqa: F401
-
 import colorsys
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +19,6 @@ from PIL import Image
 
 from dgpt_jax import cli
 from dgpt_jax.examples import digits
-from dgpt_jax.storage import output_paths
 
 with cli.needs("dgpt_jax[quickstart]"):
     from sklearn import datasets
@@ -126,23 +119,12 @@ def color_name(color: np.ndarray) -> str:
     return "white" if saturation < MIN_SATURATION else HUES[int(np.searchsorted(HUE_ENDS, hue))]
 
 
-def write_scenes(folder: Path, size: int = 32):
+def write_scenes(folder: Path, size: int = 32, show: digits.Show = digits.ignore):
     """Writes folder/{train,test}/CLASS/DIGIT_COPY.{png,jpg}."""
+    sizes = {"train": digits.SIZE - digits.TEST_SIZE, "test": digits.TEST_SIZE}
+    done, total = 0, sum(sizes[split] * copies for split, copies in COPIES.items())
     for split in COPIES:
         for rank, scene in enumerate(make_scenes(split, size)):
             path = folder / split / str(scene.label) / scene.name
             digits.save(Image.fromarray(scene.image), path, lossless=bool(rank % 2))
-
-
-def main():
-    parser = cli.parser(__doc__)
-    parser.add_argument("folder", type=cli.local_path, help="output directory")
-    parser.add_argument("--size", type=int, least=16, default=32, help="height and width in pixels")
-    args = parser.parse_args()
-    output_paths.directory(args.folder)
-    write_scenes(args.folder, args.size)
-    print(f"next: python tools/import_images.py {shlex.quote(str(args.folder))} --out=SCENES")
-
-
-if __name__ == "__main__":
-    cli.run(main)
+            show(done := done + 1, total)

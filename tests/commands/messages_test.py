@@ -25,6 +25,7 @@ PACKAGES = {
     "quickstart": "sklearn",
     "digits": "sklearn",
     "scenes": "sklearn",
+    "image_sets": "sklearn",
     "small_teacher": "sklearn",
     "measure": "sklearn",
     "bench_torch": "torch",

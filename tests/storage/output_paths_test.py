@@ -36,8 +36,7 @@ DIRECTORIES = {
     "import_images": "x --out=OUT",
     "ablate": "views --out=OUT",
     "quickstart": "--out=OUT",
-    "glyphs": "OUT",
-    "scenes": "OUT",
+    "image_sets": "OUT --images=glyphs",
     "small_teacher": "x OUT --images=scenes",
     "measure": "OUT raw --images=scenes",
     "bench_input": "store --dir=OUT",
@@ -144,8 +143,7 @@ def test_weights_are_not_overwritten(monkeypatch, tmp_path, command, arguments, 
 def test_parents_may_be_missing(monkeypatch, tmp_path, command, arguments):
     if command in (
         "quickstart",
-        "glyphs",
-        "scenes",
+        "image_sets",
         "bench_input",
         "bench_tokens",
         "ablate",
@@ -193,7 +191,9 @@ def test_outputs_on_gs(monkeypatch):
                 check(f"gs://bucket/{path}")
 
 
-@pytest.mark.parametrize("command,arguments", [*FILES.items(), ("glyphs", "OUT")])
+@pytest.mark.parametrize(
+    "command,arguments", [*FILES.items(), ("image_sets", "OUT --images=glyphs")]
+)
 def test_local_outputs_are_refused_on_gs(monkeypatch, tmp_path, command, arguments):
     """They would create a directory named gs:."""
     if command == "evaluate":

@@ -8,7 +8,7 @@ import pytest
 
 from dgpt_jax import cli, evaluate
 from dgpt_jax.commands import quickstart
-from dgpt_jax.examples import image_sets, jobs
+from dgpt_jax.examples import jobs
 from dgpt_jax.storage import tfds_dataset
 from tests.support.paths import ROOT
 
@@ -60,8 +60,8 @@ def pretrained(request, tmp_path_factory):
     """(image set, directory) with an encoder pretrained for STEPS."""
     images, out = request.param, tmp_path_factory.mktemp(request.param)
     steps = STEPS[images]
-    image_sets.SETS[images].write(out / "pictures")
     commands = [
+        quickstart.write_images(out, images),
         quickstart.import_images(out),
         quickstart.train_teacher(out, images, steps),
         quickstart.token_store(out, images),
