@@ -1,4 +1,4 @@
-"""Pretrains a tiny D-iGPT on 32×32 digits on a laptop's CPU; part of tools/quickstart.sh.
+"""Pretrains a tiny D-iGPT on 32×32 scenes on a laptop's CPU; part of tools/quickstart.sh.
 
     python -m dgpt_jax.train --config=configs/quickstart.py:both --workdir=DIR \\
         --config.data.path=TOKENS --config.evals.heldout=TOKENS_OF_TEST
@@ -19,7 +19,7 @@ def get_config(losses: str = "both"):
     config.batch_size = 64
     config.dtype = "float32"
     config.platform = "cpu"
-    config.log_every = 20
+    config.log_every = 10
     config.model.image_size = 32
     config.model.patch = 8
     config.model.width = 96
@@ -31,10 +31,11 @@ def get_config(losses: str = "both"):
     config.optim.blr = 6e-3  # × 64 / 256 = 1.5e-3
     config.optim.warmup = "10%"
     config.checkpoint.every = "50%"
-    config.evals.every = "20%"
+    config.evals.every = "25%"
+    config.evals.figures = 0
     config.data.threads = 2
     # Live views of the pixel run, drawn as the store's.
-    config.data.crop_scale = (0.5, 1.0)
+    config.data.crop_scale = (0.8, 1.0)
     config.data.flip = False
     if losses == "pixels":
         config.data.targets = "pixels"

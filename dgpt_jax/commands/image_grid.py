@@ -1,18 +1,17 @@
 """A figure of titled rows of images, drawn with Matplotlib."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax.commands.plot import plt, save
+from dgpt_jax.commands.plot import Output, plt, save
 
 COLUMNS = 12  # images per line
 
 
 def grid(
     rows: Mapping[str, np.ndarray],
-    out: Path | str,
+    out: Output,
     captions: Mapping[str, Sequence[str]] | None = None,
 ):
     """Draws one titled row of images (B, height, width, 3) for each entry, with its captions, if

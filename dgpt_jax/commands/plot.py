@@ -126,8 +126,9 @@ def table(cells: Cells) -> str:
     return markdown.table(("features", *titles), rows)
 
 
-def accuracies(cells: Cells, out: Path | str):
-    """Bar chart of the means with standard errors, one panel per protocol."""
+def accuracies(cells: Cells, out: Output, **options: Any):
+    """Bar chart of the means with standard errors, one panel per protocol; `options` are those of
+    savefig."""
     columns = list(next(iter(cells.values())))
     protocols = list(dict.fromkeys(protocol for protocol, _ in columns))
     figure, axes = plt.subplots(1, len(protocols), figsize=(11, 4), sharey=True, squeeze=False)
@@ -137,14 +138,14 @@ def accuracies(cells: Cells, out: Path | str):
             x = [row + 0.27 * (i - (len(shots) - 1) / 2) for row in range(len(cells))]
             means, errors = zip(*(row[protocol, shot] for row in cells.values()), strict=True)
             label = "all labels" if shot == "all" else f"{shot} labels per class"
-            axis.bar(x, means, 0.25, yerr=errors, label=label)
+            axis.bar(x, means, 0.25, yerr=errors, ecolor="grey", label=label)
         axis.set_xticks(range(len(cells)), list(cells), rotation=30, ha="right", fontsize=8)
         axis.set_title(protocol)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("accuracy, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(shots))
     figure.tight_layout(rect=(0, 0, 1, 0.93))
-    save(figure, out)
+    save(figure, out, **options)
 
 
 def differences(

@@ -12,12 +12,12 @@ import sys
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again"
 # Commands that call preemption.raise_on_sigterm; others leave SIGTERM to the system.
-RESUMABLE = ("ablate", "build_tokens", "checkpoint", "convert", "train")
+RESUMABLE = ("ablate", "build_tokens", "checkpoint", "convert", "quickstart", "train")
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _TOOLS = os.path.join(os.path.dirname(_PACKAGE), "tools")
 _DIRECTORIES = (
-    _PACKAGE, os.path.join(_PACKAGE, "commands"),
+    _PACKAGE, os.path.join(_PACKAGE, "commands"), os.path.join(_PACKAGE, "examples"),
     _TOOLS, os.path.join(_TOOLS, "studies"), os.path.join(_TOOLS, "benchmarks"),
 )  # fmt: skip
 

@@ -80,10 +80,12 @@ class Progress:
         *,
         say: Callable[[str], None] | None = None,
         stream: TextIO | None = None,
+        position: int | None = None,
     ):
         """unit: prefix of the counts. interval: seconds between updates, for `is_due`.
-        say: replaces the stream for plain lines of `show`."""
-        self._unit, self._interval = unit, interval
+        say: replaces the stream for plain lines of `show`. position: line of the bar, from 0, if
+        there are several at once; such a bar vanishes at `close`."""
+        self._unit, self._interval, self.position = unit, interval, position
         self._stream, self._show_line = stream or sys.stderr, say or self.say
         self._active = multihost.is_main_process()
         self._live = self._active and self._stream.isatty()
@@ -103,9 +105,11 @@ class Progress:
         if not self._live:
             self._show_line(line)
         elif self._bar is None:
+            bar = "{bar}" if self.position is None else "{bar:16}"  # several are aligned
             self._bar = _Bar(
                 total=total, initial=done, desc=line, file=self._stream, dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {desc}",
+                bar_format=f"{{percentage:3.0f}}%|{bar}| {{desc}}", position=self.position,
+                leave=self.position is None,
             )  # fmt: skip
         else:
             self._bar.total, self._bar.n, self._bar.desc = total, done, line

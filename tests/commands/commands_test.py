@@ -126,7 +126,7 @@ def test_missing_checkpoints(monkeypatch, tmp_path, data):
         ("compare_codecs", "--examples=0"),
         ("compare_codecs", "--pca=-3"),
         ("replay", "RUN --layers=-1"),
-        ("glyphs", "x --size=0"),
+        ("image_sets", "x --size=0 --images=scenes"),
         ("quickstart", "--out=x --steps=0"),
     ],
 )

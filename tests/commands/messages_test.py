@@ -25,7 +25,10 @@ PACKAGES = {
     "glyphs": "matplotlib",
     "quickstart": "sklearn",
     "digits": "sklearn",
-    "small_images": "sklearn",
+    "scenes": "sklearn",
+    "image_sets": "sklearn",
+    "small_teacher": "sklearn",
+    "measure": "sklearn",
     "bench_torch": "torch",
 }
 WITHOUT = """
@@ -43,7 +46,7 @@ for tool, module in {tools!r}.items():
 
 
 def test_missing_packages():
-    folders = (ROOT / "dgpt_jax/commands", ROOT / "tools/studies", ROOT / "tools/benchmarks")
+    folders = [ROOT / folder for folder in commands.FOLDERS]
     files = {path.stem: path for folder in folders for path in folder.glob("*.py")}
     modules = {name: commands.dotted(files[name]) for name in sorted(PACKAGES)}
     script = WITHOUT.format(packages=sorted(set(PACKAGES.values())), tools=modules)

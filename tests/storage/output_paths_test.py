@@ -36,7 +36,9 @@ DIRECTORIES = {
     "import_images": "x --out=OUT",
     "ablate": "views --out=OUT",
     "quickstart": "--out=OUT",
-    "glyphs": "OUT",
+    "image_sets": "OUT --images=glyphs",
+    "small_teacher": "x OUT --images=scenes",
+    "measure": "OUT raw --images=scenes",
     "bench_input": "store --dir=OUT",
     "bench_tokens": "--dir=OUT",
 }
@@ -139,7 +141,14 @@ def test_weights_are_not_overwritten(monkeypatch, tmp_path, command, arguments, 
 
 @pytest.mark.parametrize("command,arguments", [*FILES.items(), *DIRECTORIES.items()])
 def test_parents_may_be_missing(monkeypatch, tmp_path, command, arguments):
-    if command in ("quickstart", "glyphs", "bench_input", "bench_tokens", "ablate", "plan"):
+    if command in (
+        "quickstart",
+        "image_sets",
+        "bench_input",
+        "bench_tokens",
+        "ablate",
+        "plan",
+    ):
         pytest.skip("it would start its work")
     path = tmp_path / "a/b/OUT"
     assert str(path) not in refused(monkeypatch, command, arguments.replace("OUT", str(path)))
@@ -182,7 +191,9 @@ def test_outputs_on_gs(monkeypatch):
                 check(f"gs://bucket/{path}")
 
 
-@pytest.mark.parametrize("command,arguments", [*FILES.items(), ("glyphs", "OUT")])
+@pytest.mark.parametrize(
+    "command,arguments", [*FILES.items(), ("image_sets", "OUT --images=glyphs")]
+)
 def test_local_outputs_are_refused_on_gs(monkeypatch, tmp_path, command, arguments):
     """They would create a directory named gs:."""
     if command == "evaluate":

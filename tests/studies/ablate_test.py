@@ -1,5 +1,6 @@
 """Ablation studies: configs, statistics, resuming after a kill."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -14,6 +15,7 @@ from scipy import stats
 from dgpt_jax import cli
 from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.evals import ablations
+from dgpt_jax.examples import image_sets
 from tests.support.paths import ROOT
 from tools.studies import ablate, ablation_runs, result_tables
 
@@ -177,7 +179,9 @@ def test_other_settings_need_another_directory(stub, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_study_of_two_steps(tmp_path, monkeypatch, capsys):
     """End to end: images, teacher, store, training, checkpoints, probes."""
-    monkeypatch.setattr(ablate.small_images, "TEACHER_STEPS", 5)
+    digits = image_sets.SETS["digits"]
+    recipe = dataclasses.replace(digits.teacher, steps=5)
+    monkeypatch.setitem(image_sets.SETS, "digits", dataclasses.replace(digits, teacher=recipe))
     monkeypatch.setattr(
         ablations, "REFERENCE_ROWS", {"untrained encoder": True, "the teacher": False}
     )

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from dgpt_jax import cli, evaluate
+from dgpt_jax.commands import quickstart
+from dgpt_jax.examples import jobs
 from dgpt_jax.storage import tfds_dataset
 from tests.support.paths import ROOT
-from tools.studies import digits, quickstart, small_images
 
 # Labels per class of each protocol; few, so that good features matter.
 SHOTS = {"knn": 5, "linear": 5, "fewshot": 5}
@@ -42,31 +43,32 @@ def trained_heads(out: Path, name: str, weights: Path) -> dict[str, dict]:
     for head in HEADS:
         workdir = out / name / head
         words = (
-            "-m", "dgpt_jax.train", f"--config=configs/quickstart_finetune.py:{head}",
+            "-m", "dgpt_jax.train", f"--config={ROOT}/configs/quickstart_finetune.py:{head}",
             f"--workdir={workdir}", f"--config.init.weights={weights}",
             f"--config.data.path={images}", f"--config.evals.heldout={images}",
             f"--config.classify.num_classes={classes}",
         )  # fmt: skip
-        command = quickstart.Command(f"{name}_{head}", workdir / "checkpoints", words)
-        quickstart.run(out / "logs", command)
+        job = jobs.Job(f"{name}_{head}", head, workdir / "checkpoints", words)
+        jobs.run([job], out / "logs", groups=[[]])
         rows = json.loads(next(workdir.glob("results*.json")).read_text())["results"]
         results[rows[0]["protocol"]] = rows[0]
     return results
 
 
-@pytest.fixture(scope="module", params=small_images.WRITERS)
+@pytest.fixture(scope="module", params=STEPS)
 def pretrained(request, tmp_path_factory):
     """(image set, directory) with an encoder pretrained for STEPS."""
     images, out = request.param, tmp_path_factory.mktemp(request.param)
-    steps, logs = STEPS[images], out / "logs"
-    small_images.WRITERS[images](out / "pictures")
-    words = ("tools/import_images.py", out / "pictures", f"--out={out / 'images'}")
-    quickstart.run(logs, quickstart.Command("import", out / "images/dataset_info.json", words))
-    digits.train_teacher(out / "images", out / "teacher", steps)
-    quickstart.run(logs, quickstart.token_store(out, "tokens"))
-    held_out = ("--config.split=test", "--config.views=1", f"--config.codec_from={out / 'tokens'}")
-    quickstart.run(logs, quickstart.token_store(out, "tokens_test", *held_out))
-    quickstart.run(logs, quickstart.pretraining(out, "both", steps))
+    steps = STEPS[images]
+    commands = [
+        quickstart.write_images(out, images),
+        quickstart.import_images(out),
+        quickstart.train_teacher(out, images, steps),
+        quickstart.token_store(out, images),
+        quickstart.heldout_store(out, images),
+        quickstart.pretraining(out, images, "both", steps),
+    ]
+    jobs.run(commands, out / "logs", groups=[[]])
     return images, out
 
 
@@ -91,10 +93,13 @@ def test_frozen_features(pretrained, monkeypatch):
 def test_fine_tuning_and_probes(pretrained):
     images, out = pretrained
     # The initial weights of the same encoder: one step with learning rate 0.
-    initial = quickstart.pretraining(out, "initial", 1)
-    words = [word.replace("quickstart.py:initial", "quickstart.py:both") for word in initial.words]
-    words.append("--config.optim.blr=0")
-    quickstart.run(out / "logs", quickstart.Command("initial", initial.output, tuple(words)))
+    initial = quickstart.pretraining(out, images, "both", 1)
+    workdir = out / "runs/initial"
+    words = (*initial.words, f"--workdir={workdir}", "--config.optim.blr=0")
+    jobs.run(
+        [jobs.Job("initial", "initial weights", workdir / "checkpoints", words)],
+        out / "logs", groups=[[]],
+    )  # fmt: skip
     trained = trained_heads(out, "trained_heads", out / "runs/both")
     untrained = trained_heads(out, "untrained_heads", out / "runs/initial")
     assert len(trained) == len(HEADS)

@@ -6,7 +6,13 @@ from types import ModuleType
 
 from tests.support.paths import ROOT
 
-FOLDERS = ("dgpt_jax", "dgpt_jax/commands", "tools/studies", "tools/benchmarks")
+FOLDERS = (
+    "dgpt_jax",
+    "dgpt_jax/commands",
+    "dgpt_jax/examples",
+    "tools/studies",
+    "tools/benchmarks",
+)
 _PATHS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 FILES = {path.stem: path for path in _PATHS if "\n    cli.run(main)\n" in path.read_text()}
 

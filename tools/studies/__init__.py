@@ -1,1 +1,1 @@
-"""Ablations and the quickstart on small real images; run with `python -m tools.studies.NAME`."""
+"""Ablations on small images; run with `python -m tools.studies.NAME`."""

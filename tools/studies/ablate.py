@@ -30,11 +30,12 @@ from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.distributed import multihost, preemption
 from dgpt_jax.errors import UserError
 from dgpt_jax.evals import ablations
+from dgpt_jax.examples import image_sets, small_images
+from dgpt_jax.examples.small_images import Images, say
 from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import output_paths
 from dgpt_jax.training import resume
-from tools.studies import ablation_runs, result_tables, small_images
-from tools.studies.small_images import Images, say
+from tools.studies import ablation_runs, result_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "results.jsonl"
@@ -135,9 +136,7 @@ def main():
     parser.add_argument("study", help="name; a wrong one lists them")
     parser.add_argument("--out", required=True, type=cli.local_path, help="output directory")
     parser.add_argument("--seeds", type=int, default=5, help="runs per row")
-    parser.add_argument(
-        "--images", default="digits", choices=small_images.WRITERS, help="image set"
-    )
+    parser.add_argument("--images", default="digits", choices=image_sets.SETS, help="image set")
     parser.add_argument("--table", action="store_true", help="report finished runs, train nothing")
     argv = sys.argv[1:]
     if not any(word.partition("=")[0] == "--config" for word in argv):

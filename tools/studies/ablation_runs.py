@@ -18,12 +18,12 @@ from etils import epath
 from dgpt_jax import train
 from dgpt_jax.config import TrainConfig, durations
 from dgpt_jax.evals import ablations
+from dgpt_jax.examples import small_images
+from dgpt_jax.examples.small_images import Encoder, Images, say
 from dgpt_jax.models import teacher_vit
 from dgpt_jax.monitoring import metrics_log
 from dgpt_jax.weights import api
 from dgpt_jax.weights import teacher_loading as teacher_weights
-from tools.studies import small_images
-from tools.studies.small_images import Encoder, Images, say
 
 SHORT_RUN_STEPS = 40
 LOGGED_METRICS = ("loss", "next", "visible", "direct", "images_per_second")

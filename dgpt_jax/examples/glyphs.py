@@ -1,16 +1,10 @@
-"""Renders an image set of characters in matplotlib's fonts.
-
-    python -m tools.studies.glyphs FOLDER [--size=64]
-    python tools/import_images.py FOLDER --out=GLYPHS
+"""An image set of characters in matplotlib's fonts.
 
 62 classes (0-9, A-Z, a-z), white on black. The training split has 16 fonts and six images of each
 character, 5,952; the test split has five other fonts and four of each, 1,240, so it measures
 generalization to unseen fonts. Size and position are jittered by seed.
 """
 
-import dgpt_jax.distributed.early_signals  # noqa: F401
-
-import shlex
 import string
 from pathlib import Path
 
@@ -18,8 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dgpt_jax import cli
-from dgpt_jax.storage import output_paths
-from tools.studies import digits
+from dgpt_jax.examples import digits
 
 with cli.needs("dgpt_jax[quickstart]"):
     import matplotlib
@@ -55,27 +48,14 @@ def render(character: str, font: str, size: int, rng: np.random.Generator) -> Im
     return image
 
 
-def write_glyphs(folder: Path, size: int = 32, seed: int = 0):
+def write_glyphs(folder: Path, size: int = 32, show: digits.Show = digits.ignore, *, seed: int = 0):
     """Writes folder/{train,test}/CLASS/FONT_i.{png,jpg}."""
-    rng = np.random.default_rng(seed)
+    rng, done = np.random.default_rng(seed), 0
+    total = sum(len(fonts) * len(CLASSES) * per_font for fonts, per_font in SPLITS.values())
     for split, (fonts, per_font) in SPLITS.items():
         for font in fonts:
             for character, name in CLASSES.items():
                 for i in range(per_font):
                     path = folder / split / name / f"{font}_{i}"
                     digits.save(render(character, font, size, rng), path, lossless=bool(i % 2))
-
-
-def main():
-    parser = cli.parser(__doc__)
-    parser.add_argument("folder", type=cli.local_path, help="output directory")
-    parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
-    parser.add_argument("--seed", type=int, least=0, default=0, help="of the jitter")
-    args = parser.parse_args()
-    output_paths.directory(args.folder)
-    write_glyphs(args.folder, args.size, args.seed)
-    print(f"next: python tools/import_images.py {shlex.quote(str(args.folder))} --out=GLYPHS")
-
-
-if __name__ == "__main__":
-    cli.run(main)
+                    show(done := done + 1, total)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from dgpt_jax.data.ingest import importer
+from dgpt_jax.examples import digits, glyphs
 from dgpt_jax.storage import tfds_dataset
-from tools.studies import digits, glyphs
 
 
 def test_every_font_has_every_character():
