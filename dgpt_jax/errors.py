@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class MissingHeads(UserError):
+    """Weights whose head counts neither they nor files beside them specify."""
+
+
 class BadRecord(UserError):
     """An example that cannot be used. The message names its dataset, split, index and id."""
 

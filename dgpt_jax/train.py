@@ -50,6 +50,7 @@ def resolve_schedule(config: TrainConfig, examples: int) -> Schedule:
             f"config.profile starts at step {config.profile[0]} of {total}: choose an earlier step"
         )
     every, keep = config.checkpoint.every, config.checkpoint.keep_every
+    freeze = config.init.freeze_steps
     interval = partial(to_steps, total=total, least=1)
     return Schedule(
         total=total,
@@ -57,6 +58,7 @@ def resolve_schedule(config: TrainConfig, examples: int) -> Schedule:
         checkpoint_every=interval(every, "config.checkpoint.every"),
         keep_every=interval(keep, "config.checkpoint.keep_every") if keep else 0,
         eval_every=interval(config.evals.every, "config.evals.every"),
+        freeze=to_steps(freeze, "config.init.freeze_steps", total=total) if freeze else total,
     )
 
 
@@ -70,7 +72,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
     schedule = resolve_schedule(config, len(task.examples))
     peaks = optimizer.peak_learning_rates(config.optim, config.batch_size)
     rate = optimizer.schedule(peaks, schedule.warmup, schedule.total, config.optim.min_lr)
-    tx = task.optimizer(rate)
+    tx = task.optimizer(rate, schedule.freeze)
     describe(config, task, schedule, mesh, peaks.max(), progress)
     # Shared with the evaluators, which would copy host arrays to the devices.
     task.frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
@@ -87,12 +89,12 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
         ) as checkpoints,
         contextlib.closing(progress),
     ):
-        train_state, start_step = resume.restore_or_init(
+        start = resume.restore_or_init(
             config, task, tx, mesh, checkpoints, progress.say,
             allow_config_change=allow_config_change,
         )  # fmt: skip
         progress.say(
-            parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
+            parameter_overview.get_parameter_overview(start.state.params, include_stats=False)
         )
         step_fn = make_train_step(
             task.loss,
@@ -101,7 +103,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
             accum_steps=config.accum_steps,
             prepare=task.prepare,
             seed=config.seed,
-            state_sharding=jax.tree.map(lambda leaf: leaf.sharding, train_state),
+            state_sharding=jax.tree.map(lambda leaf: leaf.sharding, start.state),
         )
         # Opened last: a command that was refused leaves the logs of a run unchanged.
         with contextlib.closing(metrics.Writer(workdir, config.wandb)) as writer:
@@ -110,8 +112,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
                 task,
                 schedule,
                 rate,
-                train_state,
-                start_step,
+                start,
                 mesh=mesh,
                 workdir=workdir,
                 evaluators=evaluators,

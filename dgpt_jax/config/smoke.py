@@ -44,6 +44,7 @@ def shrink(config: Any, schema: type) -> None:
         schema_lib.override(config, schema, f"config.{key}", value)
     if schema is TrainConfig:
         config.accum_steps = min(config.accum_steps, 2)
+        config.init.freeze_blocks = min(config.init.freeze_blocks, config.model.depth)
         _refuse_large(config)
     elif schema is TokensConfig:
         config.split = f"{_without_slice(config.split)}[:8]"
@@ -58,8 +59,7 @@ def _without_slice(split: str) -> str:
 
 def _refuse_large(config: Any) -> None:
     """Raises UserError if the initial weights are not of a tiny model."""
-    weights = config.init.weights if config.task == "classify" else ""
-    if not weights:
+    if not (weights := config.init.weights):
         return
     try:
         run = json.loads((epath.Path(weights) / "config.json").read_text())

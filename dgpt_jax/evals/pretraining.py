@@ -92,7 +92,8 @@ def prediction_figures(
     @partial(jax.jit, out_shardings=replicated)
     def predict(params, frozen, batch):
         tokens, cls = task.tokens(frozen, batch), task.target.cls
-        inputs = batch["image"], tokens, batch["order"]
+        images = vit.normalize(batch["image"], config.data.mean, config.data.std)
+        inputs = images, tokens, batch["order"]
         return feature_maps.aligned(task.module, config.model, params, *inputs, cls=cls)
 
     def draw(pairs):
@@ -107,14 +108,15 @@ def knn_accuracy(
     task: "PretrainTask", mesh: jax.sharding.Mesh
 ) -> Callable[[Any], dict[str, float]]:
     """Evaluator of kNN (k = 20) on frozen CLS and mean features of a labeled image dataset."""
-    config, model = task.config.evals, task.config.model
+    config, model, data = task.config.evals, task.config.model, task.config.data
     train = features.RecordSource(tfds_dataset.Split(config.knn, config.knn_train))
     test = features.RecordSource(tfds_dataset.Split(config.knn, config.knn_test))
     module = classifier.classifier(model, "cls", dtype=task.config.dtype)
 
-    def encode(encoder_params, images):
-        variables = {"params": classifier.classifier_params_from_encoder(encoder_params, model)}
-        return module.apply(variables, vit.normalize(images), POOLINGS, method="pooled")
+    def encode(params, images):
+        variables = {"params": classifier.classifier_params_from_pretraining(params, model)}
+        images = vit.normalize(images, data.mean, data.std)
+        return module.apply(variables, images, POOLINGS, method="pooled")
 
     extract = features.Extractor(
         encode,
@@ -126,7 +128,8 @@ def knn_accuracy(
     view = features.center_view(model.image_size, config.knn_resize, squash=False)
 
     def evaluate(params) -> dict[str, float]:
-        banks = [extract(params["encoder"], source, view) for source in (train, test)]
+        params = {name: params[name] for name in ("encoder", "pos_embed") if name in params}
+        banks = [extract(params, source, view) for source in (train, test)]
         return {
             f"knn/{pooling}": knn.correct(banks[0][pooling], test_bank, ks=(20,))[20]
             / len(test_bank)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -23,12 +23,21 @@ RESUMABLE_FIELDS = re.compile(
     r"(log_every|profile|platform|kernels|wandb|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
     r"data\.(path|source|examples|views|threads|workers|prefetch_bytes|cache|bad_records|max_bad_fraction)|"
     r"teacher\.weights|"
-    r"init\.weights|classify\.resize|optim\.max_skipped_in_a_row)$"
+    r"init\.(weights|decoders)|classify\.resize|optim\.max_skipped_in_a_row)$"
 )
 # Fields that may never differ: the state would have other shapes or another meaning.
 FIXED_FIELDS = re.compile(
-    r"(task|model\..*|classify\.(num_classes|pooling|trainable|head)|optim\.(ema|kind|base_lr_grid))$"
+    r"(task|model\..*|classify\.(num_classes|pooling|trainable|head)|optim\.(ema|kind|base_lr_grid|"
+    r"layer_decay))$"
 )
+
+
+class Start(NamedTuple):
+    """State of a run after `step` steps, and InitialWeights.identity of its weights at step 0."""
+
+    state: train_step.TrainState
+    step: int
+    init: Mapping[str, str] | None
 
 
 def restore_or_init(
@@ -40,15 +49,21 @@ def restore_or_init(
     say: Callable[[str], None],
     *,
     allow_config_change: bool,
-) -> tuple[train_step.TrainState, int]:
-    """(state, step) of the run's newest checkpoint, else the initial state and 0.
+) -> Start:
+    """The state of the run's newest checkpoint, else one with the parameters of
+    config.init.weights, else one with random parameters.
 
-    Logs all differences. Raises UserError if the checkpoint is of another model, or if its data, or
-    config fields other than RESUMABLE_FIELDS, differ and `allow_config_change` is False.
+    Logs which, and all differences of a checkpoint. Raises UserError if it is of another model, or
+    if its data, or config fields other than RESUMABLE_FIELDS, differ and `allow_config_change` is
+    False.
     """
     latest = checkpoints.latest()
     if latest is None:
-        return train_step.init_state(task.init, tx, mesh, config.seed, task.initial_params), 0
+        weights = task.initial_weights()
+        for note in weights.notes:
+            say(note)
+        state = train_step.init_state(task.init, tx, mesh, config.seed, weights.params)
+        return Start(state, 0, weights.identity)
     metadata = checkpoints.metadata(latest)
     # Fields added after the checkpoint was written had their defaults.
     saved = schema.flatten(json.loads(json.dumps(schema.to_dict(type(config)()))))
@@ -71,11 +86,28 @@ def restore_or_init(
             f"to resume with the changed config"
         )
     check_data(metadata.get("data"), task.examples, latest, say, allow_config_change)
-    say(f"resuming from step {latest} in {checkpoints.directory}")
+    identity = metadata.get("init")
+    _check_frozen(task.frozen_identity, identity, latest)
+    unread = config.init.weights and not task.frozen_identity
+    say(
+        f"resuming from step {latest} in {checkpoints.directory}"
+        + (", config.init.weights is not read" if unread else "")
+    )
     restored = checkpoints.restore(latest, train_step.abstract_state(task.init, tx, mesh))
-    return dataclasses.replace(
-        restored, opt_state=optimizer.reset_skip_counter(restored.opt_state)
-    ), latest
+    opt_state = optimizer.reset_skip_counter(restored.opt_state)
+    return Start(dataclasses.replace(restored, opt_state=opt_state), latest, identity)
+
+
+def _check_frozen(
+    current: Mapping[str, str] | None, saved: Mapping[str, str] | None, latest: int
+) -> None:
+    """Raises UserError if the weights of a frozen encoder are not those that training started with
+    (None: of none, or in an old checkpoint)."""
+    if current and saved and current["sha256"] != saved["sha256"]:
+        raise UserError(
+            f"{current['source']} (config.init.weights) is another encoder than that of the "
+            f"checkpoint of step {latest}, {saved['source']}: choose another --workdir"
+        )
 
 
 def check_data(

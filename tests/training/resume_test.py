@@ -48,7 +48,7 @@ def resume_log(config: TrainConfig, saved: dict, monkeypatch, *, allow: bool = F
     monkeypatch.setattr(resume.train_step, "abstract_state", lambda *_: None)
     lines: list[str] = []
     examples = SimpleNamespace(data=config.data, identity=lambda: IDENTITY)
-    task = SimpleNamespace(init=None, examples=examples)
+    task = SimpleNamespace(init=None, examples=examples, frozen_identity=None)
     with pytest.raises(Restored):
         resume.restore_or_init(
             config, task, None, None, FakeCheckpoints(saved), lines.append,
