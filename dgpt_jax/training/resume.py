@@ -27,8 +27,8 @@ RESUMABLE_FIELDS = re.compile(
 )
 # Fields that may never differ: the state would have other shapes or another meaning.
 FIXED_FIELDS = re.compile(
-    r"(task|model\..*|classify\.(num_classes|pooling|trainable|head)|optim\.(ema|kind|base_lr_grid|"
-    r"layer_decay))$"
+    r"(task|model\..*|classify\.(num_classes|pooling|trainable|head)|"
+    r"optim\.(ema|kind|base_lr_grid|layer_decay))$"
 )
 
 

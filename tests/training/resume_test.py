@@ -22,14 +22,14 @@ class FakeCheckpoints:
 
     directory = "RUN/checkpoints"
 
-    def __init__(self, config: dict):
-        self.config = config
+    def __init__(self, config: dict, init: dict | None = None):
+        self.config, self.init = config, init
 
     def latest(self) -> int:
         return 3
 
     def metadata(self, step: int) -> dict:
-        return {"config": self.config, "data": IDENTITY}
+        return {"config": self.config, "data": IDENTITY, "init": self.init}
 
     def restore(self, *_):
         raise Restored
@@ -108,3 +108,20 @@ def test_fields_that_change_the_run_are_not_resumable():
     resumable = {name for name in fields if resume.RESUMABLE_FIELDS.match(name)}
     assert {"log_every", "accum_steps", "mesh.fsdp", "checkpoint.keep", "model.remat"} <= resumable
     assert not resumable & {"seed", "batch_size", "total", "dtype", "data.order", "optim.blr"}
+
+
+@pytest.mark.parametrize(
+    "saved,refused", [({"sha256": "a"}, False), ({"sha256": "b"}, True), (None, False)]
+)
+def test_a_frozen_encoder_must_be_that_of_the_start(monkeypatch, saved, refused):
+    """None: a checkpoint from before identities were recorded."""
+    monkeypatch.setattr(resume.train_step, "abstract_state", lambda *_: None)
+    config = settings(init={"weights": "FILE"})
+    examples = SimpleNamespace(data=config.data, identity=lambda: IDENTITY)
+    identity = {"source": "FILE", "sha256": "a"}
+    task = SimpleNamespace(init=None, examples=examples, frozen_identity=identity)
+    checkpoints = FakeCheckpoints(as_saved(config), saved and saved | {"source": "OTHER"})
+    with pytest.raises(UserError if refused else Restored, match="FILE.*OTHER" if refused else ""):
+        resume.restore_or_init(
+            config, task, None, None, checkpoints, [].append, allow_config_change=True
+        )
