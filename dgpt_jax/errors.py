@@ -19,6 +19,10 @@ class ChoiceError(UserError):
         self.allowed = tuple(allowed)
 
 
+class MissingHeads(UserError):
+    """Weights whose head counts neither they nor files beside them specify."""
+
+
 class BadRecord(UserError):
     """An example that cannot be used. The message names its dataset, split, index and id."""
 

@@ -51,6 +51,7 @@ def resolve_schedule(config: TrainConfig, examples: int) -> Schedule:
             f"config.profile starts at step {config.profile[0]} of {total}: choose an earlier step"
         )
     every, keep = config.checkpoint.every, config.checkpoint.keep_every
+    freeze = config.init.freeze_steps
     interval = partial(to_steps, total=total, least=1)
     return Schedule(
         total=total,
@@ -58,6 +59,7 @@ def resolve_schedule(config: TrainConfig, examples: int) -> Schedule:
         checkpoint_every=interval(every, "config.checkpoint.every"),
         keep_every=interval(keep, "config.checkpoint.keep_every") if keep else 0,
         eval_every=interval(config.evals.every, "config.evals.every"),
+        freeze=to_steps(freeze, "config.init.freeze_steps", total=total) if freeze else total,
     )
 
 
@@ -73,7 +75,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
     schedule = resolve_schedule(config, len(task.examples))
     peaks = optimizer.peak_learning_rates(config.optim, config.batch_size)
     rate = optimizer.schedule(peaks, schedule.warmup, schedule.total, config.optim.min_lr)
-    tx = task.optimizer(rate)
+    tx = task.optimizer(rate, schedule.freeze)
     # Shared with the evaluators, which would copy host arrays to the devices.
     task.frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     evaluators = periodic_evaluators(task, mesh)
@@ -89,18 +91,18 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
         ) as checkpoints,
         contextlib.closing(progress),
     ):
-        latest = resume.check(
-            config, task.examples, checkpoints, progress.say,
+        origin = resume.find_origin(
+            config, task, checkpoints, progress.say,
             allow_config_change=allow_config_change,
         )  # fmt: skip
         # From here on nothing in config, paths and data is refused.
         for line in (*processes, *describe(config, task, schedule, mesh, peaks.max(), workdir)):
             progress.say(line)
-        if latest is not None:
-            progress.say(f"resuming from step {latest} in {checkpoints.directory}")
-        train_state = resume.restore_or_init(config, task, tx, mesh, checkpoints, latest)
+        for line in origin.lines:
+            progress.say(line)
+        start = resume.restore_or_init(task, tx, mesh, checkpoints, config.seed, origin)
         progress.say(
-            parameter_overview.get_parameter_overview(train_state.params, include_stats=False)
+            parameter_overview.get_parameter_overview(start.state.params, include_stats=False)
         )
         step_fn = make_train_step(
             task.loss,
@@ -109,7 +111,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
             accum_steps=config.accum_steps,
             prepare=task.prepare,
             seed=config.seed,
-            state_sharding=jax.tree.map(lambda leaf: leaf.sharding, train_state),
+            state_sharding=jax.tree.map(lambda leaf: leaf.sharding, start.state),
         )
         # Opened last: a command that was refused leaves the logs of a run unchanged.
         with contextlib.closing(metrics.Writer(workdir, config.wandb)) as writer:
@@ -118,8 +120,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
                 task,
                 schedule,
                 rate,
-                train_state,
-                latest or 0,
+                start,
                 mesh=mesh,
                 workdir=workdir,
                 evaluators=evaluators,

@@ -76,6 +76,16 @@ def check_classification(config: "TrainConfig") -> None:
         raise UserError("config.optim.kind=lars needs config.classify.trainable=head")
     if task.trainable == "head" and (config.optim.layer_decay != 1 or not config.init.weights):
         raise UserError("config.classify.trainable=head needs init.weights and optim.layer_decay=1")
+    if config.model.positions != "sincos" or config.init.decoders != "auto":
+        raise UserError(
+            "config.model.positions and config.init.decoders need config.task=pretrain: supervised "
+            "training always has learned positions and no decoders"
+        )
+    if task.trainable == "head" and (config.init.freeze_blocks or config.init.freeze_positions):
+        raise UserError(
+            "config.init.freeze_blocks and freeze_positions need config.classify.trainable=all: "
+            "the encoder of a probe is always frozen"
+        )
     _check_grid(config)
     if task.resize is not None and task.resize < config.model.image_size:
         raise UserError(

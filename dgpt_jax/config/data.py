@@ -7,6 +7,8 @@ from dgpt_jax.config.ranges import COUNT, NATURAL, POSITIVE, SHARE, Range
 from dgpt_jax.config.schema import field
 from dgpt_jax.errors import UserError
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # For images in [0, 1]; statistics of images in [0, 255] are out of range.
 MEAN = Range(least=0, most=1)
 STD = Range(above=0, most=10)
@@ -41,6 +43,15 @@ class DataConfig:
         "live views: clip crops at the image border instead of drawing new ones, like MAE's probes",
     )
     flip: bool = field(True, "live views: random horizontal flips")
+    mean: tuple[float, float, float] = field(
+        IMAGENET_MEAN,
+        "mean (R, G, B) that is subtracted from the student's images in [0, 1]; the teacher's is "
+        "teacher.mean",
+        MEAN,
+    )
+    std: tuple[float, float, float] = field(
+        IMAGENET_STD, "standard deviation that the student's images are then divided by", STD
+    )
     threads: int = field(8, "reader threads per worker", COUNT)
     workers: int = field(0, "worker processes; 0: reader threads in the training process", NATURAL)
     prefetch_bytes: int = field(

@@ -52,6 +52,11 @@ class ModelConfig:
         "which tokens attend to CLS besides itself: official (the last visible segment), self "
         "(none), all (leaks later segments to earlier ones; for ablations)",
     )
+    positions: str = field(
+        "sincos",
+        "positions of the encoder in pretraining: sincos (fixed) or learned (parameters that start "
+        "as sin-cos or from init.weights)",
+    )
     remat: str = field("none", "activations recomputed in the backward pass: none, dots or full")
     eps: float = field(1e-6, "epsilon of the encoder's LayerNorms", Range(above=0, below=1))
     activation: str = field(
@@ -68,6 +73,7 @@ class ModelConfig:
         not fit together."""
         check_choice("config.model.size", self.size, SIZES)
         check_choice("config.model.cls_mask", self.cls_mask, ("official", "self", "all"))
+        check_choice("config.model.positions", self.positions, ("sincos", "learned"))
         check_choice("config.model.remat", self.remat, ("none", "dots", "full"))
         check_choice(
             "config.model.activation", self.activation, ("gelu", "gelu_tanh", "quick_gelu")

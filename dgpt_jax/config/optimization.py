@@ -41,13 +41,13 @@ class OptimConfig:
     min_lr: float = field(0.0, "learning rate at the end of the cosine schedule", NATURAL)
     layer_decay: float = field(
         1.0,
-        "task=classify: factor of the learning rate per layer, from the head down",
+        "factor of the learning rate per layer, from the head, or the decoders, down",
         Range(above=0, most=1),
     )
     weight_decay: float = field(
         0.05,
-        "decoupled weight decay; not applied to biases and norms, with task=classify nor to "
-        "positions and CLS",
+        "decoupled weight decay; not applied to biases, norms and positions, with task=classify "
+        "nor to CLS",
         NATURAL,
     )
     b1: float = field(0.9, "beta 1 of AdamW; momentum of sgd and lars", BELOW_1)

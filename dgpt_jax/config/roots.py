@@ -7,13 +7,14 @@ on the command line; `schema.parse` converts the result to the dataclass.
 import dataclasses
 from dataclasses import dataclass
 
-from dgpt_jax.config import classification, durations
+from dgpt_jax.config import classification, durations, initialization
 from dgpt_jax.config.classification import ClassificationConfig
 from dgpt_jax.config.data import AREA, DataConfig, TeacherConfig
+from dgpt_jax.config.initialization import InitConfig
 from dgpt_jax.config.model import ModelConfig
 from dgpt_jax.config.optimization import LossConfig, OptimConfig
 from dgpt_jax.config.ranges import COUNT, NATURAL, POSITIVE
-from dgpt_jax.config.run import CheckpointConfig, EvalsConfig, HostsConfig, InitConfig, MeshConfig
+from dgpt_jax.config.run import CheckpointConfig, EvalsConfig, HostsConfig, MeshConfig
 from dgpt_jax.config.schema import check_choice, field
 from dgpt_jax.errors import UserError
 
@@ -91,6 +92,7 @@ class TrainConfig:
             )
         if self.profile is not None and self.profile[0] >= self.profile[1]:
             raise UserError(f"config.profile {self.profile} must be START, STOP in steps")
+        initialization.check_init(self)
         if self.task == "classify":
             classification.check_classification(self)
         else:
@@ -102,10 +104,11 @@ class TrainConfig:
         durations.check(self.total, "config.total", percent=False)
         for section, names in (
             ("optim", ("warmup",)), ("checkpoint", ("every", "keep_every")), ("evals", ("every",)),
+            ("init", ("freeze_steps",)),
         ):  # fmt: skip
             for name in names:
                 text = getattr(getattr(self, section), name)
-                if text or name != "keep_every":
+                if text or name not in ("keep_every", "freeze_steps"):
                     durations.check(text, f"config.{section}.{name}")
         durations.check_shorter(
             self.optim.warmup, "config.optim.warmup", self.total, "config.total", self.batch_size
@@ -113,12 +116,10 @@ class TrainConfig:
 
     def _check_pretrain(self) -> None:
         optim = self.optim
-        if self.init.weights:
-            raise UserError("config.init.weights needs config.task=classify")
-        if optim.layer_decay != 1 or optim.kind != "adamw" or optim.base_lr_grid:
-            raise UserError(
-                "config.optim.layer_decay, kind and base_lr_grid need config.task=classify"
-            )
+        if optim.kind != "adamw" or optim.base_lr_grid:
+            raise UserError("config.optim.kind and base_lr_grid need config.task=classify")
+        if self.init.freeze_positions and self.model.positions != "learned":
+            raise UserError("config.init.freeze_positions needs config.model.positions=learned")
         weights = dataclasses.asdict(self.loss)
         if not any(weights.values()):
             raise UserError(f"config.loss needs a positive weight, got {weights}")

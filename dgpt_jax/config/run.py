@@ -1,4 +1,4 @@
-"""Configs of a training run: devices, processes, checkpoints, evaluations, initial parameters."""
+"""Configs of a training run: devices, processes, checkpoints, evaluations."""
 
 from dataclasses import dataclass
 
@@ -82,15 +82,4 @@ class EvalsConfig:
         "examples to draw in TensorBoard: crops at the start of the command, with task=pretrain "
         "predictions on heldout at every evaluation; 0: none",
         NATURAL,
-    )
-
-
-@dataclass(frozen=True)
-class InitConfig:
-    """Section `init`."""
-
-    weights: str = field(
-        "",
-        "task=classify: work directory or weights to start from; empty: random parameters",
-        path=True,
     )

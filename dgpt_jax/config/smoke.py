@@ -63,6 +63,7 @@ def shrink(config: Any, schema: type, explicit: Iterable[str] = ()) -> str:
         config.classify.mixup_group_size = config.batch_size
         if config.batch_size % config.accum_steps:
             config.accum_steps = 1
+        config.init.freeze_blocks = min(config.init.freeze_blocks, config.model.depth)
         _refuse_large(config)
     elif schema is TokensConfig:
         config.split = f"{_without_slice('split', config.split)}[:8]"
@@ -95,8 +96,7 @@ def _without_slice(key: str, split: str) -> str:
 
 def _refuse_large(config: Any) -> None:
     """Raises UserError if the initial weights are not of a tiny model."""
-    weights = config.init.weights if config.task == "classify" else ""
-    if not weights:
+    if not (weights := config.init.weights):
         return
     try:
         run = json.loads((epath.Path(weights) / "config.json").read_text())

@@ -104,3 +104,10 @@ def sincos_positions(width: int, rows: int, cols: int) -> np.ndarray:
 
     row, col = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
     return np.concatenate([encode(col), encode(row)], axis=-1).astype(np.float32)
+
+
+def sincos_table(width: int, grid: int) -> np.ndarray:
+    """Returns `sincos_positions` of CLS, which has zeros, and of grid² patches in raster order,
+    float32 (1, 1+grid², width)."""
+    table = sincos_positions(width, grid, grid).reshape(1, -1, width)
+    return np.concatenate([np.zeros((1, 1, width), np.float32), table], axis=1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax.config import TrainConfig
-from dgpt_jax.data import bad_records, dataset, image_ops, loader, normalization
+from dgpt_jax.data import bad_records, dataset, image_ops, loader
 from dgpt_jax.distributed import sharding
 from dgpt_jax.errors import UserError
 from dgpt_jax.evals import feature_bank, results
@@ -201,8 +201,8 @@ def _protocol(config: TrainConfig) -> tuple[dict, dict]:
         "weights": config.init.weights,
         "crop": config.model.image_size,
         "filter": "bicubic, antialiased",
-        "mean": list(normalization.IMAGENET_MEAN),
-        "std": list(normalization.IMAGENET_STD),
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
         "total": config.total,
         "batch_size": config.batch_size,
         "optimizer": optim.kind,

@@ -15,6 +15,7 @@ from dgpt_jax.config import ModelConfig
 from dgpt_jax.data import segments
 from dgpt_jax.models import classifier, digpt, transformer, vit
 from dgpt_jax.weights import api, input_checks
+from dgpt_jax.weights.types import Preprocess
 
 # Rows of a similarity matrix computed at a time.
 QUERIES = 256
@@ -155,7 +156,9 @@ def prediction_maps(
     images = input_checks.check_raw_images(images, model.model.image_size)
     tokens = input_checks.check_tokens(tokens, model.module.out_width, cls=cls)
     orders = input_checks.check_orders(orders, segments.count(model.model.segments))
-    run = partial(_aligned, module=model.module, model=model.model, cls=cls)
+    run = partial(
+        _aligned, module=model.module, model=model.model, preprocess=model.preprocess, cls=cls
+    )
     pairs = api.in_chunks(run, model.device_params, images, tokens, orders)
     return in_image_order(pairs, np.asarray(orders), model.model.segments)
 
@@ -170,18 +173,29 @@ def aligned(
     *,
     cls: bool,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """digpt.align of a module's predictions for inputs as of `prediction_maps`; jittable. model:
-    the module's config."""
+    """digpt.align of a module's predictions for normalized images (B, size, size, 3), with tokens
+    and orders as of `prediction_maps`; jittable. model: the module's config."""
     orders = jnp.asarray(orders)
-    predicted: Any = module.apply({"params": params}, vit.normalize(jnp.asarray(images)), orders)
+    predicted: Any = module.apply({"params": params}, jnp.asarray(images), orders)
     return digpt.align(
         predicted, jnp.asarray(tokens), orders, grid=(model.grid, model.grid),
         segment_grid=model.segments, cls=cls,
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("module", "model", "cls"))
-def _aligned(params, images, tokens, orders, *, module: digpt.DiGPT, model: ModelConfig, cls: bool):
+@partial(jax.jit, static_argnames=("module", "model", "preprocess", "cls"))
+def _aligned(
+    params,
+    images,
+    tokens,
+    orders,
+    *,
+    module: digpt.DiGPT,
+    model: ModelConfig,
+    preprocess: Preprocess,
+    cls: bool,
+):
+    images = vit.normalize(jnp.asarray(images), preprocess.mean, preprocess.std)
     return aligned(module, model, params, images, tokens, orders, cls=cls)
 
 

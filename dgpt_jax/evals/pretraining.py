@@ -96,7 +96,8 @@ def prediction_figures(
     @partial(jax.jit, out_shardings=replicated)
     def predict(params, frozen, batch):
         tokens, cls = task.tokens(frozen, batch), task.target.cls
-        inputs = batch["image"], tokens, batch["order"]
+        images = vit.normalize(batch["image"], config.data.mean, config.data.std)
+        inputs = images, tokens, batch["order"]
         return feature_maps.aligned(task.module, config.model, params, *inputs, cls=cls)
 
     def draw(pairs):
@@ -124,7 +125,7 @@ def knn_accuracy(
     view = features.center_view(model.image_size, config.knn_resize, squash=False)
 
     def evaluate(params) -> dict[str, float]:
-        banks = [extract(params["encoder"], source, view) for source in (train, test)]
+        banks = [extract(_encoder(params), source, view) for source in (train, test)]
         return {
             f"knn/{pooling}": knn.correct(banks[0][pooling], test_bank, ks=(20,))[20]
             / len(test_bank)
@@ -148,12 +149,12 @@ def label_free_quality(
     views = label_free.TwoViews(load, length, flip=task.config.data.flip)
     pooled = _pooled_features(task)
 
-    def encode(encoder_params, images):
+    def encode(params, images):
         named = zip(("image", "crop"), jnp.moveaxis(images, 1, 0), strict=True)
         return {
             f"{view}/{pooling}": rows
             for view, one in named
-            for pooling, rows in pooled(encoder_params, one).items()
+            for pooling, rows in pooled(params, one).items()
         }
 
     extract = features.Extractor(
@@ -165,7 +166,7 @@ def label_free_quality(
     )
 
     def evaluate(params) -> dict[str, float]:
-        banks = extract(params["encoder"], views, lambda pair: pair)
+        banks = extract(_encoder(params), views, lambda pair: pair)
         ranks = {f"rank/{p}": label_free.effective_rank(banks[f"image/{p}"]) for p in POOLINGS}
         return ranks | {
             f"agreement/{p}": label_free.view_agreement(banks[f"image/{p}"], banks[f"crop/{p}"])
@@ -175,13 +176,19 @@ def label_free_quality(
     return evaluate
 
 
+def _encoder(params: Any) -> dict[str, Any]:
+    """The part of the parameters of pretraining that features need."""
+    return {name: params[name] for name in ("encoder", "pos_embed") if name in params}
+
+
 def _pooled_features(task: "PretrainTask") -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
-    """Returns encode(encoder parameters, uint8 (B, size, size, 3)) → {pooling: (B, D)}."""
-    model = task.config.model
+    """Returns encode(parameters, uint8 (B, size, size, 3)) → {pooling: (B, D)}."""
+    model, data = task.config.model, task.config.data
     module = classifier.classifier(model, "cls", dtype=task.config.dtype)
 
-    def encode(encoder_params, images):
-        variables = {"params": classifier.classifier_params_from_encoder(encoder_params, model)}
-        return module.apply(variables, vit.normalize(images), POOLINGS, method="pooled")
+    def encode(params, images):
+        variables = {"params": classifier.classifier_params_from_pretraining(params, model)}
+        images = vit.normalize(images, data.mean, data.std)
+        return module.apply(variables, images, POOLINGS, method="pooled")
 
     return encode

@@ -3,7 +3,7 @@
 Heads that are trained on a frozen encoder are in probes.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -92,18 +92,19 @@ def classifier(
     )
 
 
-def classifier_params_from_encoder(encoder_params: dict, model: ModelConfig) -> dict:
-    """Returns classifier parameters, without a head, from those of a pretrained encoder.
+def classifier_params_from_pretraining(params: Mapping[str, Any], model: ModelConfig) -> dict:
+    """Returns classifier parameters, without a head, from those of a pretraining model.
 
-    Pretraining has fixed positions (zero for CLS) and no final norm: `pos_embed` is their table,
-    and the norm has scale 1 and bias 0.
+    params: those of digpt.DiGPT, of which `encoder` and `pos_embed` are used. Fixed positions have
+    no parameters: `pos_embed` is their table then. Pretraining has no final norm: it has scale 1
+    and bias 0.
     """
-    table = segments.sincos_positions(model.width, model.grid, model.grid)
-    table = table.reshape(1, -1, model.width)
-    pos_embed = np.concatenate([np.zeros((1, 1, model.width), np.float32), table], axis=1)
+    positions = params.get("pos_embed")
+    if positions is None:
+        positions = segments.sincos_table(model.width, model.grid)
     ones, zeros = np.ones(model.width, np.float32), np.zeros(model.width, np.float32)
     return {
-        "encoder": encoder_params,
-        "pos_embed": pos_embed,
+        "encoder": params["encoder"],
+        "pos_embed": positions,
         "norm": {"scale": ones, "bias": zeros},
     }

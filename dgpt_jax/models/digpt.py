@@ -21,7 +21,11 @@ from dgpt_jax.models.decoders import Decoder, DistillationHead
 
 
 class DiGPT(nn.Module):
-    """The pretraining model. `decoders` is a subset of "next", "visible" and "direct"."""
+    """The pretraining model. `decoders` is a subset of "next", "visible" and "direct".
+
+    Learned positions are a parameter `pos_embed` (1, 1+N, D), CLS first, as in Classifier, and
+    start as the sin-cos table.
+    """
 
     encoder: vit.Encoder
     segments: tuple[int, int]
@@ -32,8 +36,13 @@ class DiGPT(nn.Module):
     out_width: int
     cls_mask: str = "official"
     decoders: tuple[str, ...] = ("next", "visible")
+    learned_grid: int | None = None
+    """Side of the grid of patches of learned positions; None: positions are fixed, sin-cos."""
 
     def setup(self):
+        if self.learned_grid is not None:
+            table = segments.sincos_table(self.encoder.width, self.learned_grid)
+            self.pos_embed = self.param("pos_embed", lambda key: jnp.asarray(table))
         for name in self.decoders:
             if name == "direct":
                 self.direct = DistillationHead(self.out_width, self.encoder.dtype)
@@ -70,12 +79,17 @@ class DiGPT(nn.Module):
         """Returns the input of the first block (B, V·T+1, D), CLS last, and the mask."""
         patches = self.encoder.embed(images)
         _, rows, cols, width = patches.shape
-        positions = segments.sincos_positions(width, rows, cols)
+        cls = self.encoder.cls_token
+        if self.learned_grid is None:  # CLS has position zero
+            positions = segments.sincos_positions(width, rows, cols)
+        else:
+            positions = self.pos_embed[0, 1:].reshape(rows, cols, width)
+            cls = cls + self.pos_embed[:, :1]
         x_BSTD = segments.split(patches + positions, self.segments)
         visible = segments.visible_count(self.segments)
+        # The last segment of the order is left out.
         x_BVTD = take(x_BSTD, order_BS[:, :visible])
-        # The last segment of the order is left out; CLS has position zero.
-        x_BND = append_cls(x_BVTD, self.encoder.cls_token)
+        x_BND = append_cls(x_BVTD, cls)
         return x_BND, segments.attention_mask(visible, x_BVTD.shape[2], self.cls_mask)
 
     def query_positions(self, order_BS: jax.Array, side: int) -> jax.Array:
@@ -202,6 +216,7 @@ def build(
         out_width=out_width,
         cls_mask=model.cls_mask,
         decoders=tuple(decoders),
+        learned_grid=model.grid if model.positions == "learned" else None,
     )
 
 

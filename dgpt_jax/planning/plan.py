@@ -197,7 +197,8 @@ def lower(
     config: TrainConfig, task: Any, mesh: jax.sharding.Mesh
 ) -> tuple[jax.stages.Lowered, train_step.TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """Returns (lowered step, abstract state, abstract batch) of a config on a mesh."""
-    tx = task.optimizer(optimizer.schedule(1.0, 1, 2))  # its numbers do not change the program
+    # The numbers of the schedule do not change the program.
+    tx = task.optimizer(optimizer.schedule(1.0, 1, 2), 1)
     abstract_state = train_step.abstract_state(task.init, tx, mesh)
 
     def abstract(x, leading, sharding):

@@ -25,9 +25,9 @@ from dgpt_jax.evals import classification, figures, pretraining
 from dgpt_jax.monitoring import metrics, metrics_log
 from dgpt_jax.monitoring.progress import Clock, TrainingProgress, seconds_since_start
 from dgpt_jax.training import bad_step_replay, checkpointing, optimizer
+from dgpt_jax.training.resume import Start
 from dgpt_jax.training.tasks.base import Task
 from dgpt_jax.training.tasks.pretrain import PretrainTask
-from dgpt_jax.training.train_step import TrainState
 
 Evaluator = Callable[[Any], dict[str, float]]  # params → {metric: value}
 
@@ -41,6 +41,7 @@ class Schedule:
     checkpoint_every: int
     keep_every: int
     eval_every: int
+    freeze: int
 
 
 def evaluations_of(task: Task) -> ModuleType:
@@ -69,8 +70,7 @@ class Loop:
         task: Task,
         schedule: Schedule,
         rate: optax.Schedule,
-        state: TrainState,
-        start_step: int,
+        start: Start,
         *,
         mesh: jax.sharding.Mesh,
         workdir: epath.Path,
@@ -79,18 +79,20 @@ class Loop:
         writer: metrics.Writer,
         progress: TrainingProgress,
     ):
-        """state: after `start_step` steps."""
         self.task, self.config, self.schedule, self.rate = task, task.config, schedule, rate
         self.mesh, self.workdir = mesh, workdir
         self.checkpoints, self.writer, self.progress = checkpoints, writer, progress
-        self.state, self.step, self._start_step = state, start_step, start_step
+        self.state, self.step, self._start_step = start.state, start.step, start.step
         self._rows = sharding.process_rows(mesh, self.config.batch_size)
         self._metadata = {
-            "config": schema.to_dict(self.config), "data": task.examples.identity()
-        }  # fmt: skip
+            "config": schema.to_dict(self.config),
+            "data": task.examples.identity(),
+        }
+        if start.init:
+            self._metadata["init"] = dict(start.init)
         self._accumulator = metrics.MetricAccumulator(task.metric_names, mesh)
         self._in_flight: deque[jax.Array] = deque()
-        self._clock = Clock(start_step, schedule.total, self.config.batch_size)
+        self._clock = Clock(start.step, schedule.total, self.config.batch_size)
         self._evaluators = evaluators
         self._prediction_figures = None
         if self.config.task == "pretrain":

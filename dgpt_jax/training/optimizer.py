@@ -12,23 +12,15 @@ import optax
 
 from dgpt_jax.config import OptimConfig
 from dgpt_jax.distributed import param_rules
+from dgpt_jax.training import layerwise
 
-# Tokens (cls, next, visible) decay, biases and norms do not, as in the official code.
-DECAY = ((r"(bias|scale)$", False), (r".*", True))
+# Tokens (cls, next, visible) decay, biases and norms do not, as in the official code. Learned
+# positions, which it does not have, do not either.
+DECAY = ((r"(bias|scale|pos_embed)$", False), (r".*", True))
 # Running statistics (models/probes.py) have an update rule of their own.
 TRAINED = ((r"running_(mean|var)$", "running"), (r".*", "trained"))
 # Fine-tuning, where positions are trained, excludes tokens from decay (timm's no_weight_decay).
 FINE_TUNING_DECAY = ((r"(bias|scale|pos_embed|cls_token)$", False), (r".*", True))
-
-
-def layer_ids(depth: int) -> param_rules.Rules:
-    """Layer ids of a classifier's parameters: 0 before the blocks, 1 to `depth` for the blocks,
-    depth + 1 for the last norm and the head. Source: MAE's lr_decay.py."""
-    return (
-        (r"^(encoder/(patch_embed/|cls_token$)|pos_embed$)", 0),
-        (r"^encoder/blocks/", np.arange(1, depth + 1)),
-        (r"^(norm|head)/", depth + 1),
-    )
 
 
 def peak_learning_rates(config: OptimConfig, batch_size: int) -> np.ndarray:
@@ -62,6 +54,7 @@ def optimizer(
     *,
     decay: param_rules.Rules = DECAY,
     layers: param_rules.Rules | None = None,
+    frozen: param_rules.Rules | None = None,
     running: bool = False,
     stacks: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -69,8 +62,9 @@ def optimizer(
 
     running: update running statistics with plain SGD. layers: rules from paths to layer ids (a
     vector for stacked leaves); rate and weight decay are multiplied by config.layer_decay per layer
-    from the last one down. stacks: top-level names of parameters that are stacked heads (G, …);
-    each head is clipped and updated independently, at its own one of the G rates of `rate`.
+    from the last one down. frozen: rules of `layerwise.freeze`; updates then need the keyword
+    `step`. stacks: top-level names of parameters that are stacked heads (G, …); each head is
+    clipped and updated independently, at its own one of the G rates of `rate`.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     rules: dict[Hashable, optax.GradientTransformation] = {"running": optax.sgd(0.1)}
@@ -87,8 +81,10 @@ def optimizer(
             rules["trained"] = tx
             tx = optax.partition(rules, lambda params: param_rules.apply(TRAINED, params))
         if layers:
-            tx = optax.chain(tx, scaled_by_layer(layers, config.layer_decay))
+            tx = optax.chain(tx, layerwise.scaled_by_layer(layers, config.layer_decay))
         tx = optax.chain(clip, tx)
+        if frozen:
+            tx = layerwise.freeze(tx, frozen)
     if config.ema:
         tx = with_ema(tx, config.ema)
     return skip_nonfinite(
@@ -144,19 +140,6 @@ def per_head(
         return updates, (count + 1, inner)
 
     return optax.GradientTransformation(init, update)
-
-
-def scaled_by_layer(layers: param_rules.Rules, decay: float) -> optax.GradientTransformation:
-    """Multiplies updates by decay^(last id - id)."""
-
-    def scale(ids, update):
-        factor = jnp.asarray(decay ** (last - np.asarray(ids)), update.dtype)
-        return update * factor.reshape(factor.shape + (1,) * (update.ndim - factor.ndim))
-
-    last = max(np.max(ids) for _, ids in layers)
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(scale, param_rules.apply(layers, updates), updates)
-    )
 
 
 class EmaState(NamedTuple):

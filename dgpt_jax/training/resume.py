@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,6 +15,7 @@ from dgpt_jax.data.dataset import ExampleDataset
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.training import optimizer, train_step
 from dgpt_jax.training.checkpointing import Checkpoints
+from dgpt_jax.training.initial_weights import InitialWeights
 from dgpt_jax.training.tasks.base import Task
 
 # Config fields that may differ when a run resumes: they change neither parameters nor data nor
@@ -23,30 +24,54 @@ RESUMABLE_FIELDS = re.compile(
     r"(log_every|profile|platform|kernels|wandb|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
     r"data\.(path|source|examples|views|threads|workers|prefetch_bytes|cache|bad_records|max_bad_fraction)|"
     r"teacher\.weights|"
-    r"init\.weights|classify\.resize|optim\.max_skipped_in_a_row)$"
+    r"init\.(weights|decoders)|classify\.resize|optim\.max_skipped_in_a_row)$"
 )
 # Fields that may never differ: the state would have other shapes or another meaning.
 FIXED_FIELDS = re.compile(
-    r"(task|model\..*|classify\.(num_classes|pooling|trainable|head)|optim\.(ema|kind|base_lr_grid))$"
+    r"(task|model\..*|classify\.(num_classes|pooling|trainable|head)|"
+    r"optim\.(ema|kind|base_lr_grid|layer_decay))$"
 )
 
 
-def check(
+class Origin(NamedTuple):
+    """What a run begins with: its checkpoint of step `latest`, else `weights` at step 0.
+
+    identity: InitialWeights.identity of the weights at step 0. lines: to log.
+    """
+
+    latest: int | None
+    weights: InitialWeights | None
+    identity: Mapping[str, str] | None
+    lines: tuple[str, ...]
+
+
+class Start(NamedTuple):
+    """State of a run after `step` steps, and InitialWeights.identity of its weights at step 0."""
+
+    state: train_step.TrainState
+    step: int
+    init: Mapping[str, str] | None
+
+
+def find_origin(
     config: TrainConfig,
-    examples: ExampleDataset,
+    task: Task,
     checkpoints: Checkpoints,
     say: Callable[[str], None],
     *,
     allow_config_change: bool,
-) -> int | None:
-    """Compares a run with its newest checkpoint; returns that one's step, None if there is none.
+) -> Origin:
+    """The run's newest checkpoint, after a comparison with the config, else config.init.weights,
+    which are read only here, else random parameters.
 
-    Logs all differences. Raises UserError if the checkpoint is of another model, or if its data, or
-    config fields other than RESUMABLE_FIELDS, differ and `allow_config_change` is False.
+    Logs all differences of a checkpoint. Raises UserError if it is of another model, or if its
+    data, or config fields other than RESUMABLE_FIELDS, differ and `allow_config_change` is False,
+    and on weights that do not fit the config.
     """
     latest = checkpoints.latest()
     if latest is None:
-        return None
+        weights = task.initial_weights()
+        return Origin(None, weights, weights.identity, weights.notes)
     metadata = checkpoints.metadata(latest)
     # Fields added after the checkpoint was written had their defaults.
     saved = schema.flatten(json.loads(json.dumps(schema.to_dict(type(config)()))))
@@ -71,23 +96,44 @@ def check(
             f"{changes[refused[0]]}{more}: choose another --workdir, or pass --allow_config_change "
             f"to resume with the changed config"
         )
-    check_data(metadata.get("data"), examples, latest, say, allow_config_change)
-    return latest
+    check_data(metadata.get("data"), task.examples, latest, say, allow_config_change)
+    identity = metadata.get("init")
+    _check_frozen(task.frozen_identity, identity, latest)
+    unread = config.init.weights and not task.frozen_identity
+    line = f"resuming from step {latest} in {checkpoints.directory}"
+    line += ", config.init.weights is not read" if unread else ""
+    return Origin(latest, None, identity, (line,))
 
 
 def restore_or_init(
-    config: TrainConfig,
     task: Task,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
-    latest: int | None,
-) -> train_step.TrainState:
-    """The state of the checkpoint of step `latest`, the initial state if that is None."""
-    if latest is None:
-        return train_step.init_state(task.init, tx, mesh, config.seed, task.initial_params)
-    restored = checkpoints.restore(latest, train_step.abstract_state(task.init, tx, mesh))
-    return dataclasses.replace(restored, opt_state=optimizer.reset_skip_counter(restored.opt_state))
+    seed: int,
+    origin: Origin,
+) -> Start:
+    """The state that a run begins with."""
+    if origin.weights is not None:
+        state = train_step.init_state(task.init, tx, mesh, seed, origin.weights.params)
+        return Start(state, 0, origin.identity)
+    assert origin.latest is not None
+    restored = checkpoints.restore(origin.latest, train_step.abstract_state(task.init, tx, mesh))
+    opt_state = optimizer.reset_skip_counter(restored.opt_state)
+    state = dataclasses.replace(restored, opt_state=opt_state)
+    return Start(state, origin.latest, origin.identity)
+
+
+def _check_frozen(
+    current: Mapping[str, str] | None, saved: Mapping[str, str] | None, latest: int
+) -> None:
+    """Raises UserError if the weights of a frozen encoder are not those that training started with
+    (None: of none, or in an old checkpoint)."""
+    if current and saved and current["sha256"] != saved["sha256"]:
+        raise UserError(
+            f"{current['source']} (config.init.weights) is another encoder than that of the "
+            f"checkpoint of step {latest}, {saved['source']}: choose another --workdir"
+        )
 
 
 def check_data(

@@ -138,7 +138,9 @@ def make_train_step(
             batch = prepare(step_key(seed, state.step), batch)
             batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh))
         (value, values), grads = accumulate(state.params, frozen, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=value)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, value=value, step=state.step
+        )
         params = optax.apply_updates(state.params, updates)
         outputs = values | {"loss": value, "grad_norm": optax.tree.norm(grads)}
         merged = metrics.merge(type(metrics).single_from_model_output(**outputs))

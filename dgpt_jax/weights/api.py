@@ -86,6 +86,7 @@ class PretrainedDiGPT:
     model: ModelConfig
     params: Any
     module: digpt.DiGPT
+    preprocess: Preprocess = field(default_factory=Preprocess)
 
     @cached_property
     def device_params(self) -> Any:
@@ -193,7 +194,7 @@ def untrained(model: ModelConfig, seed: int) -> PretrainedEncoder:
     )
     return PretrainedEncoder(
         model,
-        classifier.classifier_params_from_encoder(params["encoder"], model),
+        classifier.classifier_params_from_pretraining(params, model),
         f"untrained, seed {seed}",
     )
 
@@ -211,4 +212,5 @@ def load_digpt(
         raise UserError(f"{path} is an encoder without decoders")
     module = weights.module()
     assert isinstance(module, digpt.DiGPT)
-    return PretrainedDiGPT(weights.model, mapping.unflatten(weights.params), module)
+    params = mapping.unflatten(weights.params)
+    return PretrainedDiGPT(weights.model, params, module, weights.preprocess)

@@ -82,6 +82,7 @@ def _training(run: Mapping[str, Any]) -> dict[str, Any]:
         "source images": data.get("source"),
         "targets": data.get("targets"),
         "teacher": teacher.get("weights"),
+        "initial weights": ", ".join(f"{k} {v}" for k, v in run.get("init", {}).items()),
     }
     store = Path(str(data.get("path"))) / "token_store.json"
     if store.is_file():

@@ -71,10 +71,11 @@ def outputs(weights: Weights) -> Outputs:
             features = np.asarray(module.apply(params, x, method="forward_head"))
             return Outputs(np.stack(blocks), features)
         taps = [blocks[tap - 1] for tap in model.taps]
-        positions = module.apply({}, orders(model), model.grid, method="query_positions")
+        positions = module.apply(params, orders(model), model.grid, method="query_positions")
         predictions = []
         for name in weights.decoders:
-            variables = {"params": {name: _subtree(weights, f"{name}/")["params"]}}
+            decoder = {name: _subtree(weights, f"{name}/")["params"]}
+            variables = {"params": params["params"] | decoder}
             predictions.append(np.asarray(_decode(module, name, variables, taps, positions, mask)))
     return Outputs(np.stack(blocks), np.stack(predictions))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import MissingHeads, UserError
 from dgpt_jax.weights.config_json import (
     format_value,
     get_object,
@@ -82,7 +82,7 @@ def heads_of(config: Mapping, width: int, heads: int | None, path: Path | str) -
     if heads and stated and heads != stated:
         raise UserError(f"{path}: heads is set to {heads}, its config.json has {stated}")
     if not (count := heads or stated):
-        raise UserError(
+        raise MissingHeads(
             f"{path}: the head count is neither in the weights nor in a config.json beside them: "
             f"set --heads"
         )

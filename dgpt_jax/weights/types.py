@@ -64,10 +64,10 @@ def crop_pct(image_size: int, edge: int) -> float:
 class Weights:
     """An encoder (classifier.Classifier) or a complete pretraining model (digpt.DiGPT).
 
-    params: flat, float32. pooling: "cls" or "mean"; None for a pretraining model, which has
-    neither learned positions nor a final norm. source: origin, for messages. run: {"config",
-    "step"} of the training, if recorded. notes: lines to print for the user. classes: class names
-    of the head in the order of its outputs; empty if unknown.
+    params: flat, float32. pooling: "cls" or "mean"; None for a pretraining model, which has no
+    final norm, and `pos_embed` only if model.positions is "learned". source: origin, for messages.
+    run: {"config", "step", "init"} of the training, as far as recorded. notes: lines to print for
+    the user. classes: class names of the head in the order of its outputs; empty if unknown.
     """
 
     model: ModelConfig
@@ -209,11 +209,12 @@ def encoder(weights: Weights, pooling: str | None) -> Weights:
     Raises UserError if an encoder has another pooling, since its last norm is applied elsewhere.
     """
     if weights.full:
-        nested = mapping.unflatten(
-            {p: x for p, x in weights.params.items() if p.startswith("encoder/")}
+        params = {
+            p: x for p, x in weights.params.items() if p.startswith(("encoder/", "pos_embed"))
+        }
+        params = mapping.flatten(
+            classifier.classifier_params_from_pretraining(mapping.unflatten(params), weights.model)
         )
-        nested = classifier.classifier_params_from_encoder(nested["encoder"], weights.model)
-        params = mapping.flatten(nested)
         return dataclasses.replace(weights, params=params, pooling=pooling or "cls")
     if pooling not in (None, weights.pooling):
         raise UserError(f"{weights.source} has pooling {weights.pooling}, not {pooling}")
@@ -238,7 +239,7 @@ def adapt(
         return weights
     model = dataclasses.replace(old, **changes).resolved()
     params, notes = dict(weights.params), []
-    if not weights.full and model.grid != old.grid:
+    if "pos_embed" in params and model.grid != old.grid:
         positions = interpolate_positions(
             params["pos_embed"][0], (model.grid, model.grid), cls=True, antialias=True
         )

@@ -10,7 +10,7 @@ from dgpt_jax.data import class_names
 from dgpt_jax.data.ingest import labels
 from dgpt_jax.errors import UserError
 from dgpt_jax.evals import imagenet
-from dgpt_jax.training.tasks import classify
+from dgpt_jax.training import initial_weights
 from dgpt_jax.weights import api, card, export, registry
 from dgpt_jax.weights.types import Weights, encoder_shapes
 from tests.support import classifying, data
@@ -108,12 +108,12 @@ def test_an_unverifiable_order_is_noted():
 def test_a_head_is_loaded_only_for_its_own_classes(tmp_path):
     path, _ = export.write(with_head("mean"), registry.LAYOUTS["timm"], tmp_path / "out")
     config = classifying.settings("x", classify={"num_classes": 3}, init={"weights": str(path)})
-    same = classify.starting_weights(config, ["cat", "dog", "Zebra, common"])
-    assert "head" in same.initial_params and not [n for n in same.notes if "'cat'" in n]
-    other = classify.starting_weights(config, ["dog", "cat", "Zebra, common"])
-    assert "head" not in other.initial_params
+    same = initial_weights.for_classifier(config, ["cat", "dog", "Zebra, common"])
+    assert "head" in same.params and not [n for n in same.notes if "'cat'" in n]
+    other = initial_weights.for_classifier(config, ["dog", "cat", "Zebra, common"])
+    assert "head" not in other.params
     assert any("0 is 'cat', not 'dog'" in note for note in other.notes)
-    assert "head" in classify.starting_weights(config).initial_params
+    assert "head" in initial_weights.for_classifier(config).params
 
 
 def test_training_keeps_class_names(tmp_path):

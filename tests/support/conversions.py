@@ -28,10 +28,10 @@ def random_weights(pooling="cls", classes=0, preprocess=SQUASH, **changes) -> We
     return Weights(model, params, pooling, "random", preprocess)
 
 
-def pretrained() -> Weights:
+def pretrained(**changes) -> Weights:
     """A pretraining model with random parameters only; its head counts are HEADS."""
     sizes = dict(width=24, patch=4, depth=4, image_size=16, decoder_width=16, decoder_depth=2)
-    model = parse(ModelConfig, sizes | HEADS)
+    model = parse(ModelConfig, sizes | HEADS | changes)
     rng = np.random.default_rng(0)
     params = {
         path: 0.3 * rng.standard_normal(shape).astype(np.float32)

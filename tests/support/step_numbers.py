@@ -76,7 +76,7 @@ def run(layout: str, store: str, fault: str, task: str) -> dict[str, np.ndarray]
 
     gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
     tx = task.optimizer(optimizer.schedule(5e-3, 2, STEPS))
-    current = train_step.init_state(task.init, tx, mesh, 0, task.initial_params)
+    current = train_step.init_state(task.init, tx, mesh, 0, task.initial_weights().params)
     step = train_step.make_train_step(
         loss, tx, mesh, accum_steps=run.accum_steps, prepare=task.prepare, seed=run.seed
     )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,8 +13,7 @@ from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.distributed import sharding
 from dgpt_jax.errors import UserError
 from dgpt_jax.planning import plan
-from dgpt_jax.training import bad_step_replay, tasks, train_step
-from dgpt_jax.training.tasks.classify import starting_weights
+from dgpt_jax.training import bad_step_replay, initial_weights, tasks, train_step
 from dgpt_jax.training.tasks.pretrain import PretrainTask, Target
 from dgpt_jax.training.tasks.probes import ProbeTask
 from tests.support import data, processes
@@ -172,7 +172,7 @@ def test_batch_norm_uses_the_microbatches_of_the_run(tmp_path):
     changes = PROBE | {"init": {"weights": str(weights)}, "model": data.TINY, "accum_steps": 2}
     changes |= {"task": "classify", "batch_size": BATCH, "dtype": "float32"}
     config = schema.parse(TrainConfig, {"data": {"path": "x"}} | changes)
-    task = ProbeTask(config, start=starting_weights(config))
+    task = ProbeTask(config, read_weights=partial(initial_weights.for_classifier, config))
     path, _, _ = dump(tmp_path, task)
     as_of_devices(path, 4)
     replayed = bad_step_replay.replay(path)

@@ -8,7 +8,7 @@ import pytest
 
 from dgpt_jax.config import roots
 from dgpt_jax.distributed import param_rules
-from dgpt_jax.training import optimizer, tasks
+from dgpt_jax.training import layerwise, optimizer, tasks
 from dgpt_jax.weights import mapping
 from dgpt_jax.weights.types import encoder_shapes
 from tests.support.classifying import settings
@@ -18,7 +18,7 @@ from tests.support.data import tiny_model
 def test_layer_decay_of_every_parameter():
     """decay^(L+1-i): i = 0 before the blocks, 1 to L of the blocks, L+1 of last norm and head."""
     depth, decay = 3, 0.7
-    tx = optimizer.scaled_by_layer(optimizer.layer_ids(depth), decay)
+    tx = layerwise.scaled_by_layer(layerwise.layer_ids(depth), decay)
     shapes = encoder_shapes(tiny_model(), "mean", 2)
     ones = mapping.unflatten({path: np.ones(shape, np.float32) for path, shape in shapes.items()})
     updates, _ = jax.jit(lambda ones: tx.update(ones, tx.init(ones)))(ones)

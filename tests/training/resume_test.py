@@ -18,14 +18,14 @@ class FakeCheckpoints:
 
     directory = "RUN/checkpoints"
 
-    def __init__(self, config: dict):
-        self.config = config
+    def __init__(self, config: dict, init: dict | None = None):
+        self.config, self.init = config, init
 
     def latest(self) -> int:
         return 3
 
     def metadata(self, step: int) -> dict:
-        return {"config": self.config, "data": IDENTITY}
+        return {"config": self.config, "data": IDENTITY, "init": self.init}
 
 
 def settings(**changes) -> TrainConfig:
@@ -42,9 +42,11 @@ def resume_log(
     """Lines logged by the comparison with a checkpoint. Raises UserError."""
     lines = [] if lines is None else lines
     examples = SimpleNamespace(data=config.data, identity=lambda: IDENTITY)
-    checkpoints = FakeCheckpoints(saved)
-    latest = resume.check(config, examples, checkpoints, lines.append, allow_config_change=allow)
-    assert latest == 3
+    task = SimpleNamespace(init=None, examples=examples, frozen_identity=None)
+    origin = resume.find_origin(
+        config, task, FakeCheckpoints(saved), lines.append, allow_config_change=allow
+    )
+    assert origin.latest == 3 and origin.lines == ("resuming from step 3 in RUN/checkpoints",)
     return lines
 
 
@@ -114,3 +116,24 @@ def test_fields_that_change_the_run_are_not_resumable():
     resumable = {name for name in fields if resume.RESUMABLE_FIELDS.match(name)}
     assert {"log_every", "accum_steps", "mesh.fsdp", "checkpoint.keep", "model.remat"} <= resumable
     assert not resumable & {"seed", "batch_size", "total", "dtype", "data.order", "optim.blr"}
+
+
+@pytest.mark.parametrize(
+    "saved,refused", [({"sha256": "a"}, False), ({"sha256": "b"}, True), (None, False)]
+)
+def test_a_frozen_encoder_must_be_that_of_the_start(saved, refused):
+    """None: a checkpoint from before identities were recorded."""
+    config = settings(init={"weights": "FILE"})
+    examples = SimpleNamespace(data=config.data, identity=lambda: IDENTITY)
+    identity = {"source": "FILE", "sha256": "a"}
+    task = SimpleNamespace(init=None, examples=examples, frozen_identity=identity)
+    checkpoints = FakeCheckpoints(as_saved(config), saved and saved | {"source": "OTHER"})
+
+    def find():
+        return resume.find_origin(config, task, checkpoints, [].append, allow_config_change=True)
+
+    if refused:
+        with pytest.raises(UserError, match="FILE.*OTHER"):
+            find()
+    else:
+        assert find().latest == 3

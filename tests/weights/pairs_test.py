@@ -18,6 +18,7 @@ PAIRS = """
 run                  same same same       same same gelu
 flax, encoder        same same decoders   same same same
 safetensors, full    same same same       same same gelu
+safetensors, learned same same same       same same gelu
 safetensors, mean    same same decoders   same mean mean
 safetensors, eps     same same decoders   eps  same gelu
 digpt                same same same       same same gelu
@@ -58,6 +59,7 @@ def write_sources(folder):
     written = {
         "flax, encoder": (native.DIRECTORY, encoder(classes=5)),
         "safetensors, full": (native.FILE, pretrained()),
+        "safetensors, learned": (native.FILE, pretrained(positions="learned")),
         "safetensors, mean": (native.FILE, encoder("mean", 5)),
         "safetensors, eps": (native.FILE, encoder(activation="quick_gelu", eps=1e-3)),
         "digpt": (official.LAYOUT, pretrained()),
@@ -135,6 +137,7 @@ def test_pairs(sources, tmp_path, monkeypatch, row):
         path, _ = export.write(export.prepare(weights, layout, None, None), layout, dst)
         _, again = registry.read(path, **(HEADS if target == "digpt" else {}))
         assert again.full == expected.full and again.pooling == expected.pooling
+        assert not again.full or again.model.positions == expected.model.positions
         if target not in ("big_vision", "digpt"):  # they do not store it
             assert preprocessing(again) == preprocessing(expected)
         for name in SIZES:

@@ -1,8 +1,10 @@
 """Tasks, by config.task: pretraining, fine-tuning and probes. base.Task is their interface."""
 
+from functools import partial
 from typing import Any
 
 from dgpt_jax.config import TrainConfig
+from dgpt_jax.training import initial_weights
 from dgpt_jax.training.tasks import classify, pretrain, probes
 from dgpt_jax.training.tasks.base import Task
 
@@ -30,5 +32,6 @@ def task_from_dump(config: TrainConfig, metadata: dict[str, Any]) -> Task:
     if config.task == "pretrain":
         return pretrain.task_from_dump(config, metadata)
     if config.classify.trainable == "head":
-        return probes.ProbeTask(config, start=classify.starting_weights(config))
+        read_weights = partial(initial_weights.for_classifier, config)
+        return probes.ProbeTask(config, read_weights=read_weights)
     return classify.ClassificationTask(config)

@@ -1,6 +1,6 @@
 """Interface between a task and the train loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -8,6 +8,7 @@ import optax
 
 from dgpt_jax.config import TrainConfig
 from dgpt_jax.data.dataset import ExampleDataset
+from dgpt_jax.training.initial_weights import InitialWeights
 
 Batch = dict[str, Any]  # name to array (B, …)
 
@@ -20,9 +21,6 @@ class Task(Protocol):
 
     examples: ExampleDataset
     """Training examples; None in a task without data, used in planning and replay."""
-
-    initial_params: dict[str, Any]
-    """Nested host arrays to use instead of initialized parameters of the same paths."""
 
     frozen: dict[str, Any]
     """Nested arrays that the loss reads and that are not trained."""
@@ -39,6 +37,9 @@ class Task(Protocol):
     next_command: str
     """Command to run after training, with a field {workdir}."""
 
+    frozen_identity: Mapping[str, str] | None
+    """InitialWeights.identity of weights in `frozen`, which a resumed run must read again."""
+
     @property
     def prepare(self) -> Callable[[jax.Array, Batch], Batch] | None:
         """(key, batch of the full batch size) → input of `loss`; None: the batch itself."""
@@ -51,8 +52,18 @@ class Task(Protocol):
         """Initial parameters, a nested dict."""
         ...
 
-    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-        """The optimizer of the config with a learning-rate schedule, scalar or (heads,)."""
+    def initial_weights(self) -> InitialWeights:
+        """Reads config.init.weights; called when a run starts, not when it resumes. Raises
+        UserError."""
+        ...
+
+    def optimizer(
+        self, rate: optax.Schedule, freeze_steps: int = 0
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of the config with a learning-rate schedule, scalar or (heads,).
+
+        freeze_steps: config.init.freeze_steps in steps.
+        """
         ...
 
     def loss(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Batch]:

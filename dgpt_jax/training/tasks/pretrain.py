@@ -1,6 +1,6 @@
 """Pretraining: D-iGPT on stored tokens or with an online teacher, or iGPT on pixels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from dgpt_jax.data import dataset, segments, token_codec, token_store
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.errors import UserError
 from dgpt_jax.models import digpt, flops, teacher_vit, vit
-from dgpt_jax.training import optimizer
+from dgpt_jax.training import initial_weights, layerwise, optimizer
 from dgpt_jax.training.tasks.base import Batch
 from dgpt_jax.weights import teacher_loading
 
@@ -42,6 +42,7 @@ class PretrainTask:
     """
 
     prepare: None = None
+    frozen_identity: Mapping[str, str] | None = None
     independent: bool = True
 
     def __init__(
@@ -61,7 +62,6 @@ class PretrainTask:
         self.teacher = teacher
         self.notes = notes
         self.frozen: dict[str, Any] = teacher.params if teacher else {}
-        self.initial_params: dict[str, Any] = {}
         self.weights = config.loss.by_head()
         self.metric_names: tuple[str, ...] = (*self.weights, "loss", "grad_norm")
         self.module: Any = digpt.build(
@@ -91,9 +91,20 @@ class PretrainTask:
         """Initial parameters, a nested dict."""
         return self.module.init(key, *digpt.dummy_inputs(self.config.model))["params"]
 
-    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    def initial_weights(self) -> initial_weights.InitialWeights:
+        """Reads config.init.weights. Raises UserError."""
+        return initial_weights.for_pretraining(
+            self.config, decoders=tuple(self.weights), out_width=self.target.width
+        )
+
+    def optimizer(
+        self, rate: optax.Schedule, freeze_steps: int = 0
+    ) -> optax.GradientTransformationExtraArgs:
         """The optimizer of the config with a learning-rate schedule."""
-        return optimizer.optimizer(self.config.optim, rate)
+        config = self.config
+        layers = layerwise.layer_ids(config.model.depth) if config.optim.layer_decay != 1 else None
+        frozen = layerwise.frozen_by_config(config, freeze_steps)
+        return optimizer.optimizer(config.optim, rate, layers=layers, frozen=frozen)
 
     def model_flops(self) -> float:
         """FLOPs per image of a train step, by flops.FORMULA."""
@@ -115,7 +126,7 @@ class PretrainTask:
     def loss(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Batch]:
         """(weighted sum, {"next", "visible", "direct": (B,)}): the losses by decoder."""
         model, order_BS = self.config.model, batch["order"]
-        images = vit.normalize(batch["image"])
+        images = vit.normalize(batch["image"], self.config.data.mean, self.config.data.std)
         predictions = self.module.apply({"params": params}, images, order_BS)
         if self.config.data.targets == "pixels":
             losses = digpt.pixel_losses(

@@ -1,5 +1,6 @@
 """Probes: linear and attentive heads trained on the features of a frozen encoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ from dgpt_jax import invocation
 from dgpt_jax.config import TrainConfig
 from dgpt_jax.data.dataset import ExampleDataset
 from dgpt_jax.models import classifier, probes, vit
-from dgpt_jax.training import optimizer
+from dgpt_jax.training import initial_weights, optimizer
+from dgpt_jax.training.initial_weights import InitialWeights
 from dgpt_jax.training.tasks.base import Batch
-from dgpt_jax.training.tasks.classify import FRESH, ClassificationTask, InitialWeights
+from dgpt_jax.training.tasks.classify import ClassificationTask
 
 
 class ProbeTask(ClassificationTask):
@@ -30,17 +32,20 @@ class ProbeTask(ClassificationTask):
         config: TrainConfig,
         *,
         examples: ExampleDataset | None = None,
-        start: InitialWeights = FRESH,
+        read_weights: Callable[[], InitialWeights] = lambda: initial_weights.RANDOM,
     ):
-        super().__init__(config, examples=examples, start=start._replace(initial_params={}))
+        super().__init__(config, examples=examples)
+        start = read_weights()
+        self.source, self.notes, self.frozen_identity = start.source, start.notes, start.identity
+        self.initial_weights = lambda: start._replace(params={}, notes=())
         cfg, model = config.classify, config.model
         self.encoder = classifier.classifier(model, cfg.pooling, dtype=config.dtype)
         images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
         shapes = jax.eval_shape(self.encoder.init, jax.random.key(0), images)["params"]
         identity_norm = {"scale": np.ones(model.width, np.float32),
                          "bias": np.zeros(model.width, np.float32)}  # fmt: skip
-        loaded = {name: x for name, x in start.initial_params.items() if name in shapes}
-        self.frozen = {"norm": identity_norm} | loaded if start.initial_params else shapes
+        loaded = {name: x for name, x in start.params.items() if name in shapes}
+        self.frozen = {"norm": identity_norm} | loaded if start.params else shapes
         self.module, self.stacks = _module(config), ()
         self.independent = cfg.head == "dinov2"  # the others have BatchNorm
         if config.optim.base_lr_grid:
@@ -61,7 +66,9 @@ class ProbeTask(ClassificationTask):
         features = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), features)
         return self.module.init(key, features)["params"]
 
-    def optimizer(self, rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    def optimizer(
+        self, rate: optax.Schedule, freeze_steps: int = 0
+    ) -> optax.GradientTransformationExtraArgs:
         return optimizer.optimizer(self.config.optim, rate, running=True, stacks=self.stacks)
 
     def loss(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Batch]:
@@ -78,7 +85,8 @@ class ProbeTask(ClassificationTask):
 
     def logits(self, params: Any, frozen: Any, images: jax.Array) -> jax.Array:
         """uint8 (B, height, width, 3) to float32 (B, classes); of a grid (heads, B, classes)."""
-        features = self._features(frozen, vit.normalize(images))
+        data = self.config.data
+        features = self._features(frozen, vit.normalize(images, data.mean, data.std))
         return self.module.apply({"params": params}, features)
 
     def model_flops(self) -> float:

@@ -15,7 +15,8 @@ from dgpt_jax.config import ModelConfig
 from dgpt_jax.config.model import SIZES
 from dgpt_jax.config.schema import parse
 from dgpt_jax.data import segments
-from dgpt_jax.errors import UserError
+from dgpt_jax.data.normalization import IMAGENET_MEAN, IMAGENET_STD
+from dgpt_jax.errors import MissingHeads, UserError
 from dgpt_jax.weights import files, mapping
 from dgpt_jax.weights.mapping import ArrayEntry, linear, norm
 from dgpt_jax.weights.types import (
@@ -31,13 +32,15 @@ from dgpt_jax.weights.types import (
 # {our decoder: (official prefix of its blocks, of its encoder features)}
 DECODERS = {"next": ("ar", "kd"), "visible": ("kd", "ar")}
 WHAT = "official D-iGPT weights"
-# Constants, rebuilt from the geometry and compared when read.
+# Constants, rebuilt from the geometry and compared when read; pos_embed unless it is learned.
 FIXED = ("mask", "pos_embed", "decoder_pos_embed")
 
 
 def entries(model: ModelConfig) -> list[ArrayEntry]:
     """Table for a resolved `config.Model`."""
     table = [ArrayEntry("cls_token", "encoder/cls_token")]
+    if model.positions == "learned":
+        table.append(ArrayEntry("pos_embed", "pos_embed"))
     table += mapping.patch_embed("patch_embed.proj", "encoder/patch_embed")
     table += mapping.timm_blocks("blocks", "encoder/blocks", model.depth)
     for native, (prefix, source) in DECODERS.items():
@@ -75,7 +78,7 @@ def model_of(
     if decoder_heads is None and decoder_width == ModelConfig.decoder_width:
         decoder_heads = ModelConfig.decoder_heads
     if heads is None or decoder_heads is None:
-        raise UserError(
+        raise MissingHeads(
             f"a state dict does not store head counts: set --heads and --decoder_heads for widths "
             f"{width} and {decoder_width}"
         )
@@ -91,24 +94,30 @@ def model_of(
             decoder_width=decoder_width,
             decoder_depth=depth_of(state, "ar_blocks.", WHAT),
             decoder_heads=decoder_heads,
+            positions=_kind_of_positions(positions),
         ),
     )
+
+
+def _kind_of_positions(positions: np.ndarray) -> str:
+    """Value of config.model.positions for positions (1, 1+N, D) of a square grid: the official code
+    has sin-cos ones, but computes with those of the state dict."""
+    _, count, width = positions.shape
+    table = segments.sincos_table(width, round((count - 1) ** 0.5))
+    return "sincos" if np.allclose(positions, table, rtol=0, atol=1e-5) else "learned"
 
 
 def fixed_arrays(model: ModelConfig) -> dict[str, np.ndarray]:
     """Arrays of FIXED for a model with 2×2 segments."""
     tokens = model.grid**2 // segments.count(model.segments)
     mask = segments.attention_mask(segments.visible_count(model.segments), tokens, model.cls_mask)
-
-    def positions(width: int) -> np.ndarray:
-        table = segments.sincos_positions(width, model.grid, model.grid).reshape(1, -1, width)
-        return np.concatenate([np.zeros((1, 1, width), np.float32), table], axis=1)
-
-    return {
+    arrays = {
         "mask": np.where(mask, np.float32(0), np.float32(-np.inf)),
-        "pos_embed": positions(model.width),
-        "decoder_pos_embed": positions(model.decoder_width),
+        "decoder_pos_embed": segments.sincos_table(model.decoder_width, model.grid),
     }
+    if model.positions == "sincos":
+        arrays["pos_embed"] = segments.sincos_table(model.width, model.grid)
+    return arrays
 
 
 def read(
@@ -150,6 +159,12 @@ def _save(weights: Weights, path: Path) -> None:
             raise UserError(
                 f"the official code has {name} {official}, {weights.source} has "
                 f"{getattr(model, name)}: use --to=flax or safetensors"
+            )
+    for name, official in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        if (actual := getattr(weights.preprocess, name)) != official:
+            raise UserError(
+                f"the official code normalizes images with {name} {official}, {weights.source} was "
+                f"trained with {actual}: use --to=flax or safetensors"
             )
     missing = [name for name in DECODERS if f"{name}/token" not in weights.params]
     if missing:

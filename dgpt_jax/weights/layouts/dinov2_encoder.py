@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dgpt_jax.config import ModelConfig
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import MissingHeads, UserError
 from dgpt_jax.weights import mapping, timm_json
 from dgpt_jax.weights.config_json import check_sizes
 from dgpt_jax.weights.layouts import dinov2, timm
@@ -114,7 +114,7 @@ def read(
     if settings["registers"] or settings["activation"] == "swiglu":
         raise _unsupported(path, "registers" if settings["registers"] else "gated MLPs")
     if "heads" not in settings and heads is None:
-        raise UserError(f"{path}: no config.json beside it has the head count: set --heads")
+        raise MissingHeads(f"{path}: no config.json beside it has the head count: set --heads")
     if heads not in (None, settings.get("heads", heads)):
         raise UserError(f"{path}: heads is set to {heads}, its config.json has {settings['heads']}")
     names = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings",

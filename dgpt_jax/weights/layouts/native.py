@@ -111,7 +111,11 @@ def read_directory(
     # The choice of kernels belongs to the machine, not to the model.
     exported = {key: value for key, value in config.items() if key != "kernels"}
     run = {"config": exported, "step": metadata["step"], "directory": str(path)}
-    pooling, preprocess, classes = None, Preprocess(), ()
+    if metadata.get("init"):
+        run["init"] = metadata["init"]
+    data = config.get("data") or {}
+    channels: dict[str, Any] = {name: tuple(data[name]) for name in ("mean", "std") if name in data}
+    pooling, preprocess, classes = None, Preprocess(**channels), ()
     if config.get("task") == "classify":
         cfg = config["classify"]
         if cfg["trainable"] == "head" and cfg.get("head", "linear") != "linear":
@@ -122,9 +126,10 @@ def read_directory(
         pooling = cfg["pooling"]
         classes = tuple((metadata.get("data") or {}).get("classes") or ())
         if cfg.get("resize"):  # as in the run's evaluation
-            preprocess = Preprocess(crop_pct=crop_pct(model.image_size, cfg["resize"]))
+            pct = crop_pct(model.image_size, cfg["resize"])
+            preprocess = dataclasses.replace(preprocess, crop_pct=pct)
         elif model.image_size > 224:
-            preprocess = Preprocess(crop_pct=1.0)
+            preprocess = dataclasses.replace(preprocess, crop_pct=1.0)
     return Weights(model, flat, pooling, source, preprocess, run=run, classes=classes)
 
 

@@ -37,7 +37,7 @@ def dataset(tmp_path_factory):
 def one_step(task, batch, accum: int, number: int = 0):
     mesh = sharding.make_mesh(roots.MeshConfig())
     tx = optax.sgd(1.0)
-    initial = train_step.init_state(task.init, tx, mesh, 0, task.initial_params)
+    initial = train_step.init_state(task.init, tx, mesh, 0, task.initial_weights().params)
     initial = dataclasses.replace(initial, step=initial.step + number)
     step_fn = train_step.make_train_step(
         task.loss, tx, mesh, accum_steps=accum, prepare=task.prepare, seed=3
@@ -103,7 +103,7 @@ def test_the_moving_average_is_loaded(dataset, full_run):
     task = tasks.open_task(run)
     tx = task.optimizer(optimizer.schedule(0.05 * 8 / 256, 1, 6, 1e-5))
     mesh = sharding.make_mesh(run.mesh)
-    current = train_step.init_state(task.init, tx, mesh, run.seed, task.initial_params)
+    current = train_step.init_state(task.init, tx, mesh, run.seed, task.initial_weights().params)
     step_fn = train_step.make_train_step(
         task.loss, tx, mesh, accum_steps=1, prepare=task.prepare, seed=run.seed
     )
@@ -197,10 +197,10 @@ def test_initial_weights_of_a_classifier(dataset, full_run, tmp_path):
         registry.LAYOUTS["safetensors"], tmp_path / "a.safetensors",
     )  # fmt: skip
     task = open_from(dataset, tmp_path / "a.safetensors")
-    assert set(task.initial_params) == {"encoder", "pos_embed"}
+    assert set(task.initial_weights().params) == {"encoder", "pos_embed"}
     mesh = sharding.make_mesh(roots.MeshConfig())
     initial = train_step.init_state(
-        task.init, task.optimizer(lambda _: 0.1), mesh, 0, task.initial_params
+        task.init, task.optimizer(lambda _: 0.1), mesh, 0, task.initial_weights().params
     )
     jax.tree.map(
         np.testing.assert_array_equal, initial.params["encoder"], encoder.params["encoder"]
@@ -209,26 +209,24 @@ def test_initial_weights_of_a_classifier(dataset, full_run, tmp_path):
     np.testing.assert_array_equal(initial.params["pos_embed"], encoder.params["pos_embed"])
     assert np.all(initial.params["norm"]["scale"] == 1)
     assert 1e-6 < np.std(initial.params["head"]["kernel"]) < 4e-5
-    assert set(open_from(dataset, full_run).initial_params) == {
+    assert set(open_from(dataset, full_run).initial_weights().params) == {
         "encoder",
         "pos_embed",
         "norm",
         "head",
     }
-    random = tasks.open_task(settings(dataset))
-    assert set(random.initial_params) == {"pos_embed"} and np.any(
-        random.initial_params["pos_embed"]
-    )
-    larger = open_from(dataset, full_run, model={"image_size": 24})
-    assert larger.initial_params["pos_embed"].shape == (1, 37, 24)
+    random = tasks.open_task(settings(dataset)).initial_weights()
+    assert set(random.params) == {"pos_embed"} and np.any(random.params["pos_embed"])
+    larger = open_from(dataset, full_run, model={"image_size": 24}).initial_weights()
+    assert larger.params["pos_embed"].shape == (1, 37, 24)
     assert any("4² to 6²" in note for note in larger.notes)
     old = orbax_checkpoint.load_params(full_run)[0]["pos_embed"]
-    np.testing.assert_array_equal(larger.initial_params["pos_embed"][:, 0], old[:, 0])
+    np.testing.assert_array_equal(larger.params["pos_embed"][:, 0], old[:, 0])
     torch = pytest.importorskip("torch")
     grid = torch.tensor(old[:, 1:].reshape(1, 4, 4, 24).transpose(0, 3, 1, 2).copy())
     grid = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
     resized = grid.numpy().transpose(0, 2, 3, 1).reshape(1, 36, 24)
-    np.testing.assert_allclose(larger.initial_params["pos_embed"][:, 1:], resized, atol=1e-5)
+    np.testing.assert_allclose(larger.params["pos_embed"][:, 1:], resized, atol=1e-5)
 
 
 def test_mismatches_are_user_errors(dataset, full_run):
@@ -238,8 +236,8 @@ def test_mismatches_are_user_errors(dataset, full_run):
         ({"classify": {"resize": 15}}, "config.classify.resize.*15.*image_size.*16"),
     ):
         with pytest.raises(UserError, match=message):
-            open_from(dataset, full_run, **changes)
+            open_from(dataset, full_run, **changes).initial_weights()
     with pytest.raises(UserError, match="mixup_group_size.*3"):
         settings(dataset, classify={"mixup_group_size": 3})
     with pytest.raises(UserError, match="config.task=classify"):
-        settings(dataset, task="pretrain")
+        settings(dataset, task="pretrain", optim={"kind": "sgd"})
