@@ -160,4 +160,6 @@ def test_the_exit_code(monkeypatch, capsys, tmp_path, fails):
         cli.run(tool.main)
     *lines, last = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} <= {"ok", "warn"} | ({"fail"} if fails else set())
-    assert last.startswith("next: fix the 1 failed" if fails else "next: python -m dgpt_jax.train")
+    assert last.startswith(
+        "next: fix the 1 failed check, " if fails else "next: build a token store"
+    )
