@@ -1,5 +1,5 @@
 """User commands, one module each with `main()`, which `dgpt NAME` and tools/MODULE.py call.
 
-The names are in invocation.py. Each imports early_signals first, parses its flags (cli.py) and
+Their names are in invocation.py. Each imports early_signals first, parses its flags (cli.py) and
 calls the packages.
 """
