@@ -112,8 +112,9 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
         "Predicted tokens": html.figure(
             predictions,
             "png",
-            "Tokens that D-iGPT predicts for held-out images, beside the teacher's. A row per rank "
-            "of the segments in a random order; captions are mean cosines.",
+            "Held-out images with the rank of each segment in a random order, the teacher's tokens, "
+            "and those that D-iGPT predicts with their cosines to the teacher's; the last row is "
+            "the cosine of a constant guess.",
         ),
         "Losses": html.figure(
             curves.getvalue(), "svg+xml", "Losses on training and held-out images, by step."
