@@ -112,7 +112,7 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
         "Predicted tokens": html.figure(
             predictions,
             "png",
-            "Held-out images with the rank of each segment in a random order, the teacher's tokens, "
+            "Held-out images with the rank of each segment in a random order, the teacher's tokens "
             "and those that D-iGPT predicts with their cosines to the teacher's; the last row is "
             "the cosine of a constant guess.",
         ),
