@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ METRICS = ("next", "visible", "heldout/next", "heldout/visible")
 EXAMPLES = 10  # in the figure of tokens
 # Matplotlib's settings for figures that are legible on a light and on a dark page.
 GRAY = "#7d8590"
-STYLE = {"savefig.transparent": True, "legend.frameon": False} | dict.fromkeys(
+STYLE: Any = {"savefig.transparent": True, "legend.frameon": False} | dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GRAY
 )
 LIMITS = (
@@ -141,7 +142,8 @@ def examples(out: Path) -> tuple[np.ndarray, list[str]]:
     classes = classes[:: max(1, len(classes) // EXAMPLES)][:EXAMPLES]
     chosen = [int(np.flatnonzero(labels == label)[label % 7]) for label in classes]
     images = np.stack([image_ops.decode_image(source[i]["image"]) for i in chosen])
-    return images, [source.label.names[label] for label in classes]
+    names = source.features["label"].names
+    return images, [names[label] for label in classes]
 
 
 def tokens_figure(out: Path) -> bytes:
