@@ -3,8 +3,8 @@
     python -m dgpt_jax.train --config=configs/quickstart.py:both --workdir=DIR \\
         --config.data.path=TOKENS --config.evals.heldout=TOKENS_OF_TEST
 
-The argument selects the losses: both, next, visible, or pixels (iGPT's target). 600 steps take less
-than 2 minutes on one core. Results: README.md, "Ten minutes on a laptop".
+The argument selects the losses: both, next, visible, or pixels (iGPT's target). 600 steps take 3
+minutes of one core. Results: README.md, "Quickstart".
 """
 
 from dgpt_jax.config import TrainConfig, check_choice, default_config

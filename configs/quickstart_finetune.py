@@ -10,7 +10,7 @@ seed: 94.7 % at the end; from random weights (--config.init.weights=) 46.9 %.
 
 `:linear`, `:dinov2` and `:attentive` train heads on the frozen encoder by the protocols of
 configs/linear_probe_b16_in1k.py, linear_dinov2_b16_in1k.py and attentive_b16_in1k.py, in 400 steps
-of 64 images. Results: README.md, "Measuring".
+of 64 images. Results: docs/guides/evaluation.md.
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ METRICS = ("next", "visible", "heldout/next", "heldout/visible")
 EXAMPLES = 10  # in the figure of tokens
 # Matplotlib's settings for figures that are legible on a light and on a dark page.
 GRAY = "#7d8590"
-STYLE = {"savefig.transparent": True, "legend.frameon": False} | dict.fromkeys(
+STYLE: Any = {"savefig.transparent": True, "legend.frameon": False} | dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GRAY
 )
 LIMITS = (
@@ -112,8 +113,9 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
         "Predicted tokens": html.figure(
             predictions,
             "png",
-            "Tokens that D-iGPT predicts for held-out images, beside the teacher's. A row per rank "
-            "of the segments in a random order; captions are mean cosines.",
+            "Held-out images with the rank of each segment in a random order, the teacher's tokens "
+            "and those that D-iGPT predicts with their cosines to the teacher's; the last row is "
+            "the cosine of a constant guess.",
         ),
         "Losses": html.figure(
             curves.getvalue(), "svg+xml", "Losses on training and held-out images, by step."
@@ -140,7 +142,8 @@ def examples(out: Path) -> tuple[np.ndarray, list[str]]:
     classes = classes[:: max(1, len(classes) // EXAMPLES)][:EXAMPLES]
     chosen = [int(np.flatnonzero(labels == label)[label % 7]) for label in classes]
     images = np.stack([image_ops.decode_image(source[i]["image"]) for i in chosen])
-    return images, [source.label.names[label] for label in classes]
+    names = source.features["label"].names
+    return images, [names[label] for label in classes]
 
 
 def tokens_figure(out: Path) -> bytes:

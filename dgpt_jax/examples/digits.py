@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,8 +24,8 @@ def ignore(done: int, total: int):
 
 def load_digits() -> Iterator[tuple[str, int, int, np.ndarray]]:
     """Yields (split, index, label, alpha) of each digit; alpha is float (8, 8) from 0 to 1."""
-    digits = datasets.load_digits()
-    images, labels = digits["images"], digits["target"]
+    digits: Any = datasets.load_digits()
+    images, labels = digits.images, digits.target
     order = np.random.default_rng(0).permutation(len(images))
     for rank, i in enumerate(order):
         yield "test" if rank < TEST_SIZE else "train", int(i), int(labels[i]), images[i] / 16
