@@ -23,7 +23,7 @@ class TwoViews:
     label of an image is its index.
     """
 
-    classes: None = None
+    classes: int | None = None
 
     def __init__(self, load: Callable[[int], dict[str, Any]], length: int, *, flip: bool):
         """flip: mirror half of the crops."""

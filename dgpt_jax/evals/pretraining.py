@@ -184,7 +184,7 @@ def _encoder(params: Any) -> dict[str, Any]:
 def _pooled_features(task: "PretrainTask") -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
     """Returns encode(parameters, uint8 (B, size, size, 3)) → {pooling: (B, D)}."""
     model, data = task.config.model, task.config.data
-    module = classifier.classifier(model, "cls", dtype=task.config.dtype)
+    module: Any = classifier.classifier(model, "cls", dtype=task.config.dtype)
 
     def encode(params, images):
         variables = {"params": classifier.classifier_params_from_pretraining(params, model)}
