@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import sys
 
 from mkdocs.structure.files import File
@@ -62,8 +61,7 @@ def cli_page() -> str:
     dgpt = importlib.import_module("dgpt_jax.__main__")
     parts = ["# Commands", CLI_INTRODUCTION, f"```text\n{dgpt.usage('dgpt')}\n```"]
     for name, entry in invocation.COMMANDS.items():
-        if importlib.util.find_spec(entry.module):
-            parts += [f"## {name}", _forms(name), f"```text\n{_help(entry)}\n```"]
+        parts += [f"## {name}", _forms(name), f"```text\n{_help(entry)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,7 +36,7 @@ def test_all_user_commands_have_a_name():
     stems = {
         stem for stem, path in commands.FILES.items() if path.is_relative_to(ROOT / "dgpt_jax")
     }
-    assert {entry.stem for entry in ENTRIES} == stems | {"quickstart"}
+    assert {entry.stem for entry in ENTRIES} == stems
     assert not set(invocation.COMMANDS) & {"help", "list"}
 
 
@@ -85,9 +85,7 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out == f"dgpt_jax {_version.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "entry", [e for e in ENTRIES if e.name != "quickstart"], ids=lambda e: e.name
-)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
 @pytest.mark.parametrize("program", ["dgpt", "python -m dgpt_jax"])
 def test_help_and_bad_input_of_each(monkeypatch, capsys, entry, program):
     assert not run(monkeypatch, entry.name, "--help", program=program)
@@ -145,7 +143,7 @@ def test_no_message_is_fixed_to_a_clone():
 
 def test_the_same_code_as_in_tools():
     for entry in ENTRIES:
-        if entry.file.startswith("tools/") and entry.name != "quickstart":
+        if entry.file.startswith("tools/"):
             text = (ROOT / entry.file).read_text()
             assert f"from {entry.module} import main\n" in text and "cli.run(main)" in text
 
