@@ -46,11 +46,11 @@ p { margin: 0.5em 0 }
 .card span { display: block; color: var(--soft); font-size: 0.82em; line-height: 1.35 }
 .figures { display: grid; gap: 0.8em; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 370px), 1fr)) }
-figure { margin: 0 0 0.8em; padding: 0.5em; text-align: center }
+figure { margin: 0 0 0.8em; padding: 0.5em }
 .figures figure { margin: 0 }
-figure img { max-width: 100%; max-height: 900px; border-radius: 4px; vertical-align: middle }
+figure img { max-width: 100%; max-height: 900px; vertical-align: middle }
 .figures img { width: 100% }
-figcaption { color: var(--soft); font-size: 0.85em; padding: 0.3em 0.3em 0; text-align: left;
+figcaption { color: var(--soft); font-size: 0.85em; padding: 0.3em 0.3em 0;
   overflow-wrap: anywhere }
 .table { display: inline-block; max-width: 100%; overflow-x: auto; margin: 0.2em 0 }
 table { border-collapse: collapse; font-size: 13px }
@@ -74,6 +74,11 @@ MAX_SHORT = 60  # characters of a cell on one line
 
 class Number(str):
     """A formatted number: its cell is right-aligned like those of floats and ints."""
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """ "61.3 %" of 61.3, which a line break does not split."""
+    return f"{value:.{digits}f}\u00a0%"
 
 
 def note(text: str) -> str:
