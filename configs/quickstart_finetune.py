@@ -1,12 +1,16 @@
-"""Fine-tunes or probes the quickstart's encoder on 32×32 digits on a laptop's CPU.
+"""Fine-tunes or probes the quickstart's encoder on 32×32 images on a laptop's CPU.
 
     python -m dgpt_jax.train --config=configs/quickstart_finetune.py --workdir=DIR \\
-        --config.init.weights=PRETRAINED --config.data.path=DIGITS \\
-        --config.evals.heldout=DIGITS
+        --config.init.weights=PRETRAINED --config.data.path=IMAGES \\
+        --config.evals.heldout=IMAGES
 
-After tools/quickstart.sh, PRETRAINED is quickstart_run/runs/both and DIGITS is
-quickstart_run/images. 200 steps take 70 s on one core. Accuracy on the 360 held-out digits, one
-seed: 94.7 % at the end; from random weights (--config.init.weights=) 46.9 %.
+After tools/quickstart.sh, PRETRAINED is quickstart_run/runs/both and IMAGES is
+quickstart_run/images. 200 steps take 70 s of one core. Accuracy at the end, one seed:
+
+    720 held-out scenes (the default)         45.0 %; from random weights 9.4 %
+    360 held-out digits (--images=digits)     94.7 %; from random weights 46.9 %
+
+Random weights: --config.init.weights= (empty).
 
 `:linear`, `:dinov2` and `:attentive` train heads on the frozen encoder by the protocols of
 configs/linear_probe_b16_in1k.py, linear_dinov2_b16_in1k.py and attentive_b16_in1k.py, in 400 steps

@@ -8,7 +8,7 @@ Installs dependencies into .venv and runs the full pipeline on small images: ima
 store, pretraining, probes, an export to timm, and a page, DIR/index.html.
   --out=DIR      output directory; default: quickstart_run. The same command resumes
   --images=SET   scenes (default): colored digits on photographs; digits; glyphs
-  --steps=N      steps per training; default: those of configs/quickstart.py"
+  --steps=N      steps of each pretraining; default: 600"
 
 fail() {
   echo "error: $1 (see --help)" >&2

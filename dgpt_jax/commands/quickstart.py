@@ -33,6 +33,7 @@ from dgpt_jax.storage import atomic, output_paths
 
 RUNS = ("both", "next", "visible", "pixels")
 REFERENCES = ("raw", "untrained", "teacher")  # rows that are not trained by the quickstart's config
+STEPS = 600  # of configs/quickstart.py
 SETTINGS, SECONDS = "settings.json", "seconds.json"
 CONFIGS = cli.CONFIGS
 
@@ -52,9 +53,12 @@ def import_images(out: Path) -> Job:
 
 
 def train_teacher(out: Path, images: str, steps: int | None) -> Job:
-    """Training of OUT/teacher on the labels of the training images."""
+    """Training of OUT/teacher on the labels of the training images; `steps` of the encoders change
+    its own in proportion."""
     words = ["-m", "dgpt_jax.examples.small_teacher", f"{out / 'images'}", f"{out / 'teacher'}"]
-    words += [f"--images={images}"] + ([f"--steps={steps}"] if steps else [])
+    words.append(f"--images={images}")
+    if steps:
+        words.append(f"--steps={max(1, image_sets.SETS[images].teacher.steps * steps // STEPS)}")
     about = "a small teacher learns the training labels"
     return Job("teacher", about, out / "teacher", tuple(words), ("import",))
 
@@ -172,7 +176,7 @@ def main():
     parser.add_argument(
         "--images", default="scenes", choices=image_sets.SETS, help="image set; default: scenes"
     )
-    parser.add_argument("--steps", type=int, help="steps per training; default: the config's")
+    parser.add_argument("--steps", type=int, help="steps of each pretraining; default: 600")
     args = parser.parse_args()
     output_paths.directory(args.out)
     preemption.raise_on_sigterm()

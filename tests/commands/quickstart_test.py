@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -69,6 +70,18 @@ def test_commands_are_in_order(tmp_path, images):
     assert all(measured.count(name) == 1 for name in measure.ROWS)
     lines = [line for job in commands for line in quickstart_page.shown(job, tmp_path).split("\n")]
     assert any("tools/build_tokens.py" in line for line in lines)
+
+
+def test_steps_of_the_teacher(tmp_path):
+    """In proportion to those of the pretraining, which the config gives."""
+    config = runpy.run_path(str(ROOT / "configs/quickstart.py"))["get_config"]()
+    assert config.total == f"{quickstart.STEPS} steps"
+    for images, steps, words in (
+        ("scenes", None, []),
+        ("scenes", 10, ["--steps=25"]),
+        ("glyphs", 1200, ["--steps=1200"]),
+    ):
+        assert list(quickstart.train_teacher(tmp_path, images, steps).words[5:]) == words
 
 
 def test_the_table(tmp_path):

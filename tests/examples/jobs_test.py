@@ -87,7 +87,7 @@ def test_ctrl_c_lets_commands_save(tmp_path):
         text=True, start_new_session=True,
     )  # fmt: skip
     log = tmp_path / "logs/train.running.txt"
-    while not (log.exists() and "step 1/9" in log.read_text()):
+    while not (log.exists() and "\nstep 1/9" in log.read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
