@@ -73,7 +73,12 @@ setup(
             "scikit-learn>=1.5,<2",
         ],
         "quickstart": ["matplotlib>=3.9,<4", "scikit-learn>=1.5,<2"],
-        "docs": ["mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1,<2"],
+        "docs": [
+            "matplotlib>=3.9,<4",
+            "mkdocs-material>=9.8,<10",
+            "mkdocstrings[python]>=1,<2",
+            "scikit-learn>=1.5,<2",
+        ],
         "lint": ["basedpyright==1.40.2", "import-linter==2.17", "ruff==0.17.6"],
         "test": [
             "gcsfs>=2026.8",

@@ -33,9 +33,8 @@ from dgpt_jax.storage import atomic, output_paths
 
 RUNS = ("both", "next", "visible", "pixels")
 REFERENCES = ("raw", "untrained", "teacher")  # rows that are not trained by the quickstart's config
-STEPS = 600  # of configs/quickstart.py
+STEPS = 600  # of the config
 SETTINGS, SECONDS = "settings.json", "seconds.json"
-CONFIGS = cli.CONFIGS
 
 
 def write_images(out: Path, images: str) -> Job:
@@ -47,7 +46,7 @@ def write_images(out: Path, images: str) -> Job:
 def import_images(out: Path) -> Job:
     """Import of the image files OUT/pictures."""
     images = out / "images"
-    words = ("-m", "dgpt_jax.commands.import_images", f"{out / 'pictures'}", f"--out={images}")
+    words = ("-m", "dgpt_jax", "import", f"{out / 'pictures'}", f"--out={images}")
     about = "the image files become a dataset"
     return Job("import", about, images / "dataset_info.json", words, ("images",))
 
@@ -67,7 +66,7 @@ def token_store(out: Path, images: str, name: str = "tokens", *overrides: str) -
     """Token store built with configs/quickstart_tokens.py; without a name, that of `train`."""
     image_set = image_sets.SETS[images]
     words = (
-        "-m", "dgpt_jax.commands.build_tokens", f"--config={CONFIGS}/quickstart_tokens.py",
+        "-m", "dgpt_jax", "tokens", "--config=quickstart_tokens",
         f"--out={out / name}", f"--config.source={out / 'images'}",
         f"--config.teacher.weights={out / 'teacher'}", f"--config.views={image_set.views}",
         f"--config.crop_scale={image_set.crop_scale}",
@@ -88,7 +87,7 @@ def pretraining(out: Path, images: str, name: str, steps: int | None) -> Job:
     pixels = name == "pixels"
     data, heldout = ("images", "images") if pixels else ("tokens", "tokens_test")
     words = [
-        "-m", "dgpt_jax.train", f"--config={CONFIGS}/quickstart.py:{name}",
+        "-m", "dgpt_jax", "train", f"--config=quickstart:{name}",
         f"--workdir={out / 'runs' / name}", f"--config.data.path={out / data}",
         f"--config.evals.heldout={out / heldout}",
         f"--config.data.crop_scale={image_sets.SETS[images].crop_scale}",
@@ -117,7 +116,7 @@ def all_jobs(out: Path, images: str, steps: int | None) -> Iterator[Job]:
     yield train_teacher(out, images, steps)
     yield token_store(out, images)
     yield heldout_store(out, images)
-    verify = ("-m", "dgpt_jax.commands.verify_tokens", f"{out / 'tokens'}")
+    verify = ("-m", "dgpt_jax", "verify", f"{out / 'tokens'}")
     verify = (*verify, f"--weights={out / 'teacher'}")
     yield Job("verify", "stored tokens are computed again", out / "tokens", verify, ("tokens",))
     yield pretraining(out, images, "pixels", steps)
@@ -127,7 +126,7 @@ def all_jobs(out: Path, images: str, steps: int | None) -> Iterator[Job]:
     for name in RUNS:
         yield measurement(out, images, name, name)
     both, timm = out / "runs" / "both", out / "timm"
-    export = ("-m", "dgpt_jax.commands.convert", f"{both}", f"{timm}", "--to=timm")
+    export = ("-m", "dgpt_jax", "convert", f"{both}", f"{timm}", "--to=timm")
     yield Job("export", "the encoder for timm", timm, export, ("train_both",), replace=True)
 
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import json
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dgpt_jax import invocation
 from dgpt_jax.commands import plot, visualize
 from dgpt_jax.data import image_ops
 from dgpt_jax.evals.feature_maps import pca_colors
@@ -36,16 +36,6 @@ LIMITS = (
     "What the table does not show: the teacher is supervised on the training labels, so the "
     "students benefit from labels indirectly; the images are toys; one seed."
 )
-NEXT = """\
-# Your own images: a folder with train/CLASS/… and val/CLASS/…, and a CLIP model; see README.md
-python tools/import_images.py SRC --out=IMAGES
-# Fine-tune this encoder on all labels, in about a minute
-python -m dgpt_jax.train --config=configs/quickstart_finetune.py --workdir=TUNED \\
-    --config.init.weights={out}/runs/both --config.data.path={out}/images \\
-    --config.evals.heldout={out}/images
-# Nearest neighbors of test images by the encoder's features
-python tools/visualize.py {out}/runs/both {out}/pictures/test --show=neighbours \\
-    --out=neighbours.png"""
 
 
 def cells(out: Path) -> plot.Cells:
@@ -121,7 +111,7 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
             curves.getvalue(), "svg+xml", "Losses on training and held-out images, by step."
         ),
         "Commands": html.preformatted("\n".join(shown(job, out) for job in commands)),
-        "Next": html.preformatted(NEXT.format(out=short(str(out)))),
+        "Next": html.preformatted(next_steps(short(str(out)))),
     }
     say(f"page: features of {out.name}/timm differ by at most {export_error(out):.1e}")
     text = html.page(
@@ -194,9 +184,23 @@ def short(text: str) -> str:
     return text.replace(f"{Path.cwd()}/", "")
 
 
+def next_steps(out: str) -> str:
+    """Commands to go on with, commented."""
+    start = invocation.command
+    return f"""\
+# Your own images: a folder with train/CLASS/… and val/CLASS/…, and a CLIP model; see README.md
+{start("import")} SRC --out=IMAGES
+# Fine-tune this encoder on all labels, in about a minute
+{start("train")} --config=quickstart_finetune --workdir=TUNED \\
+    --config.init.weights={out}/runs/both --config.data.path={out}/images \\
+    --config.evals.heldout={out}/images
+# Nearest neighbors of test images by the encoder's features
+{start("visualize")} {out}/runs/both {out}/pictures/test --show=neighbours --out=neighbours.png"""
+
+
 def shown(job: Job, out: Path) -> str:
     """The command of a job as in the documentation, in lines of at most 100 columns."""
-    line = re.sub(r"-m dgpt_jax\.commands\.(\w+)", r"tools/\1.py", short(job.line))
+    line = short(job.line).replace("python -m dgpt_jax ", "dgpt ")
     lines = textwrap.wrap(
         line, 98, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )

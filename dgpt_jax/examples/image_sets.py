@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.examples import digits, glyphs, scenes
 from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import output_paths
@@ -81,7 +81,8 @@ def main():
 
     SETS[args.images].write(args.folder, args.size, show)
     bar.close()
-    print(f"next: python tools/import_images.py {shlex.quote(str(args.folder))} --out=IMAGES")
+    folder = shlex.quote(str(args.folder))
+    print(f"next: {invocation.command('import')} {folder} --out=IMAGES")
 
 
 if __name__ == "__main__":

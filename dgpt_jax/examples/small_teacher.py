@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.data import image_ops
 from dgpt_jax.examples import digits, image_sets
 from dgpt_jax.models import teacher_vit
@@ -122,7 +122,8 @@ def main():
     image_sets.create_once(args.out, lambda path: train(args.dataset, path, recipe, show))
     bar.close()
     print(
-        f"next: python tools/build_tokens.py --config.teacher.weights={shlex.quote(str(args.out))}"
+        f"next: {invocation.command('tokens')} --config=quickstart_tokens "
+        f"--config.teacher.weights={shlex.quote(str(args.out))}"
     )
 
 

@@ -48,7 +48,7 @@ def test_the_quickstart(tmp_path, words):
     setup, run = tree.run("tools/quickstart.sh", *words)
     assert setup[1:] == ["quickstart"]
     assert run[0].endswith(".venv/bin/python")
-    assert run[1:] == ["-m", "tools.studies.quickstart", *words]
+    assert run[1:] == ["tools/quickstart.py", *words]
 
 
 @pytest.mark.parametrize("words", documented("tools/test.sh"), ids=" ".join)
