@@ -17,7 +17,7 @@ from dgpt_jax.weights import types as weights_lib
 from dgpt_jax.weights.teacher_loading import interpolate_positions
 from dgpt_jax.weights.types import Weights
 
-# Fields that an encoder and config.model must have in common; mlp_ratio is compared by width.
+# Fields that an encoder and config.model must have in common; of mlp_ratio the MLP's width.
 ENCODER_FIELDS = ("width", "depth", "heads", "patch", "mlp_ratio", "eps", "activation")
 # The same for decoders that are loaded.
 DECODER_FIELDS = ("decoder_width", "decoder_depth", "decoder_heads", "taps")
@@ -168,7 +168,8 @@ def _check_encoder(config: TrainConfig, weights: Weights) -> None:
         for name in ENCODER_FIELDS
         if getattr(theirs, name) != getattr(model, name)
     }
-    if int(model.width * model.mlp_ratio) == int(theirs.width * theirs.mlp_ratio):
+    hidden = [int(theirs.width * ratio) for ratio in (model.mlp_ratio, theirs.mlp_ratio)]
+    if hidden[0] == hidden[1]:  # the ratio of a file is that of its array's shape
         values.pop("model.mlp_ratio", None)
     for name in ("mean", "std"):
         pair = getattr(weights.preprocess, name), getattr(config.data, name)
