@@ -148,6 +148,8 @@ def _discover_shards(walk: Walk, src: str, split: str | None, columns: Columns) 
     else:
         names = webdataset_index.class_names(root)
         images, classes = webdataset_index.open_shards(splits, columns, names, walk.skipped.notes)
+        if not classes and columns.label is None and not shard_files.is_pattern(src):
+            webdataset_index.check_no_folders(images)
     if empty := [name for name, rows in images.items() if not len(rows)]:
         raise UserError(f"{src}: split {empty[0]} contains no images")
     return Discovered(images, classes, walk.skipped, columns.keep)

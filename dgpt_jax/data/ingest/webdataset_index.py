@@ -136,6 +136,18 @@ def _index(
 _EXTRA = SampleIndex.COLUMNS[len(ImageIndex.COLUMNS) :]
 
 
+def check_no_folders(splits: Mapping[str, SampleIndex]):
+    """Raises UserError if keys of unlabelled samples have folders, which may be classes."""
+    for index in splits.values():
+        _, tops = index.top_dirs()
+        if folders := [top for top in tops if top]:
+            raise UserError(
+                f"{text(index.containers[0])} is ambiguous: its samples have no .cls, but folders "
+                f"({text(folders[0])}): if these are no classes, set --label_column=; if they are, "
+                f"unpack it and import the folder"
+            )
+
+
 def _check_keys(index: SampleIndex):
     """Raises UserError if two samples have the same key."""
     hashes = np.fromiter(map(image_index.path_hash, index.paths), np.uint64, len(index))

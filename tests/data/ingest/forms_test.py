@@ -137,6 +137,16 @@ def test_ids_of_parquet(path, ids, tmp_path):
     ]
 
 
+def test_parts_of_parquet(tmp_path):
+    """Any part of a split, in any order and across files: as a resumed import reads them."""
+    image_forms.write_parquet(tmp_path, images()[:60], 2, rows=8)
+    rows = discovery.discover(tmp_path).splits["train"]
+    for start, stop in ((21, 50), (50, 60), (0, 3), (3, 35), (59, 60)):
+        part = list(rows.take(slice(start, stop)))
+        assert [x.id for x in part] == [f"{x.key}.png" for x in images()[start:stop]]
+        assert [x.read() for x in part] == [x.png for x in images()[start:stop]]
+
+
 def test_splits_of_shards(tmp_path):
     """By words in the names of files or folders."""
     few = images()[:10]
