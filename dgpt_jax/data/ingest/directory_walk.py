@@ -97,9 +97,9 @@ class Walk:
 
     def add_shards(self, files: list[bytes]):
         """Adds the files of a pattern. Raises UserError if they are of another kind."""
-        for suffix, found in ((b".tar", self.shards), (b".parquet", self.tables)):
+        for suffix, group in ((b".tar", self.shards), (b".parquet", self.tables)):
             if all(file.endswith(suffix) for file in files):
-                found += files
+                group += files
                 return
         raise UserError(
             f"{text(files[0])}, …: a pattern must stand for WebDataset shards (.tar) or .parquet"

@@ -79,11 +79,15 @@ def check_numbered_tars(tars: list[bytes]):
     for tar in tars:
         if match := NUMBERED.fullmatch(tar):
             numbers.setdefault(match[1], []).append(int(match[2]))
-    for prefix, found in numbers.items():
-        first = min(found)
-        if len(found) > 1 and first < 2 and sorted(found) == list(range(first, first + len(found))):
+    for prefix, shards in numbers.items():
+        first = min(shards)
+        if (
+            len(shards) > 1
+            and first < 2
+            and sorted(shards) == list(range(first, first + len(shards)))
+        ):
             raise UserError(
-                f"{text(prefix)}….tar is ambiguous: if the {len(found)} tars are shards of a "
+                f"{text(prefix)}….tar is ambiguous: if the {len(shards)} tars are shards of a "
                 f"WebDataset without labels, give a pattern, '{text(prefix)}{{000..999}}.tar'; if "
                 f"each is a class, set --split=train"
             )

@@ -134,14 +134,14 @@ class Rows:
         valid = image.is_valid()
         data = image.field("bytes") if self.columns.has_path else image
         paths = image.field("path") if self.has_paths else None
-        kept = {name: batch.column(name) for name in self.columns.keep}
+        texts = {name: batch.column(name) for name in self.columns.keep}
         for i in range(skip, batch.num_rows):
             row = first + i
             yield RowEntry(
                 paths[i].as_py() if paths is not None else f"{table.name}:{row}",
                 int(self.label[table.first + row]),
                 data[i].as_py() if valid[i].as_py() else None,
-                {name: column[i].as_py() for name, column in kept.items()},
+                {name: column[i].as_py() for name, column in texts.items()},
             )
 
 
@@ -152,7 +152,7 @@ def open_tables(
     contains all. Raises UserError if a file is damaged or lacks a column, if files differ in their
     columns or class names, and if pyarrow is not installed."""
     chosen: tuple[bytes, ParquetColumns] | None = None
-    found = {}
+    indices = {}
     for split, files in splits.items():
         if len(folders := {posixpath.dirname(file): None for file in files}) > 1:
             raise UserError(
@@ -171,10 +171,10 @@ def open_tables(
     assert chosen
     labels = ColumnLabels(chosen[1].names)
     for split, files in splits.items():
-        found[split] = _index(files, root, chosen[1], labels)
+        indices[split] = _index(files, root, chosen[1], labels)
     return {
         split: replace(rows, label=labels.renumber(numbers))
-        for split, (rows, numbers) in found.items()
+        for split, (rows, numbers) in indices.items()
     }, labels.classes()
 
 

@@ -137,14 +137,14 @@ def _features(schema: Any, file: bytes, root: bytes) -> dict[str, Any]:
         for name, parse in ((b"README.md", _readme), (b"dataset_infos.json", _infos)):
             path = posixpath.join(folder, name)
             if byte_ranges.exists(path):
-                found = [f for f in _parsed(path, parse) if f and f.keys() <= set(schema.names)]
-                if len({json.dumps(f, sort_keys=True) for f in found}) > 1:
+                described = [f for f in _parsed(path, parse) if f and f.keys() <= set(schema.names)]
+                if len({json.dumps(f, sort_keys=True) for f in described}) > 1:
                     raise UserError(
                         f"{text(path)} describes several datasets with these columns: remove the "
                         f"others"
                     )
-                if found:
-                    return found[0]
+                if described:
+                    return described[0]
     return {}
 
 

@@ -171,12 +171,12 @@ def _choose(features: Any, folder: str, columns: Columns) -> _Schema:
 def _index(files: list[bytes], lengths: Sequence[int], schema: _Schema) -> Records:
     """Returns the records of a split. Raises UserError if a file has not as many as it should."""
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(_ranges, files))
-    for file, ranges, length in zip(files, found, lengths, strict=True):
+        tables = list(pool.map(_ranges, files))
+    for file, ranges, length in zip(files, tables, lengths, strict=True):
         if len(ranges) != length:
             raise UserError(f"{text(file)} has {len(ranges)} records, its metadata say {length}")
-    counts = [len(ranges) for ranges in found]
-    offset, size = np.concatenate([np.empty((0, 2), np.int64), *found]).T
+    counts = [len(ranges) for ranges in tables]
+    offset, size = np.concatenate([np.empty((0, 2), np.int64), *tables]).T
     number = np.concatenate([np.arange(count, dtype=np.int32) for count in (0, *counts)])
     return Records(
         files, schema, np.repeat(np.arange(len(files), dtype=np.int32), counts), number, offset,
