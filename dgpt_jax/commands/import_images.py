@@ -8,6 +8,7 @@ import warnings
 
 from dgpt_jax import cli, invocation
 from dgpt_jax.data.ingest import decoder_messages, discovery, importer, user_images
+from dgpt_jax.data.ingest.types import Columns
 from dgpt_jax.errors import counted
 from dgpt_jax.storage import output_paths
 
@@ -16,7 +17,7 @@ MAX_CLASSES_SHOWN = 12
 
 def main():
     parser = cli.parser(f"{importer.__doc__}\n{discovery.__doc__}")
-    parser.add_argument("src", type=cli.path, help="folder, tar or list of images")
+    parser.add_argument("src", type=cli.path, help="folder, archive, list or pattern")
     parser.add_argument(
         "--out",
         type=cli.path,
@@ -32,6 +33,19 @@ def main():
         metavar="FILE",
         help='lines of "file name<TAB or space>class", one per image',
     )
+    parser.add_argument(
+        "--image_column", metavar="NAME",
+        help="parquet: column of images; WebDataset: extension, as png; default: the only one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--label_column", metavar="NAME",
+        help="parquet: column of labels, default the only ClassLabel, else label; WebDataset: key "
+        "of .json, default .cls; empty for no labels",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep", metavar="NAME,…",
+        help="text columns to store: of parquet, or keys of WebDataset's .json; caption is .txt",
+    )  # fmt: skip
     parser.add_argument(
         "--background", metavar="COLOR", default="white",
         help="color behind transparent images, a name or #rrggbb; default %(default)s",
@@ -56,12 +70,13 @@ def main():
     )
     args = vars(parser.parse_args())
     options = user_images.Options.parse(args.pop("background"), args.pop("range"))
+    columns = Columns.parse(*(args.pop(n) for n in ("image_column", "label_column", "keep")))
     output_paths.directory(args["out"])
     # Pillow warns about odd EXIF data and large images, and prints lines of its own source.
     warnings.filterwarnings("ignore", module="PIL")
     try:
         with decoder_messages.count_messages() as messages:
-            report = importer.import_images(**args, options=options, say=cli.say)
+            report = importer.import_images(**args, columns=columns, options=options, say=cli.say)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command to resume")
         raise
@@ -75,6 +90,8 @@ def main():
         red, green, blue = options.background
         color = f"#{red:02x}{green:02x}{blue:02x}"
         cli.say(f"composited {counted(report.transparent, 'transparent image')} on {color}")
+    for name, count in report.empty_texts.items():
+        cli.say(f"stored an empty text for {counted(count, 'image')} without {name}")
     counts = ", ".join(f"{name} {n}" for name, n in report.examples.items())
     cli.say(
         f"{args['out']}: {counts}; {_classes(report.classes)}; "

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from dgpt_jax.data import bad_records, image_ops
-from dgpt_jax.data.ingest import directory_walk, discovery, user_images
+from dgpt_jax.data.ingest import directory_walk, discovery, layout, user_images
 from dgpt_jax.data.ingest.image_index import ImageIndex
+from dgpt_jax.data.ingest.names import is_hidden
 from dgpt_jax.errors import UserError
 from dgpt_jax.evals import imagenet
 from dgpt_jax.storage import tfds_dataset
@@ -163,7 +164,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             kind = directory_walk.kind_of(entry)
-            if kind == "folder" and not directory_walk.is_hidden(os.fsencode(entry.name)):
+            if kind == "folder" and not is_hidden(os.fsencode(entry.name)):
                 folders.append(entry.name)
             elif kind in ("file", "broken") and _is_listed(entry.name):
                 files.append(entry.name)
@@ -175,13 +176,15 @@ def _is_listed(file: str) -> bool:
 
 
 def _is_split(folder: str) -> bool:
-    return folder in discovery.SPLITS or bool(discovery.IMAGENET.fullmatch(os.fsencode(folder)))
+    return folder in layout.SPLITS or bool(layout.IMAGENET.fullmatch(os.fsencode(folder)))
 
 
 def _discover(path: Path) -> tuple[ImageIndex, list[str], np.ndarray]:
     """The same by discovery.discover; no classes for images without labels or several splits."""
     images = discovery.discover(path)
     index = next(iter(images.splits.values()))
+    if not isinstance(index, ImageIndex):
+        raise UserError(f"{path}: parquet and TFRecord are read in order: import it first")
     return index, images.classes if len(images.splits) == 1 else [], index.label
 
 

@@ -39,9 +39,10 @@ def is_remote(path: AnyPath) -> bool:
 
 
 def require(path: AnyPath) -> None:
-    """Raises UserError if a path is on gs:// and gcsfs is not installed."""
-    if os.fspath(path).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{path} is read through gcsfs: pip install 'dgpt_jax[gcs]'")
+    """Raises UserError if a path is on gs:// or s3:// and gcsfs or s3fs is not installed."""
+    for scheme, package, extra in (("gs://", "gcsfs", "gcs"), ("s3://", "s3fs", "s3")):
+        if os.fspath(path).startswith(scheme) and importlib.util.find_spec(package) is None:
+            raise UserError(f"{path} is read through {package}: pip install 'dgpt_jax[{extra}]'")
 
 
 def filesystem(path: AnyPath) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -1,7 +1,7 @@
 """TFDS directories of ArrayRecord shards, without TensorFlow: image datasets and token stores.
 
 `tfds.builder_from_directory` opens both. Image datasets have {id, image (encoded bytes), label if
-there are classes}; for token stores see data/token_store.py.
+there are classes, text columns if they were kept}; for token stores see data/token_store.py.
 """
 
 import contextlib
@@ -26,9 +26,12 @@ from dgpt_jax.storage.gcs import AnyPath
 UNDECODED = {"image": tfds.decode.SkipDecoding()}
 
 
-def image_features(class_names: Sequence[str] | None) -> tfds.features.FeaturesDict:
-    """Returns the schema of an image dataset, with a label if there are classes."""
+def image_features(
+    class_names: Sequence[str] | None, texts: Sequence[str] = ()
+) -> tfds.features.FeaturesDict:
+    """Returns the schema of an image dataset, with a label if there are classes, and texts."""
     features = {
+        **{name: tfds.features.Text() for name in texts},
         "id": tfds.features.Text(),
         "image": tfds.features.Image(shape=(None, None, 3)),
     }
@@ -111,20 +114,25 @@ def _metadata_errors(directory: AnyPath, split: str = "") -> Iterator[None]:
         ) from None
 
 
-def open_builder(directory: AnyPath) -> tfds.core.DatasetBuilder:
-    """Returns the TFDS builder of a directory. Raises UserError if it is no readable dataset."""
+def open_any_builder(directory: AnyPath) -> tfds.core.DatasetBuilder:
+    """Returns the TFDS builder of a directory in any file format. Raises UserError if it is no
+    readable dataset."""
     path = epath.Path(directory)
     if not path.exists():
         raise UserError(f"no such directory: {directory}")
     if not (path / "dataset_info.json").exists():
         raise UserError(f"{directory} is not a TFDS dataset: it has no dataset_info.json")
     with _metadata_errors(directory):
-        builder = tfds.builder_from_directory(directory)
+        return tfds.builder_from_directory(directory)
+
+
+def open_builder(directory: AnyPath) -> tfds.core.DatasetBuilder:
+    """Returns the TFDS builder of a directory of ArrayRecord. Raises UserError."""
+    builder = open_any_builder(directory)
     if (file_format := getattr(builder.info.file_format, "value", None)) != "array_record":
         raise UserError(
-            f"{directory} is stored as {file_format}, array_record is needed: convert it with "
-            f"`python -m tensorflow_datasets.scripts.convert_format --only_log_errors "
-            f"--in_dir={shlex.quote(str(directory))} --out_dir=OUT --out_file_format=array_record`"
+            f"{directory} is stored as {file_format}, array_record is needed: import it with "
+            f"`python tools/import_images.py {shlex.quote(os.fspath(directory))} --out=IMAGES`"
         )
     return builder
 

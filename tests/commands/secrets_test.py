@@ -17,7 +17,7 @@ import pytest
 from dgpt_jax.data import token_store
 from dgpt_jax.data.ingest import discovery, importer, tar_index
 from dgpt_jax.errors import UserError
-from dgpt_jax.storage import tfds_dataset
+from dgpt_jax.storage import byte_ranges, tfds_dataset
 from dgpt_jax.weights import files
 from tests.data.bad_records_test import jpeg, write_images
 from tests.support import processes, stores
@@ -178,8 +178,8 @@ def test_invalid_sizes_in_a_tar(tmp_path, size):
             member = tarfile.TarInfo(name)
             member.type, member.size = kind, len(content)
             archive.addfile(member, io.BytesIO(content))
-    with (tmp_path / "x.tar").open("rb") as file:
-        members = itertools.islice(tar_index.members(file.fileno(), "x.tar"), 20)
+    with byte_ranges.RangeReader(str(tmp_path / "x.tar")) as file:
+        members = itertools.islice(tar_index.members(file, "x.tar"), 20)
         with pytest.raises(UserError, match="x.tar .*byte 2048.*b.jpg"):
             list(members)
 

@@ -37,6 +37,7 @@ PROPERTIES = {
     stored.mutated_shard: 1,
     imports.imported_image: 5,
     imports.imported_archive: 1,
+    imports.imported_form: 1,
 }
 
 

@@ -7,6 +7,7 @@ import io
 import shutil
 import signal
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,13 +16,14 @@ import cv2
 import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
 from dgpt_jax.data import image_ops
 from dgpt_jax.data.ingest import importer, user_images
 from dgpt_jax.errors import UserError
 from dgpt_jax.storage import tfds_dataset
 from tests.fuzz.stored import mutated
-from tests.support import data
+from tests.support import data, image_forms
 
 
 @contextlib.contextmanager
@@ -143,17 +145,34 @@ def archive(form: int) -> tuple[bytes, list[int]]:
     return content, offsets
 
 
-def zipped(content: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("a/1.png", content)
-    return buffer.getvalue()
-
-
 PACKING = {
     ".tar": lambda content: content, ".tar.gz": gzip.compress, ".tgz": gzip.compress,
-    ".zip": zipped,
 }  # fmt: skip
+
+
+@functools.cache
+def form(suffix: str) -> bytes:
+    """A zip, a parquet file or a WebDataset shard of a few images."""
+    images = image_forms.samples(6)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"x{suffix}"
+        if suffix == ".zip":
+            image_forms.write_zip(path, images, zipfile.ZIP_DEFLATED)
+        elif suffix == ".parquet":
+            parquet.write_table(image_forms.table(images), path, row_group_size=4)
+        else:
+            image_forms.write_members(path, [m for x in images for m in image_forms.members(x)])
+        return path.read_bytes()
+
+
+def imported_form(draw, directory: Path):
+    """Either a one-line error, or every imported image can be read."""
+    suffix = draw(st.sampled_from([".zip", ".parquet", ".tar"]))
+    content = draw(mutated(form(suffix)))
+    source, out = directory / f"x{suffix}", directory / "form"
+    shutil.rmtree(out, ignore_errors=True)
+    source.write_bytes(content)
+    check_import(source, out)
 
 
 def imported_archive(draw, directory: Path):
@@ -173,6 +192,10 @@ def imported_archive(draw, directory: Path):
     path = source / f"x{suffix}"
     path.write_bytes(content)
     source = draw(st.sampled_from([source, path]))
+    check_import(source, out)
+
+
+def check_import(source: Path, out: Path):
     try:
         with deadline():
             report = importer.import_images(

@@ -1,4 +1,4 @@
-"""Imports of many tiny files, and of a tar of as many: memory, open files, resuming.
+"""Imports of many tiny files, and of archives of as many: memory, open files, resuming.
 
 REHEARSAL_FILES=300000 is the full size: 1.3 GB of disk, ten minutes on two cores.
 """
@@ -11,15 +11,18 @@ import tarfile
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from dgpt_jax.storage import array_record_shards, tfds_dataset
-from tests.support import processes
+from tests.support import image_forms, processes
 
 FILES = int(os.environ.get("REHEARSAL_FILES", 20_000))
 FEW = 2_000
 CLASSES = 100
+ROWS = 1 << 17  # of a parquet file
 MEMORY = 10e6, 300  # bytes beyond an import of FEW: constant, and per file
 
 # Imports SRC to OUT in shards of SIZE; prints its resources as JSON, with the memory after each
@@ -80,6 +83,41 @@ def write_tar(path, count: int):
     return path
 
 
+def write_parquet(folder, count: int):
+    """Files of one row group each, in which few images are stored once."""
+    originals = tiny_jpegs()
+    folder.mkdir()
+    files = -(-count // ROWS)
+    for i in range(files):
+        rows = range(i * ROWS, min((i + 1) * ROWS, count))
+        data = [originals[j % len(originals)] for j in rows]
+        image = pa.StructArray.from_arrays(
+            [pa.array(data, pa.binary()), pa.array([f"{j:09d}.jpg" for j in rows])],
+            ["bytes", "path"],
+        )
+        label = pa.array([j % CLASSES for j in rows], pa.int64())
+        file = folder / f"train-{i:05d}-of-{files:05d}.parquet"
+        pq.write_table(pa.table({"image": image, "label": label}), file, row_group_size=ROWS)
+    return folder
+
+
+def write_shards(folder, count: int):
+    """At most 2,000 WebDataset shards."""
+    originals = tiny_jpegs()
+    folder.mkdir()
+    shards = min(2000, count // 10)
+    for i in range(shards):
+        members = []
+        for j in range(i * count // shards, (i + 1) * count // shards):
+            members += [
+                (f"{j:09d}.jpg", originals[j % len(originals)]),
+                (f"{j:09d}.cls", b"%d" % (j % CLASSES)),
+                (f"{j:09d}.txt", b"image %d" % j),
+            ]
+        image_forms.write_members(folder / f"{i:05d}.tar", members)
+    return folder
+
+
 def start(src, out, count: int, scratch):
     scratch.mkdir(exist_ok=True)
     words = ["-c", IMPORT, src, out, max(count // 20, 500)]
@@ -94,7 +132,15 @@ def figures(process) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("form,write", [("files", write_files), ("tar", write_tar)])
+@pytest.mark.parametrize(
+    "form,write",
+    [
+        ("files", write_files),
+        ("tar", write_tar),
+        ("parquet", write_parquet),
+        ("shards", write_shards),
+    ],
+)
 def test_an_import(form, write, tmp_path):
     """In one go, and resumed after kill -9."""
     small, src = write(tmp_path / f"few.{form}", FEW), write(tmp_path / f"src.{form}", FILES)

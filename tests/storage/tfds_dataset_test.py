@@ -116,7 +116,7 @@ def test_tfrecord_is_refused_with_the_conversion_command(tmp_path):
     path = image_dataset(tmp_path, per_class=2)
     info = path / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match="convert_format"):
+    with pytest.raises(UserError, match="import_images.py"):
         tfds_dataset.Split(path, "train")
 
 

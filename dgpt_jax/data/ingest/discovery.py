@@ -1,77 +1,78 @@
-"""Discovers images, splits and classes in folders, tars and lists, as one tree of paths.
+"""Discovers images, splits and classes in folders, archives, lists, WebDataset and parquet.
 
     SRC/*.jpg                      a folder: one split, no labels
     SRC/CLASS/*.jpg                one split, labels
     SRC/{train,val,test,…}/CLASS/… one split per folder, with or without class folders
-    SRC.tar                        a tar of such a folder. A tar in a folder or in a tar is treated
-                                   as a folder of its name, so ImageNet needs no unpacking:
-                                   ILSVRC2012_img_{train,val,test…}.tar, alone or in one folder, and
-                                   ImageNet-21K's class tars, in a tar or in a folder
+    SRC.tar, SRC.zip               an archive of such a folder. One in a folder, or a tar in a tar,
+                                   is treated as a folder of its name, so ImageNet needs no
+                                   unpacking: ILSVRC2012_img_{train,val,test…}.tar, alone or in one
+                                   folder, and ImageNet-21K's class tars, in a tar or in a folder
     SRC.txt                        a list: one path per line, relative to the list's folder,
                                    optionally followed by a TAB and the class
+    SRC/*.parquet                  parquet with a column of images, as on Hugging Face
+    SRC/*.tar                      WebDataset shards: an annotation (.cls, .json, .txt) is next to
+                                   the first image. Without annotations: as a pattern
+    SRC/*.tfrecord*                a TFDS dataset (dataset_info.json) stored as TFRecord
+    'SRC/{00000..01999}.tar'       WebDataset shards, or parquet, by a pattern as of bash
 
-An image's id is its path below the split's folder, CLASS/file, in tars as in folders. A single
-folder around all others is dropped. Labels come from --labels, else the list, else class folders,
-else, for ILSVRC2012_val_*.JPEG, ImageNet's own list. Classes are sorted, numerically if all are
-integers; with ImageNet's validation images they are ImageNet's 1000.
+Of parquet and WebDataset, a word "train", "val", "valid", "validation" or "test" in the name of a
+file or its folder is the split. SRC may be on gs:// or s3://, except a list.
+
+An image's id is its path below the split's folder, CLASS/file, in archives as in folders; of
+WebDataset the key; of parquet the image's path if all are distinct, else FILE:ROW. A single folder
+around all others is dropped. Labels come from --labels, else the list, else class folders, else,
+for ILSVRC2012_val_*.JPEG, ImageNet's own list; of WebDataset from .cls, of parquet from a column.
+Classes are sorted, numerically if all are integers; with ImageNet's validation images they are
+ImageNet's 1000.
 """
 
 import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from dgpt_jax.data.ingest import labels as class_labels
-from dgpt_jax.data.ingest import tar_index
-from dgpt_jax.data.ingest.directory_walk import Skipped, Walk, unpack_first
-from dgpt_jax.data.ingest.image_index import ImageIndex, text
-from dgpt_jax.data.ingest.user_images import EXTENSIONS
-from dgpt_jax.errors import UserError, counted
-from dgpt_jax.storage import gcs
-
-SPLITS = ("train", "val", "valid", "validation", "test")
-IMAGENET = re.compile(rb"ILSVRC2012_img_(train|val|test)(_v\d+)?")
-# Names of folders with a split or with annotations, rather than a class.
-NO_CLASS = re.compile(
-    r"(train|training|trainval|val|valid|validation|eval|dev|test|testing|unlabell?ed)"
-    r"([-_ ]?(set|data|images|split))?[-_ ]?\d*"
-    r"|(jpeg|png)?images?|annotations?|imagesets|labels?|masks?|segmentations?|segmentation"
-    r"(class|object)(aug|raw)?|(gt|ground[-_ ]?truth|instance|semantic|depth)s?|gtfine|leftimg8bit",
-    re.IGNORECASE,
+from dgpt_jax.data.ingest import (
+    layout,
+    parquet_index,
+    shard_files,
+    tar_index,
+    tfrecord_index,
+    webdataset_index,
 )
+from dgpt_jax.data.ingest.directory_walk import Walk, unpack_first
+from dgpt_jax.data.ingest.image_index import text
+from dgpt_jax.data.ingest.shard_files import SPLITS
+from dgpt_jax.data.ingest.skipped_files import Skipped
+from dgpt_jax.data.ingest.types import Columns, Images
+from dgpt_jax.data.ingest.user_images import EXTENSIONS
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import byte_ranges, gcs
 
 
 @dataclass(frozen=True)
 class Discovered:
-    """Splits by name, class names (empty: no labels) and skipped files."""
+    """Splits by name, class names (empty: no labels), skipped files and text columns."""
 
-    splits: dict[str, ImageIndex]
+    splits: Mapping[str, Images]
     classes: list[str]
     skipped: Skipped
+    keep: tuple[str, ...] = ()
 
     @property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
         """Size of all images."""
-        return sum(int(images.size.clip(0).sum()) for images in self.splits.values())
+        return sum(images.num_bytes for images in self.splits.values())
 
     def digest(self) -> str:
-        """Returns a digest of everything that determines the dataset, except the files' contents.
-
-        Paths are padded to one width, as earlier versions stored them: their imports can resume.
-        """
+        """Returns a digest of all that determines the dataset, except the images' contents."""
         state = hashlib.sha256("\n".join(self.classes).encode())
         for name, images in self.splits.items():
-            width = images.paths.width
-            state.update(f"{name} |S{width}".encode())
-            for path in images.paths:
-                state.update(path.ljust(width, b"\0"))
-            for column in (images.offset, images.size, images.label):
-                state.update(np.ascontiguousarray(column).data)
+            state.update(f"{name} ".encode())
+            images.update_digest(state)
         return state.hexdigest()[:16]
 
 
@@ -80,110 +81,131 @@ def discover(
     *,
     split: str | None = None,
     labels: Path | str | None = None,
+    columns: Columns = Columns(),  # noqa: B008 (frozen)
     say: Callable[[str], None] = lambda _: None,
 ) -> Discovered:
-    """Returns the images of a folder, tar or list; `labels`: a file of "name<TAB or space>class".
+    """Returns the images of a source; `labels`: a file of "name<TAB or space>class".
 
-    `split` names the only split of a source without split folders. `say` logs every million images;
-    14 million in a tar take minutes and 2 GB. Raises UserError.
+    `split` names the only split of a source without split folders. `columns`: of WebDataset and
+    parquet. `say` logs every million images; 14 million in a tar take minutes and 2 GB. Raises
+    UserError.
     """
     if split and (split == "all" or not re.fullmatch(r"\w[\w-]*", split)):  # TFDS's syntax
         raise UserError(f"--split={split}: use letters, digits, _ and -, and not 'all'")
-    if gcs.is_remote(src):
-        raise UserError(f"{src} is not a local path: copy or mount it")
-    src = Path(src)
-    if not src.exists():
-        raise UserError(f"no such file or directory: {src}")
-    if not (src.is_dir() or src.is_file()):
-        raise UserError(f"{src} is a pipe, socket or device: give a folder, tar or list")
+    src = os.fspath(src)
+    walk = Walk(say, layout.folder_name)
+    default = _list_images(walk, src)
+    if walk.shards or walk.tables or walk.records:
+        if labels:
+            raise UserError(f"--labels is for files: {src} has its own labels, see --label_column")
+        return _discover_shards(walk, src, split, columns)
+    columns.require_none(src)
+    return _discover_files(walk, src, split, default, labels)
+
+
+def _discover_files(
+    walk: Walk, src: str, split: str | None, default: str, labels: Path | str | None
+) -> Discovered:
+    """Returns the images of folders, archives and lists. Raises UserError."""
     table = class_labels.read_table(labels) if labels else {}
-    walk = Walk(say, _folder_name)
-    try:
-        default = _list_images(walk, src)
-    except OSError as e:  # permissions, or files that vanish
-        raise UserError(f"{text(os.fsencode(e.filename or src))}: {e.strerror}") from e
     index = walk.builder.build()
     if not len(index):
-        if walk.skipped.compressed:
-            raise UserError(unpack_first(walk.skipped.compressed[0], "gunzip"))
-        lines = "".join(f"; {line}" for line in walk.skipped.lines())
-        raise UserError(f"{src} contains no images ({', '.join(EXTENSIONS)}){lines}")
+        _raise_no_images(walk, src)
     if walk.classes or walk.elsewhere:
         splits = {split or default: index}
     else:
-        splits = _divide(index, src, split, default)
-    splits = {name: _sorted_unique(images) for name, images in splits.items()}
+        splits = layout.divide(index, src, split, default)
+    splits = {name: layout.sorted_unique(images) for name, images in splits.items()}
     splits, classes = class_labels.apply(splits, walk.classes, table, walk.skipped.notes.append)
     if not (split or walk.classes or table):
-        _check_class_names(src, classes)
+        layout.check_numbered_tars(walk.tars)
+        layout.check_class_names(src, classes)
     return Discovered(splits, classes, walk.skipped)
 
 
-def _list_images(walk: Walk, src: Path) -> str:
+def _discover_shards(walk: Walk, src: str, split: str | None, columns: Columns) -> Discovered:
+    """Returns the images of WebDataset shards, parquet files or TFRecord. Raises UserError."""
+    index = walk.builder.build()
+    kinds = {
+        "WebDataset shards": walk.shards[:1],
+        "parquet files": walk.tables[:1],
+        "TFRecord files": walk.records[:1],
+        "other images": [os.fsencode(entry.file) for entry in itertools.islice(index, 1)],
+    }
+    if len(mixed := {kind: files[0] for kind, files in kinds.items() if files}) > 1:
+        raise UserError(
+            f"{src} contains {' and '.join(f'{k} ({text(f)})' for k, f in mixed.items())}: give "
+            f"the folder of one kind, or a pattern"
+        )
+    files = walk.shards or walk.tables or walk.records
+    root = shard_files.root(src, files)
+    splits = {} if walk.records else shard_files.divide(files, root, split)
+    images: Mapping[str, Images]
+    if walk.records:
+        images, classes = tfrecord_index.open_records(files, columns)
+    elif walk.tables:
+        images, classes = parquet_index.open_tables(splits, root, columns)
+    else:
+        names = webdataset_index.class_names(root)
+        images, classes = webdataset_index.open_shards(splits, columns, names, walk.skipped.notes)
+        if not classes and columns.label is None and not shard_files.is_pattern(src):
+            webdataset_index.check_no_folders(images)
+    if empty := [name for name, rows in images.items() if not len(rows)]:
+        raise UserError(f"{src}: split {empty[0]} contains no images")
+    return Discovered(images, classes, walk.skipped, columns.keep)
+
+
+def _list_images(walk: Walk, src: str) -> str:
     """Adds the images of `src` to the walk; returns the default name of their split."""
+    try:
+        if files := shard_files.expand(src):
+            walk.add_shards(files)
+            return "train"
+        if not byte_ranges.exists(src):
+            raise UserError(f"no such file or directory: {src}")
+        if gcs.is_remote(src):
+            return _list_remote(walk, src)
+        return _list_local(walk, Path(src))
+    except OSError as e:  # permissions, or files that vanish
+        raise UserError(f"{text(os.fsencode(e.filename or src))}: {e.strerror}") from e
+
+
+def _list_remote(walk: Walk, src: str) -> str:
+    if not src.endswith((".tar", ".zip", ".parquet")):
+        walk.add_remote_folder(src)
+        return "train"
+    walk.add_archive(os.fsencode(src))
+    return _split_name(Path(src))
+
+
+def _list_local(walk: Walk, src: Path) -> str:
+    if not (src.is_dir() or src.is_file()):
+        raise UserError(f"{src} is a pipe, socket or device: give a folder, archive or list")
+    path = os.fsencode(src)
     if src.is_dir():
-        walk.add_folder(os.fsencode(src))
-    elif tool := tar_index.compression(src):
+        walk.add_folder(path)
+        return "train"
+    if src.suffix.lower() in (".zip", ".parquet"):
+        walk.add_archive(path)
+    elif tool := tar_index.compression(path):
         raise UserError(unpack_first(src, tool))
-    elif tar_index.is_tar(src):
-        walk.add_tar(os.fsencode(src))
-        name = text(_folder_name(os.fsencode(src.stem)))
-        return name if name in SPLITS else "train"
+    elif tar_index.is_tar(os.fspath(src)):
+        walk.add_tar(path)
     else:
         walk.add_list(src)
-    return "train"
+        return "train"
+    return _split_name(src)
 
 
-def _folder_name(name: bytes) -> bytes:
-    """Returns the folder name of a tar or folder: TFDS's split name if it is ImageNet's."""
-    match = IMAGENET.fullmatch(name)
-    return {b"val": b"validation"}.get(match[1], match[1]) if match else name
+def _split_name(archive: Path) -> str:
+    """Returns the split of an archive: its name if that is a split's, else train."""
+    name = text(layout.folder_name(os.fsencode(archive.stem)))
+    return name if name in SPLITS else "train"
 
 
-def _divide(
-    images: ImageIndex, src: Path, split: str | None, default: str
-) -> dict[str, ImageIndex]:
-    """Divides images by split folders, if there are any. Raises UserError."""
-    index, tops = images.top_dirs()
-    while len(tops) == 1 and tops[0] and text(tops[0]) not in SPLITS:
-        inner = images.strip_prefix(tops[0])
-        inner_index, inner_tops = inner.top_dirs()
-        if b"" in inner_tops:
-            break
-        images, index, tops = inner, inner_index, inner_tops
-    names = sorted(top for top in tops if text(top) in SPLITS)
-    others = sorted(text(top) or "images" for top in tops if top not in names)
-    if names and others and not split:
-        raise UserError(
-            f"{src} contains {', '.join(map(text, names))} and also {', '.join(others[:3])}"
-            f"{', …' * (len(others) > 3)}: if all are classes, set --split=train; if the first are "
-            f"splits, move the others"
-        )
-    if names and not others:
-        return {text(top): images.take(index == tops.index(top)).strip_prefix(top) for top in names}
-    return {split or default: images}
-
-
-def _check_class_names(src: Path, classes: list[str]):
-    """Raises UserError if classes are named like splits or annotations: test images would be
-    trained on."""
-    suspicious = [name for name in classes if NO_CLASS.fullmatch(name)]
-    if suspicious and len(classes) > 1:  # a single one is a folder around all images
-        raise UserError(
-            f"{src}: {', '.join(suspicious[:6])} would be among its {len(classes)} classes: rename "
-            f"splits to {'/'.join(SPLITS)} and move other folders; if these are classes, set "
-            f"--split=train"
-        )
-
-
-def _sorted_unique(images: ImageIndex) -> ImageIndex:
-    """Returns the sorted images. Raises UserError if two have the same id."""
-    images = images.sorted()
-    twice = [i for i, (a, b) in enumerate(itertools.pairwise(images.paths)) if a == b]
-    if twice:
-        files = {text(images[twice[0] + i].file): None for i in range(2)}
-        raise UserError(
-            f"found {counted(len(twice), 'image')} twice, the first is {images[twice[0]].id}, in "
-            f"{' and '.join(files)}: remove one of each"
-        )
-    return images
+def _raise_no_images(walk: Walk, src: str):
+    """Raises UserError for a source without images, with what it has instead."""
+    if walk.skipped.compressed:
+        raise UserError(unpack_first(walk.skipped.compressed[0], "gunzip"))
+    lines = "".join(f"; {line}" for line in walk.skipped.lines())
+    raise UserError(f"{src} contains no images ({', '.join(EXTENSIONS)}){lines}")

@@ -1,14 +1,18 @@
 """Index of millions of images in columns: ids, containers, byte ranges and labels."""
 
+import hashlib
 import os
 import posixpath
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
+from dgpt_jax.data.ingest import zip_index
 from dgpt_jax.errors import UserError
+from dgpt_jax.storage import byte_ranges
 
 OWN_FILE = -1  # offset of an image that is a file of its own
 BOM = b"\xef\xbb\xbf"  # UTF-8 byte order mark, written by Windows
@@ -22,6 +26,7 @@ Rows = slice | np.ndarray
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
     """One image: bytes `offset` to `offset + size` of a file; the full file if offset is OWN_FILE.
+    In a zip, the offset is that of the member's header in the central directory.
 
     size: -1 if unknown. label: -1 if there is none.
     """
@@ -33,16 +38,16 @@ class ImageEntry:
     label: int
 
     def read(self) -> bytes:
-        """Reads the bytes. Raises OSError if only this file is at fault; UserError if the disk
-        fails or the file has changed since it was listed: skipping would then drop all later
-        files."""
+        """Reads the bytes. Raises OSError or UnreadableImage if only this file is at fault;
+        UserError if the disk fails or the file has changed since it was listed: skipping would then
+        drop all later files."""
         try:
-            with open(self.file, "rb", buffering=0) as file:
-                if self.offset == OWN_FILE:
-                    data = file.read()
-                else:
-                    file.seek(self.offset)
-                    data = file.read(self.size)
+            if self.offset == OWN_FILE:
+                data = byte_ranges.read(self.file)
+            elif zip_index.is_zip(self.file):
+                data = zip_index.read(self.file, self.offset)
+            else:
+                data = byte_ranges.read(self.file, self.offset, self.size)
         except OSError as e:
             if isinstance(e, PermissionError) or self.size < 0:
                 raise
@@ -52,6 +57,10 @@ class ImageEntry:
                 f"{self.id} in {text(self.file)} had {self.size} bytes when listed, now {len(data)}"
             )
         return data
+
+    def texts(self) -> Mapping[str, str]:
+        """Returns no text columns: files have none."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,11 @@ class Paths:
 class ImageIndex:
     """Images of one split, in order, as columns: ImageNet-21K has 14 million.
 
-    containers: paths of the tars and folders that hold the images. container: index into them, per
-    image. offset, size: in bytes. label: -1 if there is none.
+    containers: paths of the archives and folders that hold the images. container: index into them,
+    per image. offset, size: in bytes. label: -1 if there is none.
     """
+
+    COLUMNS: ClassVar = ("container", "offset", "size", "label")
 
     containers: list[bytes]
     paths: Paths
@@ -121,9 +132,23 @@ class ImageIndex:
 
     def take(self, rows: Rows) -> "ImageIndex":
         """Returns the images of some rows."""
-        names = ("container", "offset", "size", "label")
-        columns = {name: getattr(self, name)[rows] for name in names}
+        columns = {name: getattr(self, name)[rows] for name in self.COLUMNS}
         return replace(self, paths=self.paths.take(rows), **columns)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all images."""
+        return int(self.size.clip(0).sum())
+
+    def update_digest(self, state: "hashlib._Hash") -> None:
+        """Hashes paths and columns. Paths are padded to one width, as earlier versions stored them:
+        their imports can resume."""
+        width = self.paths.width
+        state.update(f"|S{width}".encode())
+        for path in self.paths:
+            state.update(path.ljust(width, b"\0"))
+        for name in self.COLUMNS[1:]:
+            state.update(np.ascontiguousarray(getattr(self, name)).data)
 
     def strip_prefix(self, folder: bytes) -> "ImageIndex":
         """Returns the index with paths relative to a folder that contains all images."""
@@ -149,6 +174,19 @@ class ImageIndex:
             paths = list(self.paths.take(rows))
             rows[:] = rows[sorted(range(len(paths)), key=paths.__getitem__)]
         return self.take(order)
+
+
+def duplicates(hashes: np.ndarray) -> np.ndarray:
+    """Returns the rows, in order, whose 64-bit hash a row before them has as well, int64 (N,)."""
+    order = np.argsort(hashes, kind="stable")
+    equal = hashes[order][1:] == hashes[order][:-1]
+    return np.sort(order[1:][equal])
+
+
+def path_hash(path: bytes) -> int:
+    """Returns 64 bits of a path's digest: among 14 million paths two are equal with a probability
+    of 5e-6."""
+    return int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "little")
 
 
 def text(path: bytes) -> str:

@@ -8,24 +8,35 @@ from etils import epath
 
 from dgpt_jax.data.ingest import user_images
 from dgpt_jax.data.ingest.discovery import Discovered
+from dgpt_jax.data.ingest.types import Columns
 from dgpt_jax.errors import UserError
-from dgpt_jax.storage import atomic
+from dgpt_jax.storage import atomic, gcs
 
 FILE = "import.json"
 
 
 def describe(
-    src: Path | str, images: Discovered, shard_size: int, options: user_images.Options
+    src: Path | str,
+    images: Discovered,
+    shard_size: int,
+    options: user_images.Options,
+    columns: Columns,
 ) -> dict:
     """Returns the settings of an import as JSON."""
     return {
-        "source": str(Path(src).resolve()),
+        "source": _absolute(str(src)),
         "shard_size": shard_size,
         "images": {name: len(split) for name, split in images.splits.items()},
         "classes": len(images.classes),
         "files_digest": images.digest(),
         **_decoding(options),
+        **_columns(columns),
     }
+
+
+def _absolute(src: str) -> str:
+    """Returns a source as an absolute path; URLs as they are."""
+    return src if gcs.is_remote(src) else str(Path(src).resolve())
 
 
 def _decoding(options: user_images.Options) -> dict:
@@ -33,6 +44,15 @@ def _decoding(options: user_images.Options) -> dict:
     return {
         "background": list(options.background),
         "range": options.range and list(options.range),
+    }
+
+
+def _columns(columns: Columns) -> dict:
+    """Columns of parquet or WebDataset; None, as in files of earlier versions, if by default."""
+    return {
+        "image_column": columns.image,
+        "label_column": columns.label,
+        "keep": list(columns.keep) or None,
     }
 
 

@@ -12,6 +12,7 @@ result is identical, byte by byte.
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from pathlib import Path
 from etils import epath
 
 from dgpt_jax.data.ingest import discovery, import_settings, shard_writer, user_images
-from dgpt_jax.data.ingest.image_index import ImageIndex
+from dgpt_jax.data.ingest.types import Columns, Images
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import array_record_shards, disk_space, tfds_dataset
 from dgpt_jax.storage.array_record_shards import ShardInfo
@@ -28,18 +29,20 @@ from dgpt_jax.storage.array_record_shards import ShardInfo
 SHARD_SIZE = 16384
 
 ShardInfos = dict[str, ShardInfo]  # by file name of the shard
-ShardImages = dict[str, dict[epath.Path, ImageIndex]]  # of each split, by path of the shard
+ShardImages = dict[str, dict[epath.Path, Images]]  # of each split, by path of the shard
 
 
 @dataclass
 class Report:
     """Result of an import: examples per split, class names, unreadable files (as "id: reason"),
-    number of transparent images, and lines about skipped files."""
+    number of transparent images, number of images without a text by column, and lines about skipped
+    files."""
 
     examples: dict[str, int] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     transparent: int = 0
+    empty_texts: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
 
@@ -49,6 +52,7 @@ def import_images(
     *,
     split: str | None = None,
     labels: Path | str | None = None,
+    columns: Columns = Columns(),  # noqa: B008 (frozen)
     options: user_images.Options = user_images.DEFAULT,
     shard_size: int = SHARD_SIZE,
     threads: int = 8,
@@ -57,7 +61,8 @@ def import_images(
 ) -> Report:
     """Writes the images of `src` as an image dataset `out`. Raises UserError.
 
-    `shard_size` counts files; `split` and `labels` are those of discovery.discover. If `out` has
+    `shard_size` counts files; `split`, `labels` and `columns` are those of
+    discovery.discover. If `out` has
     part of the same import, it is resumed; if it is complete, it is only reported. Existing shards
     are verified by their size; with `check` also by their checksum.
     """
@@ -70,8 +75,8 @@ def import_images(
         directory.exists()
     except ImportError as e:
         raise UserError(f"{directory} cannot be opened: {e}") from e
-    images = discovery.discover(src, split=split, labels=labels, say=say)
-    settings = import_settings.describe(src, images, shard_size, options)
+    images = discovery.discover(src, split=split, labels=labels, columns=columns, say=say)
+    settings = import_settings.describe(src, images, shard_size, options, columns)
     import_settings.check_same_import(directory, settings)
     shards = {
         name: _shards(directory, name, index, shard_size) for name, index in images.splits.items()
@@ -86,13 +91,13 @@ def import_images(
     import_settings.check_decoding_version(directory, infos)
     counts = [f"{name} {counted(len(index), 'image')}" for name, index in images.splits.items()]
     classes = counted(len(images.classes), "class", "classes")
-    say(f"{src}: {', '.join(counts)}, {classes}, {disk_space.size(images.bytes)}")
+    say(f"{src}: {', '.join(counts)}, {classes}, {disk_space.size(images.num_bytes)}")
     infos = _keep_sound_shards(directory, infos, damaged, say)
     _check_disk_space(directory, images, infos)
     directory.mkdir(parents=True, exist_ok=True)
     array_record_shards.remove_partial_files(directory)
     import_settings.write(directory, settings)
-    features = tfds_dataset.image_features(images.classes)
+    features = tfds_dataset.image_features(images.classes, images.keep)
     every_shard = {path: index for split in shards.values() for path, index in split.items()}
     infos = shard_writer.write_missing(every_shard, infos, features, options, threads, say)
     return _finish(src, directory, images, shards, infos)
@@ -112,7 +117,8 @@ def _finish(
             f"read; the first: {report.broken[0]}"
         )
     written = {name: [infos[path.name] for path in split] for name, split in shards.items()}
-    tfds_dataset.write_metadata(out, tfds_dataset.image_features(images.classes), written)
+    features = tfds_dataset.image_features(images.classes, images.keep)
+    tfds_dataset.write_metadata(out, features, written)
     array_record_shards.write_manifest(
         out, {path.name: infos[path.name] for split in shards.values() for path in split}
     )
@@ -128,9 +134,7 @@ def _remove_output(out: epath.Path, shards: ShardImages):
         out.rmdir()
 
 
-def _shards(
-    out: epath.Path, split: str, images: ImageIndex, size: int
-) -> dict[epath.Path, ImageIndex]:
+def _shards(out: epath.Path, split: str, images: Images, size: int) -> dict[epath.Path, Images]:
     count = -(-len(images) // size)
     return {
         tfds_dataset.shard_path(out, split, i, count): images.take(slice(i * size, (i + 1) * size))
@@ -151,7 +155,7 @@ def _keep_sound_shards(out: epath.Path, infos: ShardInfos, damaged: list[str], s
 
 def _check_disk_space(out: epath.Path, images: discovery.Discovered, infos: ShardInfos):
     """Raises UserError if the disk lacks space for the missing shards."""
-    needed = images.bytes - sum(info.bytes for info in infos.values())
+    needed = images.num_bytes - sum(info.bytes for info in infos.values())
     disk_space.require(out, needed, "free some, or choose another --out")
 
 
@@ -162,4 +166,7 @@ def _report(images: discovery.Discovered, shards: ShardImages, infos: ShardInfos
     written = [infos[path.name] for split in shards.values() for path in split]
     broken = [line for info in written for line in shard_writer.unreadable(info)]
     transparent = sum(map(shard_writer.transparent, written))
-    return Report(examples, images.classes, broken, transparent, images.skipped.lines())
+    empty = sum(map(shard_writer.empty_texts, written), Counter())
+    return Report(
+        examples, images.classes, broken, transparent, dict(empty), images.skipped.lines()
+    )

@@ -54,7 +54,7 @@ def apply(
         labelled[split] = index, names
         all_names |= set(names)
     for name in sorted(all_names):
-        _check_name(name)
+        check_name(name)
     integers = all(re.fullmatch(r"\d+", name) for name in all_names)
     classes = sorted(all_names, key=(lambda name: (int(name), name)) if integers else None)
     number = {name: i for i, name in enumerate(classes)}
@@ -64,7 +64,7 @@ def apply(
     return splits, classes
 
 
-def _check_name(name: str):
+def check_name(name: str):
     """Raises UserError if TFDS could not read a class name back: it stores one per line, strips
     each and drops empty ones, which would shift the labels of all classes after it."""
     if not name.strip():

@@ -3,28 +3,32 @@
 import contextlib
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import tensorflow_datasets as tfds
 from etils import epath
 
 from dgpt_jax.data import image_ops
 from dgpt_jax.data.ingest import user_images
-from dgpt_jax.data.ingest.image_index import ImageEntry, ImageIndex
+from dgpt_jax.data.ingest.types import Entry, Images
 from dgpt_jax.data.prefetch import map_ahead
 from dgpt_jax.monitoring.progress import Clock, Progress, duration
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 from dgpt_jax.storage.array_record_shards import ShardInfo
 
 SAY_EVERY = 10  # seconds
-Converted = tuple[ImageEntry, user_images.StoredImage | str]  # str: reason why there are no bytes
-TRANSPARENT = re.compile(r"(\d+) transparent images")  # a note next to those of unreadable files
+# Notes next to those of unreadable files.
+TRANSPARENT = re.compile(r"(\d+) transparent images")
+EMPTY = re.compile(r"(\d+) images without (\w+)")
 
 
 def unreadable(info: ShardInfo) -> list[str]:
     """Returns "id: reason" of the files that were skipped in a shard."""
-    return [line for line in info.notes if not TRANSPARENT.fullmatch(line)]
+    notes = (note for note in info.notes if not TRANSPARENT.fullmatch(note))
+    return [note for note in notes if not EMPTY.fullmatch(note)]
 
 
 def transparent(info: ShardInfo) -> int:
@@ -32,8 +36,21 @@ def transparent(info: ShardInfo) -> int:
     return sum(int(note[1]) for note in map(TRANSPARENT.fullmatch, info.notes) if note)
 
 
+def empty_texts(info: ShardInfo) -> Counter:
+    """Returns the numbers of images without a text in a shard, {column: count}."""
+    return Counter({note[2]: int(note[1]) for note in map(EMPTY.fullmatch, info.notes) if note})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of an image, besides its id and label."""
+
+    image: user_images.StoredImage
+    texts: Mapping[str, str]
+
+
 def write_missing(
-    shards: Mapping[epath.Path, ImageIndex],
+    shards: Mapping[epath.Path, Images],
     infos: Mapping[str, ShardInfo],
     features: tfds.features.FeaturesDict,
     options: user_images.Options,
@@ -54,7 +71,7 @@ def write_missing(
 class _Progress:
     """Logs the progress of an import every few seconds, and after every shard."""
 
-    def __init__(self, shards: Mapping[epath.Path, ImageIndex], infos: Mapping, say: Callable):
+    def __init__(self, shards: Mapping[epath.Path, Images], infos: Mapping, say: Callable):
         self._total = sum(map(len, shards.values()))
         complete = [path for path in shards if path.name in infos]
         self._done = sum(len(shards[path]) for path in complete)
@@ -80,35 +97,39 @@ class _Progress:
         )
 
 
-def _write(path: epath.Path, results: Iterable[Converted], features, progress) -> ShardInfo:
-    """Writes a shard of images and their stored bytes, or the reason why there are none."""
+def _write(
+    path: epath.Path, results: Iterable[tuple[Entry, Stored | str]], features, progress
+) -> ShardInfo:
+    """Writes a shard of images and what to store of each, or the reason why there are no bytes."""
     notes: list[str] = []
     serialize = tfds_dataset.serializer(features)
 
     def examples() -> Iterator[bytes]:
-        transparent = 0
+        transparent, empty = 0, Counter()
         for image, result in results:
             progress.advance(isinstance(result, str))
             if isinstance(result, str):
                 notes.append(f"{image.id}: {result}")
                 continue
-            transparent += result.transparent
-            example = {"id": image.id, "image": result.data}
+            transparent += result.image.transparent
+            empty.update(name for name, value in result.texts.items() if not value)
+            example = {**result.texts, "id": image.id, "image": result.image.data}
             if "label" in features:
                 example["label"] = image.label
             yield serialize(example)
         if transparent:
             notes.append(f"{transparent} transparent images")
+        notes.extend(f"{count} images without {name}" for name, count in sorted(empty.items()))
 
     info = array_record_shards.write(path, examples(), notes)
     progress.show()
     return info
 
 
-def _convert(image: ImageEntry, options: user_images.Options) -> user_images.StoredImage | str:
-    """Returns the bytes to store, or the reason why there are none."""
+def _convert(image: Entry, options: user_images.Options) -> Stored | str:
+    """Returns what to store, or the reason why there are no bytes."""
     try:
-        return user_images.convert(image.read(), options)
+        return Stored(user_images.convert(image.read(), options), image.texts())
     except image_ops.UnreadableImage as e:
         return str(e)
     except OSError as e:

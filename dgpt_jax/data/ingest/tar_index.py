@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgpt_jax.errors import UserError
+from dgpt_jax.storage import byte_ranges
+from dgpt_jax.storage.byte_ranges import RangeReader
 
 BLOCK = 512
 CHUNK = 1 << 20
@@ -29,23 +31,21 @@ Note = Callable[[str], None]
 Member = tuple[bytes, int, int]  # name, offset, size
 
 
-def is_tar(path: Path | str) -> bool:
+def is_tar(path: str) -> bool:
     """True for the name of a tar, or its magic number in the first header."""
-    if os.fspath(path).endswith(".tar"):
+    if path.endswith(".tar"):
         return True
-    with open(path, "rb") as file:
-        return file.read(BLOCK)[257:262] == b"ustar"
+    return byte_ranges.read(path, 0, BLOCK)[257:262] == b"ustar"
 
 
-def compression(path: Path | str | bytes) -> str | None:
+def compression(path: str | bytes) -> str | None:
     """Returns the command that decompresses a file; None if it is not compressed."""
-    with open(path, "rb") as file:
-        start = file.read(8)
+    start = byte_ranges.read(path, 0, 8)
     return next((tool for magic, tool in COMPRESSED.items() if start.startswith(magic)), None)
 
 
 def members(
-    file: int,
+    file: RangeReader,
     path: Path | str,
     start: int = 0,
     end: int | None = None,
@@ -53,13 +53,13 @@ def members(
 ) -> Iterator[Member]:
     """Yields (name, offset, size) of the files in a tar, offset and size in bytes.
 
-    The tar is the range from `start` to `end` of an open file (a descriptor); `path` names it in
-    errors. Links come last and have the range of their target; a symbolic link to a folder yields
-    the files in it. A broken hard link has size 0. `note` logs data after the archive's end, and
-    symbolic links that leave the archive, are broken, or point to a folder that contains them.
-    Raises UserError if the tar is truncated or damaged.
+    The tar is the range from `start` to `end` of an open file; `path` names it in errors. Links
+    come last and have the range of their target; a symbolic link to a folder yields the files in
+    it. A broken hard link has size 0. `note` logs data after the archive's end, and symbolic links
+    that leave the archive, are broken, or point to a folder that contains them. Raises UserError if
+    the tar is truncated or damaged.
     """
-    end = os.fstat(file).st_size if end is None else end
+    end = file.size if end is None else end
     links: dict[bytes, _Link] = {}
     for name, offset, size, link in _members(file, path, start, end, note):
         if link:
@@ -160,7 +160,7 @@ def _parents(name: bytes) -> Iterator[bytes]:
 
 
 def _members(
-    file: int, path: Path | str, start: int, end: int, note: Note
+    file: RangeReader, path: Path | str, start: int, end: int, note: Note
 ) -> Iterator[tuple[bytes, int, int, _Link | None]]:
     """Yields (name, offset, size, link or None) of all members."""
     if start == end:
@@ -168,7 +168,7 @@ def _members(
     position, last = start, "the start"
     extended: dict[str, bytes] = {}  # fields of extended headers, which override the next header
     while True:
-        block = os.pread(file, BLOCK, position) if position + BLOCK <= end else b""
+        block = file.read_at(position, BLOCK) if position + BLOCK <= end else b""
         if len(block) < BLOCK:
             raise UserError(
                 f"{path} is truncated: it ends at byte {end - start}, after {last}, without the "
@@ -203,24 +203,24 @@ def _members(
                 f"(bytes {data - start} to {data + length - start}); copy or download it again"
             )
         if is_extended:
-            extended |= _extended_fields(info.type, os.pread(file, length, data))
+            extended |= _extended_fields(info.type, file.read_at(data, length))
         else:
             extended = {}
             if has_data or info.islnk() or info.issym():
                 link, target = None, override.get("linkpath", os.fsencode(info.linkname))
                 if info.islnk():
-                    link = _Link(_clean(target), symbolic=False)
+                    link = _Link(clean_path(target), symbolic=False)
                 elif info.issym():
-                    link = _Link(_relative(_clean(name), target), symbolic=True)
-                yield _clean(name), data, length, link
+                    link = _Link(_relative(clean_path(name), target), symbolic=True)
+                yield clean_path(name), data, length, link
             last = os.fsdecode(name)
         position = data + -(-length // BLOCK) * BLOCK
 
 
-def _note_trailing_data(file: int, path, position: int, start: int, end: int, note: Note):
+def _note_trailing_data(file: RangeReader, path, position: int, start: int, end: int, note: Note):
     """Notes data after the empty block that ends a tar, unless they are zeros."""
     for chunk in range(start + position, end, CHUNK):
-        data = os.pread(file, min(CHUNK, end - chunk), chunk)
+        data = file.read_at(chunk, min(CHUNK, end - chunk))
         if data.count(0) < len(data):
             note(
                 f"data after the end of {path} at byte {position}: if the file is several tars, "
@@ -246,7 +246,7 @@ def _extended_fields(kind: bytes, data: bytes) -> dict[str, bytes]:
     return fields
 
 
-def _clean(name: bytes) -> bytes:
+def clean_path(name: bytes) -> bytes:
     """Returns a path in the archive, without a leading "./", "/" or "../"."""
     return posixpath.normpath(b"/" + name.lstrip(b"/"))[1:]
 

@@ -232,18 +232,28 @@ SHARDS = {  # members of a tar: True if they are samples of a WebDataset
 @pytest.mark.parametrize("path", ["shard.tar", "folder/00000.tar", "outer.tar"])
 @pytest.mark.parametrize("shard", SHARDS)
 def test_shards_of_a_webdataset(tmp_path, shard, path):
-    names, refused = SHARDS[shard]
+    names, is_shard = SHARDS[shard]
     members = {name: png() if name.lower().endswith("png") else b"7" for name in names}
     (tmp_path / "folder").mkdir()
     tar = pack(tmp_path / path, members)
     if path == "outer.tar":
         tar = pack(tar, {"00000.tar": tar.read_bytes()})
     src = tar.parent if path.startswith("folder") else tar
-    if refused:
-        with pytest.raises(UserError, match="WebDataset.*--labels"):
+    message = "several images" if shard == "several extensions" and path != "outer.tar" else ""
+    if shard == "three":
+        message = "ambiguous: .* no .cls, but folders .a."
+    if is_shard and path == "outer.tar":
+        message = "ambiguous: .*WebDataset.*--labels"
+    if message:
+        with pytest.raises(UserError, match=message):
             discovery.discover(src)
     else:
-        discovery.discover(src)
+        discovered = discovery.discover(src)
+        ids = [entry.id for entry in discovered.splits["train"]]
+        assert all(name.endswith("png") for name in ids) != is_shard
+        assert discovered.classes[7:] == (
+            ["7"] if is_shard and {"0.cls", "0.CLS"} & set(names) else []
+        )
 
 
 def test_hard_links_in_tars(tmp_path):

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from dgpt_jax.data.ingest import discovery, image_index
+from dgpt_jax.data.ingest import discovery, image_index, layout
 
 COUNT = 50_000
 
@@ -36,7 +36,7 @@ def test_memory_with_a_long_path(traced):
     long = b"n%08d/" % 5 + b"x" * 4000 + b".JPEG"
     index = build_index(path for paths in (many(COUNT), [long]) for path in paths)
     assert traced()[0] < 100 * COUNT
-    index = discovery._sorted_unique(index)
+    index = layout.sorted_unique(index)
     assert traced()[0] < 100 * COUNT
     assert traced()[1] < 250 * COUNT
     assert index.paths[6 * (COUNT // 1000)] == long and len(index) == COUNT + 1
