@@ -108,7 +108,9 @@ def bad_blocks(text: str) -> list[str]:
     bad = [code for language, code in blocks(text) if language not in COMMANDS + OUTPUT]
     for language, code in blocks(text):
         if language in OUTPUT:
-            bad += re.findall(r"^(?:\$ |python |pip |tools/|gcloud |import ).*", code, re.MULTILINE)
+            bad += re.findall(
+                r"^(?:\$ |dgpt |python |pip |tools/|gcloud |import ).*", code, re.MULTILINE
+            )
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     bad += re.findall(r"^ +```.*", text, re.MULTILINE)
     before = ""  # the last line that is neither blank nor indented

@@ -1,6 +1,7 @@
 """The commands of README and documentation run."""
 
 import dataclasses
+import importlib
 import re
 import shutil
 import sys
@@ -12,12 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax import cli
+from dgpt_jax import cli, invocation
 from dgpt_jax.distributed import preemption
 from tests.docs.pages import Command, all_commands
-from tests.support import commands as command_files
 from tests.support import data
-from tests.support.paths import GOLDEN, ROOT
+from tests.support.paths import GOLDEN
 
 # Commands not run here, and the test functions that run the same; checked by readme_tables_test.
 RUN_ELSEWHERE = {
@@ -28,19 +28,17 @@ RUN_ELSEWHERE = {
         "bench_test::test_alternating_rounds",
         "bench_test::test_official_losses_and_gradients",
     ],
-    "python tools/plan.py": ["plan_test::test_pods", "plan_test::test_bounds_for_gpus"],
+    "dgpt plan": ["plan_test::test_pods", "plan_test::test_bounds_for_gpus"],
     "python -m tools.studies.ablate": ["ablate_test::test_a_study_of_two_steps"],  # takes an hour
-    "python -m dgpt_jax.evaluate --config=configs/robustness_in1k.py": [
-        "robustness_test::test_one_command_on_real_weights"
-    ],
+    "dgpt evaluate --config=robustness_in1k": ["robustness_test::test_one_command_on_real_weights"],
     "import torch": ["checkpoint_test::test_the_onnx_recipe"],
 }
 # Flags added to commands; later flags override earlier ones.
 ADDED = {
     "python -m tools.benchmarks.bench_input": "--examples=32 --seconds=0.1",
     "python -m tools.benchmarks.bench_tokens": "--teacher=B/16 --examples=8 --seconds=0.1",
-    "python tools/convert.py D-iGPT_B_PT_1K.pth": "--heads=3 --decoder_heads=2",
-    "python -m dgpt_jax.train --config=configs/quickstart_finetune.py:attentive": (
+    "dgpt convert D-iGPT_B_PT_1K.pth": "--heads=3 --decoder_heads=2",
+    "dgpt train --config=quickstart_finetune:attentive": (
         "--config.classify.num_classes=1000 --config.model.patch=16 --config.model.image_size=224 "
         "--config.evals.heldout_split=validation --config.classify.resize=256"
     ),
@@ -64,7 +62,7 @@ def elsewhere(command: Command) -> list[str]:
 
 def is_run(command: Command) -> bool:
     """True if a test of this file runs it."""
-    ours = command.text.startswith(("python tools/", "python -m ", "import dgpt_jax"))
+    ours = command.text.startswith(("dgpt ", "python -m ", "import dgpt_jax"))
     return ours and not command.needs and not elsewhere(command)
 
 
@@ -141,7 +139,7 @@ def _prepare(paths: dict, command: Command):
     if "D-iGPT_B_PT_1K.pth" in command.text:
         shutil.copy(GOLDEN / "digpt_tiny.pth", "D-iGPT_B_PT_1K.pth")
         shutil.rmtree(paths["DIR"], ignore_errors=True)
-    if "convert.py" in command.text:  # which never overwrites
+    if command.text.startswith("dgpt convert"):  # which never overwrites
         for name in ("EXPORT_HF", "EXPORT"):
             if name in command.words:
                 shutil.rmtree(paths[name], ignore_errors=True)
@@ -160,14 +158,15 @@ def _run(monkeypatch, command: Command, paths: dict):
         words += more.split() if command.text.startswith(f"{start} ") else ()
     if "--keys" in words:
         words = [word.replace("SRC", "EXPORT") for word in words]
-    words = [re.sub(r"(?<=--config=)configs", str(ROOT / "configs"), word) for word in words]
     words = [_substitute(word, paths) for word in words]
     if any(word.startswith("--config=") for word in words):
         words.append("--smoke")
-    script = words.pop(0)
-    module = words.pop(0).rpartition(".")[2] if script == "-m" else Path(script).stem
-    main = command_files.module_of(module).main
-    monkeypatch.setattr(sys, "argv", [script, *words])
+    if command.text.startswith("dgpt "):
+        main = importlib.import_module(invocation.COMMANDS[words.pop(0)].module).main
+    else:  # python -m MODULE
+        main = importlib.import_module(words[1]).main
+        words = words[2:]
+    monkeypatch.setattr(sys, "argv", ["dgpt", *words])
     try:
         cli.run(main)
     except SystemExit as ended:
