@@ -88,8 +88,8 @@ class TeacherConfig:
 
     weights: str = field(
         "",
-        "teacher weights: .safetensors, .pt, .pth, .bin or .ckpt (FILE#KEY: one of several state "
-        "dicts), or a directory with them",
+        "teacher weights: hf:ORG/NAME on the Hugging Face hub, or .safetensors, .pt, .pth, .bin or "
+        ".ckpt (FILE#KEY: one of several state dicts), or a directory of them",
         path=True,
     )
     image_size: int | None = field(

@@ -17,8 +17,9 @@ class InitConfig:
 
     weights: str = field(
         "",
-        "work directory, or weights in any layout that can be read, to start from; empty: random "
-        "parameters. A run that resumes does not read it, except for the encoder of a probe",
+        "work directory, or weights in any layout that can be read (hf:ORG/NAME: on the Hugging "
+        "Face hub), to start from; empty: random parameters. A run that resumes does not read it, "
+        "except for the encoder of a probe",
         path=True,
     )
     decoders: str = field(
