@@ -121,7 +121,8 @@ def test_a_frozen_encoder_must_be_that_of_the_start(monkeypatch, saved, refused)
     identity = {"source": "FILE", "sha256": "a"}
     task = SimpleNamespace(init=None, examples=examples, frozen_identity=identity)
     checkpoints = FakeCheckpoints(as_saved(config), saved and saved | {"source": "OTHER"})
-    with pytest.raises(UserError if refused else Restored, match="FILE.*OTHER" if refused else ""):
+    error, message = (UserError, "FILE.*OTHER") if refused else (Restored, None)
+    with pytest.raises(error, match=message):
         resume.restore_or_init(
             config, task, None, None, checkpoints, [].append, allow_config_change=True
         )
