@@ -116,8 +116,8 @@ def _evaluation(run: Run, name: str) -> tuple[str, str, str]:
 
 
 def _value(name: str, value: float) -> str:
-    """A loss with four digits, an accuracy in percent."""
-    return f"{value:.4g}" if metrics_log.is_loss(name) else html.percent(100 * value)
+    """A share in percent, other values with four digits."""
+    return html.percent(100 * value) if metrics_log.is_share(name) else f"{value:.4g}"
 
 
 def evaluations(run: Run) -> str:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,12 @@ TITLES = {
     "fetched_bytes": "bytes fetched from remote storage",
     "fetch_wait_seconds": "seconds waiting for remote storage",
 }
+# Of evaluations by their prefix; others are losses and accuracies.
+GROUP_TITLES = {"rank": "effective rank of features", "agreement": "agreement of two views"}
 STYLES = ("-", "--", ":", "-.")  # of the metrics of a panel, if colors tell runs
 FEW = 60  # points that are drawn with a marker each
 SIZE = (5.4, 3.1)  # inches
-RC = {
+RC: Any = {
     "axes.edgecolor": LINE[0], "axes.facecolor": BACK[0], "axes.labelcolor": TEXT[0],
     "axes.spines.right": False, "axes.spines.top": False, "axes.titlecolor": TEXT[0],
     "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold",
@@ -85,8 +88,9 @@ def panels(logs: Sequence[Log]) -> list[Panel]:
 
 def _title(names: Sequence[str]) -> str:
     """A metric, or what several of the same prefix are: "knn accuracy"."""
+    prefix = names[0].partition("/")[0]
     kind = "loss" if metrics_log.is_loss(names[0]) else "accuracy"
-    return names[0] if len(names) == 1 else f"{names[0].partition('/')[0]} {kind}"
+    return names[0] if len(names) == 1 else GROUP_TITLES.get(prefix, f"{prefix} {kind}")
 
 
 def svg(panel: Panel, logs: Sequence[Log], smooth: int) -> bytes:
@@ -152,7 +156,7 @@ def _decorate(axis, panel: Panel, names: Sequence[str], last: int, *, several: b
     axis.xaxis.set_major_locator(plot.MaxNLocator(5, integer=True))
     axis.grid(linewidth=0.6)
     shares = panel.training == ("data_wait",) or not panel.training
-    if shares and not any(map(metrics_log.is_loss, names)):
+    if shares and all(map(metrics_log.is_share, names)):
         axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
     handles, labels = axis.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))  # one for all runs

@@ -13,7 +13,7 @@ from dgpt_jax.data import image_ops
 from dgpt_jax.evals import feature_bank, knn
 from dgpt_jax.evals.feature_bank import FeatureBank
 
-CROP = dict(scale=(0.3, 0.7), ratio=(3 / 4, 4 / 3))  # of the second view
+SCALE, RATIO = (0.3, 0.7), (3 / 4, 4 / 3)  # of the crop that is the second view
 
 
 class TwoViews:
@@ -40,7 +40,7 @@ class TwoViews:
         image = self._load(index)["image"]
         size = image.shape[0]
         rng = np.random.default_rng(index)
-        view = image_ops.draw_view(rng, size, size, flip=self._flip, **CROP)
+        view = image_ops.draw_view(rng, size, size, scale=SCALE, ratio=RATIO, flip=self._flip)
         crop = image_ops.render(image, view, size)
         return np.stack([image, crop]), np.asarray(index, np.int32)
 

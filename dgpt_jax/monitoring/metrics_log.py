@@ -31,6 +31,11 @@ def is_loss(metric: str) -> bool:
     return metric.startswith("heldout/")
 
 
+def is_share(metric: str) -> bool:
+    """True if an evaluation's metric is a share of examples, from 0 to 1."""
+    return not metric.startswith(("heldout/", "rank/"))
+
+
 def is_detail(metric: str) -> bool:
     """True for one of many similar metrics, like val/top1/HEAD: logged, but not displayed."""
     return metric.count("/") > 1

@@ -109,6 +109,17 @@ def cells_of(text) -> list[str]:
     return re.findall(r"<td[^>]*>([^<]*)</td>", text)
 
 
+def test_units_of_evaluations(tmp_path):
+    """Shares are in percent, effective ranks and losses are not."""
+    rows = [{"step": 4, "loss": 1.0, "learning_rate": 0.1}]
+    rows += [{"step": 4, "agreement/cls": 0.25, "rank/cls": 17.5, "heldout/next": 1.25}]
+    write(tmp_path / "run", rows)
+    text = " ".join(Page(report.page(tmp_path / "run")).text)
+    for value in ("25.0\u00a0%", "17.5", "1.25"):
+        assert value in text
+    assert "1750" not in text and "125.0" not in text
+
+
 def test_published_numbers_are_beside_complete_results(run):
     """Only rows of all 50,000 images of ImageNet-1K are compared with published ones."""
     model = {"width": 768, "depth": 12, "heads": 12, "patch": 16}
