@@ -51,7 +51,10 @@ REPLACED = {
     "--config.resize=32": "--config.resize=256",
     "[--untrained=0]": "--untrained=0",
 }
-PLACEHOLDERS = "SRC IMAGES CLIP_DIR TOKENS RUN OTHER_RUN EXPORT EXPORT_HF PHOTOS TUNED DIR MEAN EMA"
+PLACEHOLDERS = (
+    "SRC IMAGES CLIP_DIR TOKENS RUN OTHER_RUN EXPORT EXPORT_HF PHOTOS TUNED DIR MEAN EMA CONTINUED "
+    "LEARNED"
+)
 
 
 def elsewhere(command: Command) -> list[str]:
