@@ -16,8 +16,9 @@ stamp="$venv/installed-$(cat setup.py constraints.txt | cksum | cut -d' ' -f1)-$
 [ -e "$stamp" ] && exit 0
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "installing dgpt_jax[$extras] into $venv …"
+# compat: otherwise a clone named dgpt_jax hides the package where it is a subdirectory
 "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-  -c constraints.txt -e ".[$extras]"
+  -c constraints.txt --config-settings editable_mode=compat -e ".[$extras]"
 case ",$extras," in
   *,parity,*)  # without what they ask for, which is there, or another build of PyTorch
     "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps \
