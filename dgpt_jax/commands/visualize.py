@@ -58,8 +58,10 @@ def list_images(paths: Sequence[str]) -> list[ImageEntry]:
     images = []
     for path in map(os.fsencode, paths):
         walk = directory_walk.Walk()
+        if not os.path.exists(path):
+            raise UserError(f"no such file or directory: {text(path)}")
         if not os.path.isdir(path):
-            if os.path.exists(path) and not os.path.isfile(path):
+            if not os.path.isfile(path):
                 raise UserError(f"{text(path)} is not a regular file")
             images.append(ImageEntry(text(path), path, OWN_FILE, -1, -1))
             continue

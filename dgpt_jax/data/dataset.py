@@ -191,7 +191,7 @@ def _make_dataset(
     if data.examples not in (None, len(splits[0])):
         raise UserError(
             f"{splits[0]} has {counted(len(splits[0]), 'example')}, the config expects "
-            f"{data.examples} (config.data.examples)"
+            f"{data.examples} (config.data.examples): --config.data.examples=None takes any number"
         )
     default = "error" if stored else "skip"
     policy = bad_records.Policy(

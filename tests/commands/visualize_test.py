@@ -329,7 +329,7 @@ def test_refused_arguments(monkeypatch, tmp_path, encoder):
     (tmp_path / "empty").mkdir()
     for words, fragment in (
         (["run", tmp_path / "empty"], f"{tmp_path / 'empty'} holds no images"),
-        (["run", tmp_path / "b.png"], "b.png"),
+        (["run", tmp_path / "b.png"], f"no such file or directory: {tmp_path / 'b.png'}"),
         (["run"], "--show=tokens"),
         (["run", "--show=predictions", tmp_path], "--store=TOKENS"),
         (["run", "--show=neighbours", tmp_path / "a.png"], "--show=neighbours"),
