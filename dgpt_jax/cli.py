@@ -12,7 +12,6 @@ import difflib
 import io
 import itertools
 import math
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -68,13 +67,13 @@ def say(line: str):
 
 
 @contextlib.contextmanager
-def needs(package: str) -> Iterator[None]:
+def needs(extra: str) -> Iterator[None]:
     """Context for imports of optional dependencies: if one fails, the command exits with code 1 and
-    a line that says what to install (`package` as for pip)."""
+    a line that says how to install the extra of setup.py."""
     try:
         yield
     except ImportError as e:
-        sys.exit(f"error: {e.name or e} is not installed: pip install {shlex.quote(package)}")
+        sys.exit(f"error: {e.name or e} is not installed: {invocation.installation(extra)}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -56,7 +56,11 @@ def arguments() -> argparse.Namespace:
         "--keys", action="store_true", help="print array names, shapes and parameters"
     )
     args = parser.parse_args()
-    if (args.dst and not args.to) or not (args.keys or args.dst):
+    if args.to and not (args.keys or args.dst):
+        parser.error(f"DST is missing: the directory or file to write, --to={args.to}")
+    if args.dst and not args.to:
+        parser.error(f"--to is missing: the layout of {args.dst}")
+    if not (args.keys or args.dst):
         parser.error("DST and --to, or --keys, are required")
     return args
 

@@ -73,7 +73,8 @@ def main():
         print(f"next: fix the {counted(failed, 'failed check')}, and run this again")
         sys.exit(1)
     if stores := [path for path in arguments.data if token_store.exists(path)]:
-        print(f"next: {next_commands.train(stores[0], arguments.workdir or 'RUN')}")
+        examples = next_commands.store_examples(stores[0])
+        print(f"next: {next_commands.train(stores[0], arguments.workdir or 'RUN', examples)}")
     else:
         print(
             f"next: build a token store with {invocation.command('tokens')}, and check it as well"

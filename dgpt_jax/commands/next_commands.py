@@ -4,17 +4,38 @@ import shlex
 from typing import Any
 
 from dgpt_jax import invocation
+from dgpt_jax.data import token_store
+from dgpt_jax.storage import tfds_dataset
 from dgpt_jax.storage.gcs import AnyPath
 
+CONFIG_BATCH = 4096  # of the suggested config
 
-def train(store: AnyPath, workdir: AnyPath = "RUN") -> str:
-    """Returns the command that pretrains a B/16 on a token store of any images and teacher."""
-    flags = (
+
+def train(store: AnyPath, workdir: AnyPath = "RUN", examples: int = CONFIG_BATCH) -> str:
+    """Returns the command that pretrains a B/16 on a token store of any images and teacher.
+
+    examples: of the store; with fewer than the config's batch, a smaller batch is suggested.
+    """
+    flags = [
         "--config=pretrain_b16_in1k", f"--workdir={workdir}",
         f"--config.data.path={store}", "--config.data.examples=None",
         "--config.teacher.width=None", "--config.teacher.grid=None",
-    )  # fmt: skip
+    ]  # fmt: skip
+    if examples < CONFIG_BATCH:
+        flags.append(f"--config.batch_size={small_batch(examples)}")
     return f"{invocation.command('train')} {shlex.join(flags)}"
+
+
+def store_examples(store: AnyPath) -> int:
+    """Returns the number of examples in a view of a token store. Raises UserError."""
+    return len(tfds_dataset.Split(store, token_store.view_split(0)))
+
+
+def small_batch(examples: int) -> int:
+    """Returns a batch size for few examples: the largest power of two that makes four steps per
+    epoch, but from 16 to 256, and never more than the examples."""
+    quarter = min(max(examples // 4, 16), 256, examples)
+    return 1 << (quarter.bit_length() - 1)
 
 
 def verify_tokens(store: AnyPath, teacher: Any) -> str:

@@ -30,7 +30,7 @@ from dgpt_jax.storage import output_paths
 from dgpt_jax.storage.gcs import AnyPath
 from dgpt_jax.weights import files
 
-with cli.needs("dgpt_jax[plot]"):
+with cli.needs("plot"):
     import matplotlib
 
     matplotlib.use("Agg")

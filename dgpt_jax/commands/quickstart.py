@@ -1,14 +1,14 @@
 """Full pipeline on small images: images → tokens → pretraining → probes → timm, and one page.
 
-The images are colored digits on photographs, made from scikit-learn's data (examples/scenes.py).
+The images are colored digits on photographs, made from scikit-learn's data.
 A small teacher is trained on them, its tokens are stored, and four tiny encoders are pretrained:
 D-iGPT with both losses, with `next` only, with `visible` only, and iGPT's pixel target. Their
 frozen features are measured by kNN and logistic regression on held-out images, beside those of raw
 pixels, an untrained encoder and the teacher; one encoder is exported to timm. OUT/index.html shows
 it all. The teacher sees the training labels; neither it nor any encoder sees the test split.
 
---images=digits: plain digits (digits.py); --images=glyphs: characters in many fonts (glyphs.py),
-with a test split of held-out fonts. The same command resumes after Ctrl-C or a kill.
+--images=digits: plain digits; --images=glyphs: characters in many fonts, with a test split of
+held-out fonts. The same command resumes after Ctrl-C or a kill.
 """
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
@@ -177,6 +177,9 @@ def main():
     )
     parser.add_argument("--steps", type=int, help="steps of each pretraining; default: 600")
     args = parser.parse_args()
+    with cli.needs("quickstart"):  # by the commands that it runs, after minutes
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
     output_paths.directory(args.out)
     preemption.raise_on_sigterm()
     out = args.out.resolve()

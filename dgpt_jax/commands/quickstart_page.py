@@ -195,7 +195,7 @@ def next_steps(out: str) -> str:
     --config.init.weights={out}/runs/both --config.data.path={out}/images \\
     --config.evals.heldout={out}/images
 # Nearest neighbors of test images by the encoder's features
-{start("visualize")} {out}/runs/both {out}/pictures/test --show=neighbours --out=neighbours.png"""
+{start("visualize")} {out}/runs/both {out}/pictures/test --show=neighbors --out=neighbors.png"""
 
 
 def shown(job: Job, out: Path) -> str:

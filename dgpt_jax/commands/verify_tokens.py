@@ -48,7 +48,8 @@ def main():
             f"(required cosines: least {least:.4f}, median {median:.4f}): build the store again"
         )
     print(f"sound: least ≥ {least:.4f}, median ≥ {median:.4f}")
-    print(f"next: {next_commands.train(args.store)}")
+    examples = next_commands.store_examples(args.store)
+    print(f"next: {next_commands.train(args.store, examples=examples)}")
 
 
 def _print(split: str, shards: str, reports: list[verify.ShardReport]):

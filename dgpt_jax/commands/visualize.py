@@ -9,7 +9,7 @@ images, evenly spaced among all of them. `--show` is one of
                  red, green and blue; below, the same of the foreground, which the first component
                  separates
     attention    attention of CLS in the last block: the mean of the heads, then each head
-    neighbours   for each image its --neighbours nearest by cosine similarity of --features, among
+    neighbors    for each image its --neighbors nearest by cosine similarity of --features, among
                  --gallery evenly spaced images
     predictions  predictions of the pretraining model (a work directory with decoders) for segments
                  of images of a token store, beside the teacher's tokens; captions are mean cosines
@@ -58,8 +58,10 @@ def list_images(paths: Sequence[str]) -> list[ImageEntry]:
     images = []
     for path in map(os.fsencode, paths):
         walk = directory_walk.Walk()
+        if not os.path.exists(path):
+            raise UserError(f"no such file or directory: {text(path)}")
         if not os.path.isdir(path):
-            if os.path.exists(path) and not os.path.isfile(path):
+            if not os.path.isfile(path):
                 raise UserError(f"{text(path)} is not a regular file")
             images.append(ImageEntry(text(path), path, OWN_FILE, -1, -1))
             continue
@@ -144,14 +146,14 @@ def show_neighbors(
 ) -> Figure:
     """Nearest images by cosine of their features. Raises UserError for fewer than two images."""
     if len(entries) < 2:
-        raise UserError("--show=neighbours needs at least 2 images")
+        raise UserError("--show=neighbors needs at least 2 images")
     gallery, size = spread(entries, args.gallery, "--gallery"), encoder.model.image_size
     features = [
         np.asarray(encoder.features(read_images(batch, size), args.features))
         for batch in batched(gallery, chunking.CHUNK)
     ]
     queries = spread(range(len(gallery)), args.count)
-    nearest, cosines = neighbors(np.concatenate(features), args.neighbours, queries)
+    nearest, cosines = neighbors(np.concatenate(features), args.neighbors, queries)
     rows, captions = {}, {}
     for query, indices, values in zip(queries, nearest, cosines, strict=True):
         line = [gallery[i] for i in (query, *indices)]
@@ -202,7 +204,12 @@ def show_predictions(args: argparse.Namespace) -> Figure:
     return rows, prediction_captions(maps, guess, orders, shape)
 
 
-RENDERERS = {"tokens": show_tokens, "attention": show_attention, "neighbours": show_neighbors}
+RENDERERS = {"tokens": show_tokens, "attention": show_attention, "neighbors": show_neighbors}
+
+
+def american(name: str) -> str:
+    """The spelling of a figure's name; the British one is accepted as well."""
+    return name.replace("neighbours", "neighbors")
 
 
 def parse() -> argparse.Namespace:
@@ -210,10 +217,12 @@ def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("checkpoint", type=cli.path, help="work directory or weights")
     parser.add_argument("images", type=cli.path, nargs="*", help="image files or directories")
-    parser.add_argument("--show", choices=(*RENDERERS, "predictions"), default="tokens")
+    parser.add_argument(
+        "--show", type=american, choices=(*RENDERERS, "predictions"), default="tokens"
+    )
     parser.add_argument("--out", type=cli.local_path, required=True, help="PNG file")
     parser.add_argument("--count", type=int, default=12, help=f"images shown, up to {MAX_IMAGES}")
-    parser.add_argument("--neighbours", type=int, default=6, help="per image")
+    parser.add_argument("--neighbors", "--neighbours", type=int, default=6, help="per image")
     parser.add_argument("--gallery", type=int, default=1000, help="images to find neighbors among")
     parser.add_argument("--features", choices=("cls", "mean"), default="mean", help="of neighbors")
     flags.add_encoder(parser, decoders=True)
@@ -222,7 +231,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, least=0, default=0, help="of the orders of segments")
     args = parser.parse_intermixed_args()
     for name, allowed in (
-        ("count", range(1, MAX_IMAGES + 1)), ("neighbours", range(1, COLUMNS)),
+        ("count", range(1, MAX_IMAGES + 1)), ("neighbors", range(1, COLUMNS)),
         ("gallery", range(2, sys.maxsize)),
     ):  # fmt: skip
         if (value := getattr(args, name)) not in allowed:

@@ -43,7 +43,8 @@ def steps(
 
     Epochs and examples are converted with `batch_size` and `examples` (dataset length). Percentages
     are of `total` steps, and at least `least` unless 0. Raises UserError if the value of the
-    config key is not a duration, or fewer than `least` steps after rounding.
+    config key is not a duration, or fewer than `least` steps after rounding; if the reason is a
+    batch larger than the dataset, the message says so.
     """
     number, unit = _parse(duration, key, total is not None)
     in_steps = {
@@ -57,9 +58,15 @@ def steps(
     if unit == "%" and exact > 0:
         count = max(count, least)
     if count < least:
+        if unit == "epoch" and number >= least and batch_size > examples:
+            raise UserError(
+                f"config.batch_size={batch_size} exceeds the {counted(examples, 'example')}, so "
+                f"that {key}={duration!r} is {float(exact):.3g} steps: set --config.batch_size to "
+                f"at most {examples}"
+            )
         raise UserError(
             f"{key}={duration!r} is {float(exact):.3g} steps ({counted(examples, 'example')}, "
-            f"batches of {batch_size}): set it to {least} or more"
+            f"batches of {batch_size}): set it to '{least} steps' or more"
         )
     return count
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from etils import epath
 
 from dgpt_jax import invocation
 from dgpt_jax.config import ClassificationConfig, DataConfig, ModelConfig
@@ -164,6 +165,8 @@ def check_labels(labels: np.ndarray, split: object, classes: int):
 
 def _open_splits(data: DataConfig) -> tfds_dataset.Opened:
     gcs.require(data.path)
+    if not epath.Path(data.path).exists():
+        raise UserError(f"no such directory: {data.path} (config.data.path)")
     token_store.require_finished(data.path)
     opened = tfds_dataset.Opened(data.path, data.cache)
     if opened.cache is not None and data.workers:
@@ -191,7 +194,7 @@ def _make_dataset(
     if data.examples not in (None, len(splits[0])):
         raise UserError(
             f"{splits[0]} has {counted(len(splits[0]), 'example')}, the config expects "
-            f"{data.examples} (config.data.examples)"
+            f"{data.examples} (config.data.examples): --config.data.examples=None takes any number"
         )
     default = "error" if stored else "skip"
     policy = bad_records.Policy(

@@ -11,9 +11,6 @@ from dgpt_jax import cli
 from dgpt_jax.data import image_ops
 from dgpt_jax.storage import tfds_dataset
 
-with cli.needs("dgpt_jax[quickstart]"):
-    from sklearn import datasets
-
 SIZE, TEST_SIZE = 1797, 360  # images in all and in the test split
 Show = Callable[[int, int], None]  # is given the number of written files, and of all
 
@@ -24,6 +21,9 @@ def ignore(done: int, total: int):
 
 def load_digits() -> Iterator[tuple[str, int, int, np.ndarray]]:
     """Yields (split, index, label, alpha) of each digit; alpha is float (8, 8) from 0 to 1."""
+    with cli.needs("quickstart"):
+        from sklearn import datasets
+
     digits: Any = datasets.load_digits()
     images, labels = digits.images, digits.target
     order = np.random.default_rng(0).permutation(len(images))

@@ -14,9 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 from dgpt_jax import cli
 from dgpt_jax.examples import digits
 
-with cli.needs("dgpt_jax[quickstart]"):
-    import matplotlib
-
 TEST = (
     "DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif-Italic", "STIXGeneralItalic", "cmss10"
 )  # fmt: skip
@@ -37,6 +34,9 @@ CLASSES = {
 
 def render(character: str, font: str, size: int, rng: np.random.Generator) -> Image.Image:
     """A size×size image; the em is 0.6 to 0.72 of `size`, the shift up to 0.04 in x and y."""
+    with cli.needs("quickstart"):
+        import matplotlib
+
     path = Path(matplotlib.get_data_path()) / "fonts/ttf" / f"{font}.ttf"
     em = size * rng.uniform(0.6, 0.72)
     x, y = size * (np.array([0.5, 0.7]) + rng.uniform(-0.04, 0.04, 2))

@@ -20,9 +20,6 @@ from PIL import Image
 from dgpt_jax import cli
 from dgpt_jax.examples import digits
 
-with cli.needs("dgpt_jax[quickstart]"):
-    from sklearn import datasets
-
 COPIES = {"train": 4, "test": 2}  # scenes per digit
 # Columns of the photographs, as shares of their width.
 COLUMNS = {"train": (0.0, 0.6), "test": (0.6, 1.0)}
@@ -101,6 +98,9 @@ def _background(
 
 @cache
 def _photographs() -> list[np.ndarray]:
+    with cli.needs("quickstart"):
+        from sklearn import datasets
+
     return datasets.load_sample_images()["images"]
 
 

@@ -34,11 +34,11 @@ class PretrainedEncoder:
     """
 
     model: ModelConfig
-    params: Any
+    params: Any = field(repr=False)
     source: str
     preprocess: Preprocess = field(default_factory=Preprocess)
-    run: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    run: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def features(self, images: ArrayLike, pooling: str = "cls") -> jax.Array:
         """Features (B, D) float32 of images (B, size, size, 3)."""
@@ -72,7 +72,7 @@ class PretrainedClassifier(PretrainedEncoder):
 
     pooling: str = "mean"
     num_classes: int = 0
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = field(default=(), repr=False)
 
     def logits(self, images: ArrayLike) -> jax.Array:
         """Logits (B, classes) float32 of images (B, size, size, 3)."""
@@ -84,8 +84,8 @@ class PretrainedDiGPT:
     """A complete pretraining model: encoder and decoders."""
 
     model: ModelConfig
-    params: Any
-    module: digpt.DiGPT
+    params: Any = field(repr=False)
+    module: digpt.DiGPT = field(repr=False)
     preprocess: Preprocess = field(default_factory=Preprocess)
 
     @cached_property

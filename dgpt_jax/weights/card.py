@@ -101,12 +101,14 @@ def _hashes(file: Path) -> list[str]:
 
 
 def _metrics(run: Mapping[str, Any]) -> list[str]:
-    """Table of the last logged value of each metric up to the step."""
+    """Table of the last logged value of each metric up to the step, but for the machine's."""
     path = epath.Path(run.get("directory", "")) / metrics_log.FILE
     if "directory" not in run or not path.is_file():
         return []
     latest = {}
     for name, curve in metrics_log.read(run["directory"]).curves.items():
+        if name in metrics_log.OF_THE_MACHINE:
+            continue
         if (index := int(np.searchsorted(curve.steps, run["step"], side="right")) - 1) >= 0:
             latest[name] = curve.point(index)
     rows = [

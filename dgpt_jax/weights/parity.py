@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dgpt_jax import invocation
 from dgpt_jax.config import ModelConfig
 from dgpt_jax.data import segments
 from dgpt_jax.errors import UserError
@@ -105,6 +106,15 @@ def _subtree(weights: Weights, prefix: str, layer: Any = ...) -> dict[str, Any]:
     return {"params": mapping.unflatten(flat)}
 
 
+def _installation(framework: str) -> str:
+    """How to install a framework, after a colon; "" for those that are no packages."""
+    if framework not in ("timm", "torch", "transformers"):
+        return ""
+    if framework == "timm" and not invocation.IN_CLONE:  # in no extra, as it asks for torchvision
+        return ": pip install timm"
+    return f": {invocation.installation('parity')}"
+
+
 def check(name: str, path: Path, weights: Weights, expected: Outputs) -> str:
     """Compares an export in layout `name` with `expected`; returns a line for the user.
 
@@ -115,7 +125,7 @@ def check(name: str, path: Path, weights: Weights, expected: Outputs) -> str:
     try:
         version = _version(framework)
     except ImportError:
-        return f"not verified: {framework} is not installed"
+        return f"not verified: {framework} is not installed{_installation(framework)}"
     except Exception as e:  # a broken installation
         return f"not verified: {framework} cannot be imported: {e}"
     try:

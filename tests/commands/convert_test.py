@@ -148,6 +148,7 @@ def test_a_missing_framework(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     source = GOLDEN / "timm_vit_tiny_avg.safetensors"
     convert(monkeypatch, source, tmp_path / "out", "--to=timm", "--heads=3")
-    assert "not verified: timm is not installed" in capsys.readouterr().out
+    remedy = "timm is not installed: tools/setup_venv.sh parity\n"
+    assert f"not verified: {remedy}" in capsys.readouterr().out
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["global_pool"] == "avg" and config["num_classes"] == 10

@@ -218,7 +218,7 @@ def test_heat():
 def drawn(monkeypatch, encoder) -> list[dict]:
     """Arguments of visualize.grid: {title: images}, {title: captions}."""
     calls = []
-    monkeypatch.setattr(api, "load_encoder", lambda path: encoder)
+    monkeypatch.setattr(api, "load_encoder", lambda path, heads=None: encoder)
     monkeypatch.setattr(visualize, "grid", lambda rows, _, captions: calls.append((rows, captions)))
     return calls
 
@@ -260,7 +260,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("count", [None, 1, 40])
 def test_a_folder_is_sampled_evenly(monkeypatch, tmp_path, encoder, folder, show, count):
     """Reads only the sample, the same every time; the figure stays small."""
-    monkeypatch.setattr(api, "load_encoder", lambda path: encoder)
+    monkeypatch.setattr(api, "load_encoder", lambda path, heads=None: encoder)
     read, decode = [], visualize.image_ops.decode_image
 
     def counted(data):
@@ -270,9 +270,9 @@ def test_a_folder_is_sampled_evenly(monkeypatch, tmp_path, encoder, folder, show
 
     monkeypatch.setattr(visualize.image_ops, "decode_image", counted)
     out, words = tmp_path / "out.png", [] if count is None else [f"--count={count}"]
-    words += ["--gallery=50", "--neighbours=2"] if show == "neighbours" else []
+    words += ["--gallery=50", "--neighbors=2"] if show == "neighbors" else []
     run(monkeypatch, "run", folder, f"--show={show}", f"--out={out}", *words)
-    if show == "neighbours":  # the gallery, then each image again with its neighbours
+    if show == "neighbors":  # the gallery, then each image again with its neighbours
         assert read[:50] == list(range(0, 600, 12))
         read = read[50::3]
         expected = [12 * (i * 50 // (count or 12)) for i in range(count or 12)]
@@ -323,19 +323,19 @@ def refused(monkeypatch, *words) -> str:
 
 
 def test_refused_arguments(monkeypatch, tmp_path, encoder):
-    monkeypatch.setattr(api, "load_encoder", lambda path: encoder)
+    monkeypatch.setattr(api, "load_encoder", lambda path, heads=None: encoder)
     Image.fromarray(random_images(1)[0]).save(tmp_path / "a.png")
     out = f"--out={tmp_path / 'out.png'}"
     (tmp_path / "empty").mkdir()
     for words, fragment in (
         (["run", tmp_path / "empty"], f"{tmp_path / 'empty'} holds no images"),
-        (["run", tmp_path / "b.png"], "b.png"),
+        (["run", tmp_path / "b.png"], f"no such file or directory: {tmp_path / 'b.png'}"),
         (["run"], "--show=tokens"),
         (["run", "--show=predictions", tmp_path], "--store=TOKENS"),
-        (["run", "--show=neighbours", tmp_path / "a.png"], "--show=neighbours"),
+        (["run", "--show=neighbors", tmp_path / "a.png"], "--show=neighbors"),
         (["run", "--count=0", tmp_path], "argument --count: 0 "),
         (["run", "--count=65", tmp_path], "--count=65: "),
-        (["run", "--neighbours=12", tmp_path], "--neighbours=12: "),
+        (["run", "--neighbors=12", tmp_path], "--neighbors=12: "),
         (["run", "--gallery=1", tmp_path], "--gallery=1: "),
     ):
         message = refused(monkeypatch, *words, out)

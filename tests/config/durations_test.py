@@ -75,7 +75,12 @@ def test_a_valid_schedule():
         ({"total": "0 epochs"}, "config.total='0 epochs' is 0 steps"),
         ({"total": "0.5 steps"}, "config.total='0.5 steps' is 0.5 steps"),
         ({"total": "31 examples"}, "config.total='31 examples' is 0.969 steps"),
-        ({"total": "2 epochs", "examples": 15}, "set it to 1 or more"),
+        ({"total": "0 epochs", "examples": 15}, "set it to '1 steps' or more"),
+        (
+            {"total": "2 epochs", "examples": 15},
+            "config.batch_size=32 exceeds the 15 examples, so that config.total='2 epochs' is 0.938"
+            " steps: set --config.batch_size to at most 15",
+        ),
         ({"optim": {"warmup": "100%"}}, "config.optim.warmup='100%' is not shorter than"),
         ({"optim": {"warmup": "10 epochs"}}, "is not shorter than config.total='10 epochs'"),
         (

@@ -90,7 +90,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_commands_of_the_site(tmp_path, monkeypatch):
     _run_all([c for c in all_commands() if c.page != "README.md"], tmp_path, monkeypatch)
-    for name in ("attention.png", "neighbours.png", "predictions.png"):
+    for name in ("attention.png", "neighbors.png", "predictions.png"):
         assert Image.open(tmp_path / name).size[0] > 200
     assert "data:image" in (tmp_path / "run.html").read_text()
 

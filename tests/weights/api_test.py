@@ -200,3 +200,10 @@ def over_devices():
 
 def test_over_devices():
     processes.on_devices(4, over_devices)
+
+
+@pytest.mark.parametrize("build", [encoder, classifier, pretrained])
+def test_models_print_without_their_arrays(build):
+    text = repr(build())
+    assert text.startswith(type(build()).__name__) and "width=24" in text and "mean=" in text
+    assert "array" not in text and len(text) < 600

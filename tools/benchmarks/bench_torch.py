@@ -23,7 +23,7 @@ from dgpt_jax.config import ModelConfig
 from dgpt_jax.config.schema import parse
 from dgpt_jax.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 
-with cli.needs("dgpt_jax[torch]"):
+with cli.needs("torch"):
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -77,7 +77,7 @@ class TimmBlocks(nn.Module):
 
     def __init__(self, name: str, tokens: int):
         super().__init__()
-        with cli.needs("timm"):
+        with cli.needs("parity"):
             import timm
 
         vit_model: Any = timm.create_model(name)

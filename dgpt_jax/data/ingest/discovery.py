@@ -20,10 +20,10 @@ file or its folder is the split. SRC may be on gs:// or s3://, except a list.
 
 An image's id is its path below the split's folder, CLASS/file, in archives as in folders; of
 WebDataset the key; of parquet the image's path if all are distinct, else FILE:ROW. A single folder
-around all others is dropped. Labels come from --labels, else the list, else class folders, else,
-for ILSVRC2012_val_*.JPEG, ImageNet's own list; of WebDataset from .cls, of parquet from a column.
-Classes are sorted, numerically if all are integers; with ImageNet's validation images they are
-ImageNet's 1000.
+around all others, or around all images, is dropped. Labels come from --labels, else the list, else
+class folders, else, for ILSVRC2012_val_*.JPEG, ImageNet's own list; of WebDataset from .cls, of
+parquet from a column. Classes are sorted, numerically if all are integers; with ImageNet's
+validation images they are ImageNet's 1000.
 """
 
 import hashlib
@@ -114,7 +114,9 @@ def _discover_files(
     if walk.classes or walk.elsewhere:
         splits = {split or default: index}
     else:
-        splits = layout.divide(index, src, split, default)
+        # A label file may name paths with the folder.
+        note = None if table else walk.skipped.notes.append
+        splits = layout.divide(index, src, split, default, note)
     splits = {name: layout.sorted_unique(images) for name, images in splits.items()}
     splits, classes = class_labels.apply(splits, walk.classes, table, walk.skipped.notes.append)
     if not (split or walk.classes or table):

@@ -1,4 +1,4 @@
-"""Imports image collections as TFDS image datasets; discovery.py lists the supported sources.
+"""Imports image collections as TFDS image datasets.
 
 JPEG and PNG bytes are stored unchanged, except that EXIF orientation is applied (training ignores
 it), CMYK becomes RGB and transparent images are composited on a background; anything else that

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 
 from dgpt_jax.data.ingest.image_index import ImageIndex, text
 from dgpt_jax.data.ingest.shard_files import SPLITS
@@ -25,13 +26,24 @@ def folder_name(name: bytes) -> bytes:
     return {b"val": b"validation"}.get(match[1], match[1]) if match else name
 
 
-def divide(images: ImageIndex, src: str, split: str | None, default: str) -> dict[str, ImageIndex]:
-    """Divides images by split folders, if there are any. Raises UserError."""
+def divide(
+    images: ImageIndex,
+    src: str,
+    split: str | None,
+    default: str,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, ImageIndex]:
+    """Divides images by split folders, if there are any; drops folders around all others. The one
+    that holds all images is dropped as well, and `note` logs a line; without `note` it is kept.
+    Raises UserError.
+    """
     index, tops = images.top_dirs()
     while len(tops) == 1 and tops[0] and text(tops[0]) not in SPLITS:
         inner = images.strip_prefix(tops[0])
         inner_index, inner_tops = inner.top_dirs()
-        if b"" in inner_tops:
+        if inner_tops == [b""] and note:
+            note(f"the folder {text(tops[0])} as a class, because it holds all images")
+        elif b"" in inner_tops:
             break
         images, index, tops = inner, inner_index, inner_tops
     names = sorted(top for top in tops if text(top) in SPLITS)

@@ -57,6 +57,9 @@ class PretrainTask:
         evaluate = f"{invocation.command('evaluate')} --config=knn_in1k"
         self.config = config
         self.next_command = f"{evaluate} --checkpoint={{workdir}} --config.data=IMAGES"
+        if examples is not None and examples.sources.splits[0].label is None:  # nothing to score
+            export = invocation.command("convert")
+            self.next_command = f"{export} {{workdir}} EXPORT --to=timm"
         self.target = target
         self.examples: Any = examples
         self.teacher = teacher

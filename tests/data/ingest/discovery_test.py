@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,35 @@ def test_a_tar_gives_the_same_bytes_as_its_folder(tmp_path, form):
     assert shards_of(tmp_path / "tar/out") == shards_of(tmp_path / "folder/out")
 
 
+@pytest.mark.parametrize("prefix", ["photos/", "outer/photos/"])
+def test_a_folder_around_all_images_is_no_class(tmp_path, prefix):
+    """In a tar, a zip and a folder: the same dataset as the folder itself, which has no labels."""
+    images = {f"{i}.jpg": jpeg(i) for i in range(3)}
+    wrapped = {prefix + name: data for name, data in images.items()}
+    for root, files in (("plain", images), ("wrapped", wrapped)):
+        for name, data in files.items():
+            path = tmp_path / root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    tar_of(tmp_path / "some.tar", wrapped)
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        for name, data in wrapped.items():
+            archive.writestr(name, data)
+    expected = import_all(tmp_path / "plain", tmp_path / "plain_out/x")
+    assert expected.classes == expected.skipped == []
+    for form in ("wrapped", "some.tar", "some.zip"):
+        report = import_all(tmp_path / form, out := tmp_path / f"{form}_out/x")
+        assert report.classes == [] and report.examples == expected.examples
+        assert report.skipped == [
+            "skipped: the folder photos as a class, because it holds all images"
+        ]
+        assert shards_of(out) == shards_of(tmp_path / "plain_out/x")
+    table = tmp_path / "labels.txt"
+    table.write_text("".join(f"photos/{i}.jpg {'ab'[i % 2]}\n" for i in range(3)))
+    labelled = discovery.discover(tmp_path / "some.zip", labels=table)
+    assert labels(labelled) == ["a", "b", "a"]
+
+
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_agree_with_tarfile(tmp_path, kind):
     files = {f"{'a' * n}/b{n}.jpg": bytes(n) for n in (1, 50, 99, 100, 150)} | {"e.jpg": b""}
@@ -172,7 +202,7 @@ def test_lists(tmp_path):
             "list.txt, line 2",
         ),
         ("pictures/b/001.png\nabsent.png\n", f"line 2: {tmp_path}/absent.png: No such file"),
-        ("pictures/b/001.png\npictures//b/001.png\n", "1 images .* twice.* b/"),
+        ("pictures/b/001.png\npictures//b/001.png\n", "1 image twice.* 001.png, in .*b/"),
         ("\n", "no images"),
         ("\0", "list.txt is not a folder"),
     ):
@@ -278,7 +308,7 @@ def test_duplicates_and_ambiguous_folders(tmp_path):
     discovered = discovery.discover(tmp_path / "src", split="train")
     assert labels(discovered) == ["bus", "bus", "train", "train"]
     tar_of(tmp_path / "src/bus.tar", {"000.png": jpeg()})
-    with pytest.raises(UserError, match="1 images .* bus/000.png, in .*bus"):
+    with pytest.raises(UserError, match="1 image .* bus/000.png, in .*bus"):
         discovery.discover(tmp_path / "src", split="train")
     (tmp_path / "links").mkdir()
     (tmp_path / "links/cat").symlink_to(tmp_path / "src/bus")
