@@ -19,6 +19,7 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer, naming, splits
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dgpt_jax import invocation
 from dgpt_jax.errors import UserError, bad_record, one_line
 from dgpt_jax.storage import array_record_shards, file_limits, gcs, shard_cache
 from dgpt_jax.storage.gcs import AnyPath
@@ -132,7 +133,7 @@ def open_builder(directory: AnyPath) -> tfds.core.DatasetBuilder:
     if (file_format := getattr(builder.info.file_format, "value", None)) != "array_record":
         raise UserError(
             f"{directory} is stored as {file_format}, array_record is needed: import it with "
-            f"`python tools/import_images.py {shlex.quote(os.fspath(directory))} --out=IMAGES`"
+            f"`{invocation.command('import')} {shlex.quote(os.fspath(directory))} --out=IMAGES`"
         )
     return builder
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from dgpt_jax.commands import next_commands
-from dgpt_jax.config import TeacherConfig
-from dgpt_jax.training.tasks import classify, pretrain
+from dgpt_jax.config import TeacherConfig, TrainConfig, schema
+from dgpt_jax.training import tasks
 from tests.support import commands
 from tests.support.paths import ROOT
 
@@ -18,11 +18,19 @@ VERBS = (
     "start", "wait",
 )  # fmt: skip
 SPACES = "/a b/c"
+
+
+def next_command(**config) -> str:
+    """The last line of a training."""
+    task = tasks.task_without_data(schema.parse(TrainConfig, config))
+    return task.next_command.format(workdir=shlex.quote(SPACES))
+
+
 COMMANDS = {
     "train": next_commands.train(SPACES, SPACES),
     "verify": next_commands.verify_tokens(SPACES, TeacherConfig(weights=SPACES, heads=2)),
-    "pretrained": pretrain.PretrainTask.next_command.format(workdir=shlex.quote(SPACES)),
-    "classifier": classify.ClassificationTask.next_command.format(workdir=shlex.quote(SPACES)),
+    "pretrained": next_command(data={"path": "x", "targets": "pixels"}, loss={"visible": 0.0}),
+    "classifier": next_command(data={"path": "x"}, task="classify", classify={"num_classes": 2}),
 }
 
 

@@ -20,7 +20,7 @@ COMMANDS = [
 NO_PATHS = {
     "background", "range",
     "action", "activation", "codecs", "coordinator", "metrics", "platform", "remat", "rows",
-    "split", "study", "topology", "workers",
+    "split", "study", "topology", "workers", "image_column", "label_column", "keep",
 }  # fmt: skip
 NO_PATH_KEYS = {
     "activation", "best", "bad_records", "cls_mask", "codec", "coordinator", "dtype", "every",
@@ -28,7 +28,7 @@ NO_PATH_KEYS = {
     "kind",
     "knn_test", "knn_train", "mu_dtype", "order", "platform", "pooling", "protocol", "randaugment",
     "remat", "size", "split", "targets", "task", "test", "total", "train", "trainable", "wandb",
-    "warmup", "data.source",
+    "warmup", "data.source", "positions", "decoders", "freeze_steps",
 }  # fmt: skip
 
 

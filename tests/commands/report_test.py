@@ -114,7 +114,7 @@ def test_units_of_evaluations(tmp_path):
     rows = [{"step": 4, "loss": 1.0, "learning_rate": 0.1}]
     rows += [{"step": 4, "agreement/cls": 0.25, "rank/cls": 17.5, "heldout/next": 1.25}]
     write(tmp_path / "run", rows)
-    text = " ".join(Page(report.page(tmp_path / "run")).text)
+    text = Page(report.page(tmp_path / "run")).text
     for value in ("25.0\u00a0%", "17.5", "1.25"):
         assert value in text
     assert "1750" not in text and "125.0" not in text

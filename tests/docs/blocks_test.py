@@ -18,7 +18,7 @@ PAGE = """# Page
 ## New
 ```bash
 # a comment
-python tools/unheard_of.py
+dgpt unheard_of
 rm -rf /
 ```
 

@@ -18,7 +18,7 @@ PAIRS = """
 run                  same same same       same same gelu
 flax, encoder        same same decoders   same same same
 safetensors, full    same same same       same same gelu
-safetensors, learned same same same       same same gelu
+safetensors, learned  same same same       same same gelu
 safetensors, mean    same same decoders   same mean mean
 safetensors, eps     same same decoders   eps  same gelu
 digpt                same same same       same same gelu

@@ -183,7 +183,7 @@ CASES = {  # (write(directory), columns, message)
     "an unknown extension": (shards_with(), {"image": "jpg"}, "000000 .* has no .jpg, only .cls"),
     "a key in two shards": (
         lambda d: image_forms.write_shards(d, [*images(), images()[2]], 2),
-        {}, "1 samples occur twice, the first is 000002, in .*00000.tar and .*00001.tar",
+        {}, "found 1 sample twice, the first is 000002, in .*00000.tar and .*00001.tar",
     ),
     "shards without annotations": (numbered, {}, "is ambiguous: .*000..999.*--split=train"),
     "a shard without a split": (mixed_split_names, {}, "more-0.tar names no split"),

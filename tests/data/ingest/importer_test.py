@@ -136,7 +136,7 @@ def test_no_readable_image(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "x.jpg").write_text("no image")
     for _ in range(2):  # a rerun raises the same error
-        with pytest.raises(UserError, match="1 images .* x.jpg: not an image"):
+        with pytest.raises(UserError, match="none of 1 image .* x.jpg: not an image"):
             import_all(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
