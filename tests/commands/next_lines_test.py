@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dgpt_jax.commands import next_commands
-from dgpt_jax.config import TeacherConfig, TrainConfig, schema
+from dgpt_jax.config import TeacherConfig, TrainConfig, files, schema
 from dgpt_jax.training import tasks
 from tests.support import commands
 from tests.support.paths import ROOT
@@ -104,6 +104,6 @@ def test_commands_can_be_pasted(text, help_of, capsys, monkeypatch):
         if flag.startswith("--"):
             assert re.search(rf"{re.escape(flag)}\b", shown), f"{script} has no {flag}"
         if flag == "--config":
-            assert (ROOT / value).is_file()
+            assert (files.CONFIGS / f"{value}.py").is_file()
     if text in COMMANDS.values():
         assert any(word.endswith(SPACES) for word in words)

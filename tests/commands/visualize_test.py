@@ -138,7 +138,6 @@ def test_prediction_maps_match_the_loss(teacher_side):
     predicted = {name: jnp.asarray(rng.standard_normal((4, 13, 5)), jnp.float32) for name in names}
     tokens = rng.standard_normal((4, 1 + teacher_side**2, 5)).astype(np.float32)
     orders = np.array([[2, 0, 3, 1], [0, 1, 2, 3], [3, 1, 0, 2], [1, 2, 0, 3]], np.int32)
-    args = SimpleNamespace(checkpoint="run", store="store", heads=None, decoder_heads=None)
     fake = api.PretrainedDiGPT(model, predicted, Predicted())
     maps = feature_maps.prediction_maps(fake, random_images(4), tokens, orders, True)
     losses = digpt.token_losses(
@@ -184,9 +183,7 @@ def test_perfect_predictions_look_like_the_teacher(monkeypatch):
     monkeypatch.setattr(
         visualize, "store_examples", lambda *_: (random_images(2), tokens, orders, True)
     )
-    rows, captions = visualize.show_predictions(
-        SimpleNamespace(checkpoint="run", store="store", heads=None, decoder_heads=None)
-    )
+    rows, captions = visualize.show_predictions(args)
     for name in ("next", "visible"):
         mask = np.any(rows[f"{name}: predicted"] != 0.87, axis=-1)
         assert mask.sum() == 2 * 12
@@ -195,9 +192,7 @@ def test_perfect_predictions_look_like_the_teacher(monkeypatch):
         assert captions[f"{name}: cosine"] == ["1.00 1.00 1.00"] * 2
     fake.module.out_width = 7
     with pytest.raises(UserError, match="store .* 5 .*run .* 7"):
-        visualize.show_predictions(
-            SimpleNamespace(checkpoint="run", store="store", heads=None, decoder_heads=None)
-        )
+        visualize.show_predictions(args)
 
 
 def test_the_order_is_drawn_on_the_image():
