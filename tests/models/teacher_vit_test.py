@@ -226,6 +226,7 @@ def test_flops_of_a_gated_tower_with_registers(monkeypatch):
     assert compiled == pytest.approx(flops.teacher_flops(tower), rel=0.05)
 
 
+@pytest.mark.slow
 def test_training_on_a_teacher_without_cls(tmp_path):
     """SigLIP runs within the step; its stored tokens give the same losses and gradients."""
     dataset = image_dataset(tmp_path, per_class=8)

@@ -185,6 +185,7 @@ def test_bad_numbers_stop_the_run_and_the_step_is_replayed(store, tmp_path, monk
     assert "4 of 4 examples have non-finite losses: view000/" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_on_fixed_data(store, tmp_path):
     """Also from a checkpoint of a skipped step: the count of skips restarts."""
     sound = tmp_path / "sound"

@@ -206,6 +206,7 @@ def test_an_implicit_transfer_in_the_loop_is_an_error(inputs, tmp_path, monkeypa
         train.train(settings(inputs[2]), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_loss_decreases_on_digits(tmp_path):
     (tmp_path / "folder").mkdir()
     for i, digit in enumerate(load_digits().images[:200]):
@@ -308,6 +309,7 @@ def test_losses_of_online_and_stored_tokens_agree(inputs):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 def test_online_and_pixel_runs(inputs, tmp_path, monkeypatch):
     """The step of each is compiled once."""
     dataset, teacher, _ = inputs

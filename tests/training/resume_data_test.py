@@ -56,6 +56,7 @@ def run(store, workdir, *, allow: bool = False, **fields) -> int:
     return train.train(config, workdir, allow_config_change=allow)
 
 
+@pytest.mark.slow
 def test_a_store_with_an_added_view(tmp_path):
     dataset = data.image_dataset(tmp_path, per_class=8)
     teacher, workdir = data.random_teacher(tmp_path / "teacher"), tmp_path / "run"
