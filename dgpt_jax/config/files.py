@@ -111,7 +111,7 @@ def listing(schemas: Sequence[type]) -> list[str]:
         tail = f"  :{'|'.join(values)}" if values else ""
         room = _LINE - width - 2 - len(tail)
         lines.append(f"{name:{width}}  {textwrap.shorten(about, room, placeholder=' …')}{tail}")
-    lines.append(f"next: --config=NAME or NAME:ARG; to change one, copy it from {CONFIGS}")
+    lines.append(f"next: set --config=NAME or NAME:ARG; to change one, copy it from {CONFIGS}")
     return lines
 
 
