@@ -7,7 +7,7 @@ checked.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
@@ -78,6 +78,13 @@ def shrink(config: Any, schema: type, explicit: Iterable[str] = ()) -> str:
         if before[key] != after[key]
     )
     return f"--smoke: {changes}" if changes else ""
+
+
+def is_smoke(config: Mapping[str, Any]) -> bool:
+    """True if a flat config ("model.width": …) of training is one that `shrink` made."""
+    made = (flag.partition("=")[::2] for flag in OVERRIDES[TrainConfig])
+    names = ("model.width", "optim.warmup", "checkpoint.every", "evals.every")
+    return all(str(config.get(name)) == value for name, value in made if name in names)
 
 
 def _shown(value: Any) -> str:

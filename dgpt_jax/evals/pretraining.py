@@ -139,13 +139,19 @@ def label_free_quality(
     task: "PretrainTask", mesh: jax.sharding.Mesh
 ) -> Callable[[Any], dict[str, float]]:
     """Evaluator of the effective rank and the view agreement (label_free) of frozen CLS and mean
-    features of the first config.evals.label_free held-out images. Raises UserError without them."""
+    features of the first config.evals.label_free held-out images. Adds a note to the task if there
+    are fewer. Raises UserError without them."""
     config = task.config.evals
     if not config.heldout:
         raise UserError(
             "config.evals.label_free measures features of held-out images: set config.evals.heldout"
         )
     load, length = task.heldout()
+    if length < config.label_free:
+        task.notes += (
+            f"config.evals.label_free={config.label_free}: there are {length} held-out images, and "
+            f"all are used; agreement by chance is {1 / length:.2g}",
+        )
     views = label_free.TwoViews(load, length, flip=task.config.data.flip)
     pooled = _pooled_features(task)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from dgpt_jax.config import TrainConfig, schema
+from dgpt_jax.config import TrainConfig, schema, smoke
 from dgpt_jax.data import class_names
 from dgpt_jax.data.dataset import ExampleDataset
 from dgpt_jax.errors import UserError, counted
@@ -77,6 +78,11 @@ def find_origin(
     saved = schema.flatten(json.loads(json.dumps(schema.to_dict(type(config)()))))
     saved |= schema.flatten(metadata["config"])
     current = schema.flatten(json.loads(json.dumps(schema.to_dict(config))))
+    if smoke.is_smoke(saved) and not smoke.is_smoke(current):
+        raise UserError(
+            f"{os.path.dirname(checkpoints.directory)} holds a run with --smoke: remove it, or "
+            f"choose another --workdir"
+        )
     changes = {
         name: f"config.{name} is {value!r}, in the checkpoint of step {latest} {saved.get(name)!r}"
         for name, value in current.items()

@@ -4,13 +4,14 @@ import ast
 import re
 import shlex
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from dgpt_jax.commands import next_commands
-from dgpt_jax.config import TeacherConfig, TrainConfig, files, schema
-from dgpt_jax.training import tasks
-from tests.support import commands
+from dgpt_jax.config import TeacherConfig, TrainConfig, schema
+from dgpt_jax.training.tasks import classify, pretrain
+from tests.support import commands, data
 from tests.support.paths import ROOT
 
 VERBS = (
@@ -18,19 +19,20 @@ VERBS = (
     "start", "wait",
 )  # fmt: skip
 SPACES = "/a b/c"
-
-
-def next_command(**config) -> str:
-    """The last line of a training."""
-    task = tasks.task_without_data(schema.parse(TrainConfig, config))
-    return task.next_command.format(workdir=shlex.quote(SPACES))
-
-
+CONFIG = schema.parse(TrainConfig, {"model": data.TINY, "data": {"path": "x"}})
+TARGET = pretrain.Target(24, (4, 4), cls=True)
+TASK = pretrain.PretrainTask(CONFIG, TARGET)
+SPLITS = SimpleNamespace(splits=[SimpleNamespace(label=None)])
+UNLABELLED = pretrain.PretrainTask(CONFIG, TARGET, examples=SimpleNamespace(sources=SPLITS))  # pyright: ignore[reportArgumentType]
 COMMANDS = {
     "train": next_commands.train(SPACES, SPACES),
     "verify": next_commands.verify_tokens(SPACES, TeacherConfig(weights=SPACES, heads=2)),
-    "pretrained": next_command(data={"path": "x", "targets": "pixels"}, loss={"visible": 0.0}),
-    "classifier": next_command(data={"path": "x"}, task="classify", classify={"num_classes": 2}),
+    "small store": next_commands.train(SPACES, SPACES, examples=180),
+    "pretrained": TASK.next_command.format(workdir=shlex.quote(SPACES)),
+    "pretrained without labels": UNLABELLED.next_command.format(workdir=shlex.quote(SPACES)),
+    "classifier": classify.ClassificationTask(CONFIG).next_command.format(
+        workdir=shlex.quote(SPACES)
+    ),
 }
 
 
@@ -104,6 +106,6 @@ def test_commands_can_be_pasted(text, help_of, capsys, monkeypatch):
         if flag.startswith("--"):
             assert re.search(rf"{re.escape(flag)}\b", shown), f"{script} has no {flag}"
         if flag == "--config":
-            assert (files.CONFIGS / f"{value}.py").is_file()
+            assert (ROOT / f"configs/{value}.py").is_file()
     if text in COMMANDS.values():
         assert any(word.endswith(SPACES) for word in words)

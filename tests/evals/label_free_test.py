@@ -82,6 +82,12 @@ def test_in_a_run(tmp_path):
     assert 1 / 20 < values["agreement/mean"] <= 1
     broken = jax.tree.map(np.zeros_like, params)
     assert evaluate(broken)["agreement/mean"] == 1 / 20
+    assert not any("label_free" in note for note in task.notes)
+    run = config(images, heldout=str(images), label_free=2048)
+    task = tasks.open_task(run)
+    pretraining.label_free_quality(task, sharding.make_mesh(run.mesh))
+    assert "there are 24 held-out images" in task.notes[-1] and task.notes[-1].endswith(" 0.042")
+    assert "evaluate" in task.next_command
 
     views = label_free.TwoViews(*task.heldout(), flip=False)
     (pair, index), again = views.read(3), views.read(3)

@@ -3,9 +3,10 @@
 import json
 from types import SimpleNamespace
 
+import ml_collections
 import pytest
 
-from dgpt_jax.config import TrainConfig, schema
+from dgpt_jax.config import TrainConfig, schema, smoke
 from dgpt_jax.config.schema import parse
 from dgpt_jax.errors import UserError
 from dgpt_jax.training import resume
@@ -104,6 +105,21 @@ def test_each_difference_is_said_once(changes, logged, error):
     with pytest.raises(UserError, match=error):
         resume_log(settings(**changes), as_saved(settings()), lines=lines)
     assert [line.split()[0] for line in lines] == [f"config.{name}" for name in logged]
+
+
+def test_a_smoke_run_in_the_work_directory():
+    """The error says so, rather than which values differ."""
+    config = ml_collections.ConfigDict(schema.to_dict(settings()))
+    smoke.shrink(config, TrainConfig)
+    small = parse(TrainConfig, config)
+    assert resume_log(small, as_saved(small)) == []
+    lines: list[str] = []
+    with pytest.raises(UserError, match="RUN holds a run with --smoke: remove it, or choose"):
+        resume_log(settings(), as_saved(small), lines=lines, allow=True)
+    assert lines == []
+    tiny = settings(model={"width": smoke.WIDTH, "heads": 2})  # not made by --smoke
+    with pytest.raises(UserError, match="config.model.width is 768"):
+        resume_log(settings(), as_saved(tiny))
 
 
 def test_a_removed_field_is_no_change():

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -64,13 +65,25 @@ def check_same_import(out: epath.Path, settings: dict):
         for key, value in settings.items():
             if saved.get(key) != value:
                 raise UserError(
-                    f"{out} was started with {key} {saved.get(key)!r}, not {value!r}: repeat the "
+                    f"{out} was started with {_difference(key, saved.get(key), value)}: repeat the "
                     f"first command, or choose another --out"
                 )
     elif (out / "dataset_info.json").exists() or (
         out.exists() and any("array_record" in path.name for path in out.iterdir())
     ):
         raise UserError(f"{out} already contains a dataset: choose another --out")
+
+
+def _difference(key: str, saved: Any, value: Any) -> str:
+    """Describes a setting that differs by the flag that sets it, if there is one."""
+    if key == "files_digest":
+        return "other names or sizes of files, or other labels (--labels)"
+    if key == "classes":
+        return f"{saved} classes, not {value} (class folders, or --labels)"
+    if key == "images" and isinstance(saved, dict) and saved.keys() != value.keys():
+        return f"splits {', '.join(saved)}, not {', '.join(value)} (split folders, or --split)"
+    flag = key if key in ("source", "images") else f"--{key}"
+    return f"{flag} {saved!r}, not {value!r}"
 
 
 def check_decoding_version(out: epath.Path, shard_infos: Mapping):

@@ -156,8 +156,15 @@ def test_a_rerun_of_a_finished_import(tmp_path):
     with pytest.raises(UserError, match=f"source '{src}', not '{tmp_path}/copy'"):
         import_all(tmp_path / "copy", out, shard_size=2)
     (src / "a/000.png").write_bytes((src / "a/000.png").read_bytes() + b"x")
-    with pytest.raises(UserError, match=r"files_digest '\w+', not '\w+'"):
+    with pytest.raises(UserError, match=r"other names or sizes of files, or other labels"):
         import_all(src, out, shard_size=2)
+    with pytest.raises(UserError, match=r"splits train, not dev \(split folders, or --split\)"):
+        import_all(src, out, shard_size=2, split="dev")
+    table = tmp_path / "labels.txt"
+    names = [path.relative_to(src) for path in sorted(src.rglob("*.png"))]
+    table.write_text("".join(f"{name} {i}\n" for i, name in enumerate(names)))
+    with pytest.raises(UserError, match=r"2 classes, not \d \(class folders, or --labels\)"):
+        import_all(src, out, shard_size=2, labels=table)
     (out / import_settings.FILE).unlink()
     with pytest.raises(UserError, match=f"{out} already contains"):
         import_all(src, out, shard_size=2)
