@@ -82,9 +82,9 @@ def shrink(config: Any, schema: type, explicit: Iterable[str] = ()) -> str:
 
 def is_smoke(config: Mapping[str, Any]) -> bool:
     """True if a flat config ("model.width": …) of training is one that `shrink` made."""
-    made = (flag.partition("=")[::2] for flag in OVERRIDES[TrainConfig])
+    values = (flag.partition("=")[::2] for flag in OVERRIDES[TrainConfig])
     names = ("model.width", "optim.warmup", "checkpoint.every", "evals.every")
-    return all(str(config.get(name)) == value for name, value in made if name in names)
+    return all(str(config.get(name)) == value for name, value in values if name in names)
 
 
 def _shown(value: Any) -> str:
