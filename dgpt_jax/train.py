@@ -101,6 +101,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
         for line in origin.lines:
             progress.say(line)
         start = resume.restore_or_init(task, tx, mesh, checkpoints, config.seed, origin)
+        del origin  # with the initial weights on the host
         progress.say(
             parameter_overview.get_parameter_overview(start.state.params, include_stats=False)
         )

@@ -31,7 +31,7 @@ from dgpt_jax.examples.jobs import Job
 from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import atomic, output_paths
 
-RUNS = ("both", "next", "visible", "pixels")
+RUNS = quickstart_page.RUNS
 REFERENCES = ("raw", "untrained", "teacher")  # rows that are not trained by the quickstart's config
 STEPS = 600  # of the config
 SETTINGS, SECONDS = "settings.json", "seconds.json"

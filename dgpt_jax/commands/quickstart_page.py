@@ -1,6 +1,5 @@
 """The quickstart's page: its table, curves and figures, the commands, and what to do next."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -154,10 +153,10 @@ def tokens_figure(out: Path) -> bytes:
 
 def predictions_figure(out: Path) -> bytes:
     """A PNG file: tokens that D-iGPT predicts for test images, beside the teacher's."""
-    args = argparse.Namespace(
-        checkpoint=str(out / "runs" / "both"), store=str(out / "tokens_test"), count=8, view=0,
-        seed=0,
-    )  # fmt: skip
+    run, store = out / "runs" / "both", out / "tokens_test"
+    args = visualize.parse(
+        [f"{run}", "--show=predictions", f"--store={store}", "--count=8", f"--out={out / FILE}"]
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # its note on --count
         rows, captions = visualize.show_predictions(args)
     file = io.BytesIO()

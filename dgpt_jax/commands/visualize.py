@@ -212,8 +212,8 @@ def american(name: str) -> str:
     return name.replace("neighbours", "neighbors")
 
 
-def parse() -> argparse.Namespace:
-    """The flags. Raises UserError."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of `words`, of the command line by default. Raises UserError."""
     parser = cli.parser(__doc__)
     parser.add_argument("checkpoint", type=cli.path, help="work directory or weights")
     parser.add_argument("images", type=cli.path, nargs="*", help="image files or directories")
@@ -229,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--store", type=cli.path, help="token store, for predictions")
     parser.add_argument("--view", type=int, least=0, default=0, help="view of the store")
     parser.add_argument("--seed", type=int, least=0, default=0, help="of the orders of segments")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(words)
     for name, allowed in (
         ("count", range(1, MAX_IMAGES + 1)), ("neighbors", range(1, COLUMNS)),
         ("gallery", range(2, sys.maxsize)),

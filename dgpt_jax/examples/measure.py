@@ -54,8 +54,8 @@ def main():
     parser.add_argument("--images", required=True, choices=image_sets.SETS, help="image set")
     args = parser.parse_args()
     output_paths.directory(args.out / "accuracy")
-    (args.out / "accuracy").mkdir(parents=True, exist_ok=True)
     images, bar = small_images.read_splits(args.out, args.images), progress.Progress("fit")
+    (args.out / "accuracy").mkdir(exist_ok=True)
     for number, name in enumerate(args.names):
         banks = small_images.feature_banks(open_encoder(args.out, name), images)
 
