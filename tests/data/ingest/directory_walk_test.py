@@ -324,6 +324,7 @@ def test_symbolic_links_in_tars(tmp_path, case, nested):
     name, target, expected = SYMBOLIC[case]
     members = {
         name: f">{target}", "cat/1.png": png(1), "cat/2.png": png(2), "cat/hard.png": "=cat/2.png",
+        "owl/3.png": png(3),
     }  # fmt: skip
     tar = pack(tmp_path / "x.tar", members)
     if nested:
@@ -332,7 +333,7 @@ def test_symbolic_links_in_tars(tmp_path, case, nested):
     split = tfds_dataset.Split(tmp_path / "out", "train")
     stored = {x["id"]: x["image"] for x in split}
     added = expected if isinstance(expected, dict) else {}
-    expected_bytes = {"cat/1.png": 1, "cat/2.png": 2, "cat/hard.png": 2} | added
+    expected_bytes = {"cat/1.png": 1, "cat/2.png": 2, "cat/hard.png": 2, "owl/3.png": 3} | added
     top = "a/x/" if nested else ""
     expected_bytes = {f"{top}{name}": png(seed) for name, seed in expected_bytes.items()}
     assert stored == expected_bytes | ({"a/z.png": png(9)} if nested else {}) and not report.broken
