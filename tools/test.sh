@@ -17,7 +17,4 @@ case ",$extras," in
     "$bin/basedpyright" --level error
     ;;
 esac
-# A part of the tests has no floor of coverage (pyproject.toml).
-coverage=()
-[ $# -gt 0 ] || coverage=(--cov --cov-report=)
-"$bin/python" -m pytest -q -rsfE "${coverage[@]}" -n "${WORKERS:-2}" -m "not slow and not tpu_aot" "$@"
+"$bin/python" -m pytest -q -rsfE -n "${WORKERS:-2}" --dist worksteal -m "not slow and not tpu_aot" "$@"

@@ -78,7 +78,8 @@ def test_classification_gives_the_same_numbers(tmp_path):
         numbers.assert_same(expected, arrays)
 
 
-@pytest.mark.parametrize("fault", ["gradient", pytest.param("half", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["gradient", "half"])
 def test_planted_faults_are_detected(one_device, store, tmp_path, fault):
     process = record(tmp_path, store, "2x1x1", f"--fault={fault}", devices=2)
     (arrays,) = results(tmp_path, process).values()

@@ -54,10 +54,9 @@ def test_the_quickstart(tmp_path, words):
 
 @pytest.mark.parametrize("words", documented("tools/test.sh"), ids=" ".join)
 def test_the_tests(tmp_path, words):
-    """Linters and types come first; coverage is measured where all tests run."""
+    """Linters and types come first."""
     setup, *linters, run = Skeleton(tmp_path).run("tools/test.sh", *words)
     assert setup[1:] == ["test,lint"]
     programs = [call[0].rpartition("/")[2] for call in linters]
     assert programs == ["ruff", "ruff", "lint-imports", "basedpyright"]
     assert run[1:3] == ["-m", "pytest"] and run[len(run) - len(words) :] == words
-    assert ("--cov" in run) == (not words)

@@ -69,7 +69,10 @@ def test_all_formats_are_read_as_before(directory):
         assert_close(actual[name], expected[name], f"/{name}/")
 
 
-@pytest.mark.parametrize("name", [pytest.param("run", marks=pytest.mark.slow), "ema", "tuned"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("run", "tuned")]
+
+
+@pytest.mark.parametrize("name", ["ema", *SLOW])
 def test_a_run_resumes_with_the_same_losses(directory, name, capsys):
     """From the checkpoint of step 3, against the run's own log, which goes to step 6."""
     expected = formats.curves(directory / name)["loss"]

@@ -152,7 +152,7 @@ def test_a_microbatch_has_the_size_of_one_device(tmp_path, monkeypatch):
         assert sizes == expected
 
 
-@pytest.mark.parametrize("task", ["pretrain", "classify"])
+@pytest.mark.parametrize("task", ["pretrain", pytest.param("classify", marks=pytest.mark.slow)])
 def test_replay_of_selected_rows(tmp_path, task):
     """Losses are those within the full batch, also if mixed with other rows of it."""
     path, _, _ = dump(tmp_path, task_of(settings(task, accum_steps=2)))
@@ -198,6 +198,7 @@ def test_rows_of_processes_are_reordered(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_dump_of_an_older_version(tmp_path):
     """Tokens are float32, without codec and row numbers; also if two processes have written it."""
     replayed = bad_step_replay.replay(GOLDEN / "bad_step_float32")

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from dgpt_jax import train
 from dgpt_jax.config import TrainConfig
@@ -15,6 +16,7 @@ def slowly(x):
     return 0 * jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), square).sum()
 
 
+@pytest.mark.slow
 def test_few_steps_are_in_flight(tmp_path, monkeypatch):
     ends, in_flight = [], []
     make_train_step = train.make_train_step

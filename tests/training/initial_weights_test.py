@@ -49,7 +49,12 @@ def assert_close(actual: np.ndarray, expected: np.ndarray):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", published_encoders.MAKERS)
+KINDS = [
+    x if x == "timm" else pytest.param(x, marks=pytest.mark.slow) for x in published_encoders.MAKERS
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_starts_with_the_encoder_of_the_file(store, tmp_path, monkeypatch, capsys, kind):
     """With a learning rate of 0, whose updates are zero. Its export computes the same."""
     (tmp_path / "source").mkdir()
@@ -85,6 +90,7 @@ def leaves(workdir, step: int) -> dict[str, np.ndarray]:
     return mapping.flatten(orbax_checkpoint.load_params(workdir, step)[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_never_reads_the_weights(store, tmp_path, monkeypatch, capsys):
     """Nor does the freezing of blocks depend on where it was interrupted."""
     (tmp_path / "source").mkdir()

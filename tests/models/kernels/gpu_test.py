@@ -107,7 +107,13 @@ def test_a_model_is_the_same_on_a_gpu(request):
     assert distance(gpu_grads, grads) > 0  # the kernels ran
 
 
-@pytest.mark.parametrize("remat,barriers", [("none", False), ("dots", True), ("full", True)])
+SLOW = [
+    pytest.param("none", False, marks=pytest.mark.slow),
+    pytest.param("full", True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("remat,barriers", [("dots", True), *SLOW])
 def test_unrolled_blocks_recompute_under_memory_saving_policies(remat, barriers, as_on_a_gpu):
     step, params = loss_of(remat, jnp.bfloat16)
     assert ("optimization_barrier" in step.lower(params).as_text()) == barriers

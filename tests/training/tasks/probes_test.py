@@ -76,7 +76,8 @@ def head_of(tree, i: int):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-@pytest.mark.parametrize("head", ["dinov2", pytest.param("attentive", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["dinov2", "attentive"])
 def test_a_step_of_a_grid_equals_steps_of_single_heads(dataset, encoder, head):
     """Each from the same initial head."""
     grid = (0.5, 8.0)
