@@ -13,6 +13,7 @@ import numpy as np
 
 from dgpt_jax import invocation
 from dgpt_jax.commands import plot, visualize
+from dgpt_jax.commands.image_grid import grid
 from dgpt_jax.data import image_ops
 from dgpt_jax.evals.feature_maps import pca_colors
 from dgpt_jax.examples import measure
@@ -147,7 +148,7 @@ def tokens_figure(out: Path) -> bytes:
     tokens = teacher_vit.teacher_tokens(teacher.tower, teacher.params, jnp.asarray(images))
     rows["teacher"] = _colors(np.asarray(tokens)[:, 1:])
     file = io.BytesIO()
-    visualize.grid(rows, file, {"image": names})
+    grid(rows, file, {"image": names})
     return file.getvalue()
 
 
@@ -160,7 +161,7 @@ def predictions_figure(out: Path) -> bytes:
     with contextlib.redirect_stdout(io.StringIO()):  # its note on --count
         rows, captions = visualize.show_predictions(args)
     file = io.BytesIO()
-    visualize.grid(rows, file, captions)
+    grid(rows, file, captions)
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Losses per example and norms per layer of a step, in micro-batches, in the run and in its replay."""
+"""Losses per example and norms per layer of a bad step: when it is dumped, and when replayed."""
 
 from collections.abc import Mapping
 from typing import Any
