@@ -20,8 +20,9 @@ from dgpt_jax.training import (
     tasks,
     train_step,
 )
-from dgpt_jax.training.tasks.pretrain import PretrainTask, Target
+from dgpt_jax.training.tasks.pretrain import PretrainTask
 from dgpt_jax.training.tasks.probes import ProbeTask
+from dgpt_jax.training.tasks.targets import Target
 from tests.support import data, processes
 from tests.support.classifying import untrained
 from tests.support.paths import GOLDEN
