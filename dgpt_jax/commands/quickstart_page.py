@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax import invocation
-from dgpt_jax.commands import plot, visualize
+from dgpt_jax.commands import charts, plot, visualize
 from dgpt_jax.commands.image_grid import grid
 from dgpt_jax.data import image_ops
 from dgpt_jax.evals.feature_maps import pca_colors
@@ -38,7 +38,7 @@ LIMITS = (
 )
 
 
-def cells(out: Path) -> plot.Cells:
+def cells(out: Path) -> charts.Cells:
     """Mean accuracy and standard error over subsets of labels, by row and (protocol, labels)."""
     rows = {}
     for name, title in measure.ROWS.items():
@@ -55,7 +55,7 @@ def cells(out: Path) -> plot.Cells:
 
 def text_table(out: Path) -> str:
     """The table in Markdown."""
-    return plot.table(cells(out))
+    return charts.table(cells(out))
 
 
 def caption(out: Path, images: str) -> str:
@@ -68,7 +68,7 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
     """Writes OUT/index.html and accuracy.md from the outputs of the finished commands."""
     say("page: accuracies and curves")
     rows = cells(out)
-    atomic.write_text(out / "accuracy.md", plot.table(rows) + "\n")
+    atomic.write_text(out / "accuracy.md", charts.table(rows) + "\n")
     columns = list(next(iter(rows.values())))
     body = [
         [title, *(html.Number(f"{row[c][0]:.1f}") for c in columns)] for title, row in rows.items()
@@ -78,7 +78,7 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
     logs = [metrics_log.read(out / "runs" / name) for name in RUNS]
     with plot.plt.rc_context(STYLE):
         bars, curves = io.BytesIO(), io.BytesIO()
-        plot.accuracies(rows, bars, format="svg")
+        charts.accuracies(rows, bars, format="svg")
         plot.draw(logs, METRICS, curves, format="svg")
         say("page: tokens of the encoders")
         tokens = tokens_figure(out)
