@@ -24,7 +24,7 @@ import numpy as np
 
 from dgpt_jax import cli, invocation
 from dgpt_jax.errors import UserError
-from dgpt_jax.monitoring import metrics_log, run_diff
+from dgpt_jax.monitoring import curve_points, metrics_log, run_diff
 from dgpt_jax.monitoring.metrics_log import Log
 from dgpt_jax.storage import output_paths
 from dgpt_jax.storage.gcs import AnyPath
@@ -90,19 +90,19 @@ def save(figure: Figure, out: Output, dpi: int = 130, **options: Any):
 def line(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str, smooth: int):
     """Draws one run; with `smooth`, its running mean over the faint raw line."""
     nonfinite = steps[~np.isfinite(values)]
-    indices = metrics_log.thin(steps, values)
+    indices = curve_points.thin(steps, values)
     raw = np.where(np.isfinite(values[indices]), values[indices], np.nan)
     style: dict[str, Any] = {"color": color, "markersize": 3}
     style["marker"] = "o" if len(steps) < 8 else None
     if smooth > 1:
         axis.plot(steps[indices], raw, alpha=0.25, **style)
-        means = metrics_log.running_mean(values, smooth)
-        indices = metrics_log.thin(steps, means)
+        means = curve_points.running_mean(values, smooth)
+        indices = curve_points.thin(steps, means)
         axis.plot(steps[indices], means[indices], color=color, label=f"{label}, mean of {smooth}")
     else:
         axis.plot(steps[indices], raw, label=label, **style)
     if len(nonfinite):
-        nonfinite = nonfinite[metrics_log.thin(nonfinite, np.zeros(len(nonfinite)))]
+        nonfinite = nonfinite[curve_points.thin(nonfinite, np.zeros(len(nonfinite)))]
         axis.plot(
             nonfinite, np.full(len(nonfinite), 0.02), "x", color=color, clip_on=False,
             transform=axis.get_xaxis_transform(), label=f"{label}: not finite",
