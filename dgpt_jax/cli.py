@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from dgpt_jax import invocation
-from dgpt_jax.config import files, smoke
+from dgpt_jax.config import field_values, files, smoke
 from dgpt_jax.config import schema as schema_lib
 from dgpt_jax.config.files import load_config
 from dgpt_jax.distributed import early_signals, multihost, preemption
@@ -139,7 +139,7 @@ def _number(kind: type, least: float) -> Callable[[str], float]:
 def path(text: str) -> str:
     """Type of a flag that names a local or remote file or directory; expands `~`."""
     try:
-        return schema_lib.expand(text)
+        return field_values.expand(text)
     except UserError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 

@@ -106,39 +106,22 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
             parameter_overview.get_parameter_overview(start.state.params, include_stats=False)
         )
         step_fn = make_train_step(
-            task.loss,
-            tx,
-            mesh,
-            accum_steps=config.accum_steps,
-            prepare=task.prepare,
-            seed=config.seed,
-            state_sharding=jax.tree.map(lambda leaf: leaf.sharding, start.state),
-        )
+            task.loss, tx, mesh, accum_steps=config.accum_steps, prepare=task.prepare,
+            seed=config.seed, state_sharding=jax.tree.map(lambda leaf: leaf.sharding, start.state),
+        )  # fmt: skip
         # Opened last: a command that was refused leaves the logs of a run unchanged.
         with contextlib.closing(metrics.Writer(workdir, config.wandb)) as writer:
             writer.config(schema.to_dict(config))
             loop = Loop(
-                task,
-                schedule,
-                rate,
-                start,
-                mesh=mesh,
-                workdir=workdir,
-                evaluators=evaluators,
-                checkpoints=checkpoints,
-                writer=writer,
-                progress=progress,
-            )
+                task, schedule, rate, start, mesh=mesh, workdir=workdir, evaluators=evaluators,
+                checkpoints=checkpoints, writer=writer, progress=progress,
+            )  # fmt: skip
             loop.run(step_fn, stop)
     if stop.exit_code is not None and loop.step < schedule.total:
         progress.say(f"stopped by a signal, saved at step {loop.step}: the same command resumes")
         return stop.exit_code
-    best_and_last = metrics.best_and_last(workdir, config.checkpoint.best)
-    for line in (*best_and_last, *evaluations_of(task).save_results(task, workdir)):
+    for line in finish(config, task, workdir, loop.step):
         progress.say(line)
-    command = task.next_command.format(workdir=shlex.quote(str(workdir)))
-    progress.say(f"finished: {workdir} holds step {loop.step}, the last")
-    progress.say(f"next: {command}")
     return 0
 
 
@@ -160,6 +143,16 @@ def describe(
         f"per epoch, {counted(schedule.total, 'step')} ({schedule.warmup} warm-up), peak learning "
         f"rate {peak:.3g}, mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}, "
         f"{counted(jax.process_count(), 'process', 'processes')}",
+    ]
+
+
+def finish(config: TrainConfig, task: Task, workdir: epath.Path, step: int) -> list[str]:
+    """Saves the results of a finished run, and returns its last lines."""
+    return [
+        *metrics.best_and_last(workdir, config.checkpoint.best),
+        *evaluations_of(task).save_results(task, workdir),
+        f"finished: {workdir} holds step {step}, the last",
+        f"next: {task.next_command.format(workdir=shlex.quote(str(workdir)))}",
     ]
 
 

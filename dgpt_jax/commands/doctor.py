@@ -24,7 +24,7 @@ from dgpt_jax.config import HostsConfig
 from dgpt_jax.data import token_store
 from dgpt_jax.errors import counted
 from dgpt_jax.models.kernels import kernel_check
-from dgpt_jax.planning import doctor
+from dgpt_jax.planning import coordinator, doctor
 
 
 def findings(arguments: argparse.Namespace) -> Iterator[doctor.Finding]:
@@ -36,7 +36,7 @@ def findings(arguments: argparse.Namespace) -> Iterator[doctor.Finding]:
     if arguments.workdir:
         yield from doctor.workdir(arguments.workdir)
     if arguments.coordinator:
-        yield from doctor.reach(arguments.coordinator, arguments.num_processes, arguments.wait)
+        yield from coordinator.check(arguments.coordinator, arguments.num_processes, arguments.wait)
     yield from (devices := doctor.devices(HostsConfig(), arguments.platform))
     if devices[-1].level == "ok" and jax.default_backend() != "cpu":
         yield from map(kernel_finding, kernel_check.deviations())

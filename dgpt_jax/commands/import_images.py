@@ -5,6 +5,7 @@ import dgpt_jax.distributed.early_signals  # noqa: F401
 import os
 import shlex
 import warnings
+from typing import Any
 
 from dgpt_jax import cli, invocation
 from dgpt_jax.data.ingest import decoder_messages, discovery, importer, user_images
@@ -15,7 +16,9 @@ from dgpt_jax.storage import output_paths
 MAX_CLASSES_SHOWN = 12
 
 
-def main():
+def parse() -> dict[str, Any]:
+    """Returns the flags, those of columns and of decoding as `columns` and `options`. Raises
+    UserError."""
     parser = cli.parser(f"{importer.__doc__}\n{discovery.__doc__}")
     parser.add_argument("src", type=cli.path, help="folder, archive, list or pattern")
     parser.add_argument(
@@ -69,22 +72,38 @@ def main():
         help="verify complete shards by checksum; default: by size",
     )
     args = vars(parser.parse_args())
-    options = user_images.Options.parse(args.pop("background"), args.pop("range"))
-    columns = Columns.parse(*(args.pop(n) for n in ("image_column", "label_column", "keep")))
+    args["options"] = user_images.Options.parse(args.pop("background"), args.pop("range"))
+    columns = [args.pop(name) for name in ("image_column", "label_column", "keep")]
+    args["columns"] = Columns.parse(*columns)
+    return args
+
+
+def main():
+    args = parse()
     output_paths.directory(args["out"])
     # Pillow warns about odd EXIF data and large images, and prints lines of its own source.
     warnings.filterwarnings("ignore", module="PIL")
     try:
         with decoder_messages.count_messages() as messages:
-            report = importer.import_images(**args, columns=columns, options=options, say=cli.say)
+            report = importer.import_images(**args, say=cli.say)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command to resume")
         raise
-    for line in (
-        *decoder_messages.summary(messages),
-        *report.skipped,
-        *(f"skipped {line}" for line in report.broken),
-    ):
+    for line in decoder_messages.summary(messages):
+        cli.say(line)
+    say_report(report, args["out"], args["options"])
+    flags = [f"--config.source={args['out']}"]
+    if "train" not in report.examples:
+        flags.append(f"--config.split={next(iter(report.examples))}")
+    cli.say(
+        f"next: {invocation.command('tokens')} --config=tokens_in1k_openclip_h14 "
+        f"{shlex.join(flags)} --config.teacher.weights=CLIP_DIR --out=TOKENS"
+    )
+
+
+def say_report(report: importer.Report, out: str, options: user_images.Options):
+    """Prints what was skipped or changed, and what the dataset holds."""
+    for line in (*report.skipped, *(f"skipped {line}" for line in report.broken)):
         cli.say(line)
     if report.transparent:
         red, green, blue = options.background
@@ -94,15 +113,8 @@ def main():
         cli.say(f"stored an empty text for {counted(count, 'image')} without {name}")
     counts = ", ".join(f"{name} {n}" for name, n in report.examples.items())
     cli.say(
-        f"{args['out']}: {counts}; {_classes(report.classes)}; "
+        f"{out}: {counts}; {_classes(report.classes)}; "
         f"skipped {counted(len(report.broken), 'unreadable file')}"
-    )
-    flags = [f"--config.source={args['out']}"]
-    if "train" not in report.examples:
-        flags.append(f"--config.split={next(iter(report.examples))}")
-    cli.say(
-        f"next: {invocation.command('tokens')} --config=tokens_in1k_openclip_h14 "
-        f"{shlex.join(flags)} --config.teacher.weights=CLIP_DIR --out=TOKENS"
     )
 
 

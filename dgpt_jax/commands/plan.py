@@ -81,7 +81,7 @@ def plan_trainings(arguments: argparse.Namespace, config: TrainConfig):
     if arguments.images_a_chip:
         say(report.scaling_table(reports))
     if arguments.plot:
-        from dgpt_jax.commands import plot
+        from dgpt_jax.commands import charts
 
         rates = {
             label: [report.rate(numbers, name) for numbers in reports]
@@ -89,7 +89,7 @@ def plan_trainings(arguments: argparse.Namespace, config: TrainConfig):
         }
         chip_counts = [numbers["chips"] for numbers in reports]
         title = f"{config.model.size}, at most (data sheets)"
-        plot.scaling(chip_counts, rates, arguments.plot, title)
+        charts.scaling(chip_counts, rates, arguments.plot, title)
     if failed:
         raise UserError("\n".join(failed))
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgpt_jax import invocation
-from dgpt_jax.commands import plot, visualize
+from dgpt_jax.commands import charts, plot, visualize
+from dgpt_jax.commands.image_grid import grid
 from dgpt_jax.data import image_ops
 from dgpt_jax.evals.feature_maps import pca_colors
 from dgpt_jax.examples import measure
@@ -37,7 +38,7 @@ LIMITS = (
 )
 
 
-def cells(out: Path) -> plot.Cells:
+def cells(out: Path) -> charts.Cells:
     """Mean accuracy and standard error over subsets of labels, by row and (protocol, labels)."""
     rows = {}
     for name, title in measure.ROWS.items():
@@ -54,7 +55,7 @@ def cells(out: Path) -> plot.Cells:
 
 def text_table(out: Path) -> str:
     """The table in Markdown."""
-    return plot.table(cells(out))
+    return charts.table(cells(out))
 
 
 def caption(out: Path, images: str) -> str:
@@ -67,7 +68,7 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
     """Writes OUT/index.html and accuracy.md from the outputs of the finished commands."""
     say("page: accuracies and curves")
     rows = cells(out)
-    atomic.write_text(out / "accuracy.md", plot.table(rows) + "\n")
+    atomic.write_text(out / "accuracy.md", charts.table(rows) + "\n")
     columns = list(next(iter(rows.values())))
     body = [
         [title, *(html.Number(f"{row[c][0]:.1f}") for c in columns)] for title, row in rows.items()
@@ -77,7 +78,7 @@ def write(out: Path, images: str, commands: Sequence[Job], say: Callable[[str], 
     logs = [metrics_log.read(out / "runs" / name) for name in RUNS]
     with plot.plt.rc_context(STYLE):
         bars, curves = io.BytesIO(), io.BytesIO()
-        plot.accuracies(rows, bars, format="svg")
+        charts.accuracies(rows, bars, format="svg")
         plot.draw(logs, METRICS, curves, format="svg")
         say("page: tokens of the encoders")
         tokens = tokens_figure(out)
@@ -147,7 +148,7 @@ def tokens_figure(out: Path) -> bytes:
     tokens = teacher_vit.teacher_tokens(teacher.tower, teacher.params, jnp.asarray(images))
     rows["teacher"] = _colors(np.asarray(tokens)[:, 1:])
     file = io.BytesIO()
-    visualize.grid(rows, file, {"image": names})
+    grid(rows, file, {"image": names})
     return file.getvalue()
 
 
@@ -160,7 +161,7 @@ def predictions_figure(out: Path) -> bytes:
     with contextlib.redirect_stdout(io.StringIO()):  # its note on --count
         rows, captions = visualize.show_predictions(args)
     file = io.BytesIO()
-    visualize.grid(rows, file, captions)
+    grid(rows, file, captions)
     return file.getvalue()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dgpt_jax.commands import plot
-from dgpt_jax.monitoring import metrics_log
+from dgpt_jax.monitoring import curve_points, metrics_log
 from dgpt_jax.monitoring.metrics_log import Log
 
 # (light, dark) of lines; more runs or metrics repeat them. Each is unique, so that it can be
@@ -129,7 +129,7 @@ def _draw_training(axis, log: Log, name: str, color: str, smooth: int):
 def _draw_evaluations(axis, log: Log, name: str, color: str, style: str):
     curve = log.curves.get(name, metrics_log.EMPTY).finite()
     if len(curve):
-        indices = metrics_log.thin(curve.steps, curve.values)
+        indices = curve_points.thin(curve.steps, curve.values)
         marker = "o" if len(curve) <= FEW else None
         axis.plot(
             curve.steps[indices], curve.values[indices], color=color, label=name, marker=marker,
@@ -142,7 +142,7 @@ def _draw_skipped(axis, log: Log, color: str):
     steps, counts = log.arrays("skipped")
     skipped = steps[np.flatnonzero(np.diff(counts, prepend=0) > 0)]
     if len(skipped):
-        skipped = skipped[metrics_log.thin(skipped, np.zeros(len(skipped)))]
+        skipped = skipped[curve_points.thin(skipped, np.zeros(len(skipped)))]
         axis.plot(
             skipped, np.full(len(skipped), 0.03), "|", color=color, markersize=9,
             markeredgewidth=1.6, transform=axis.get_xaxis_transform(), label=TITLES["skipped"],

@@ -21,21 +21,18 @@ images, evenly spaced among all of them. `--show` is one of
 import dgpt_jax.distributed.early_signals  # noqa: F401
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from dgpt_jax import cli
 from dgpt_jax.commands.image_grid import COLUMNS, grid
+from dgpt_jax.commands.image_selection import label, list_images, read_images, spread
 from dgpt_jax.commands.plot import FORMATS
 from dgpt_jax.config import ModelConfig
 from dgpt_jax.data import bad_records, image_ops, segments, token_store, transforms
-from dgpt_jax.data.ingest import directory_walk, user_images
-from dgpt_jax.data.ingest.image_index import OWN_FILE, ImageEntry, text
+from dgpt_jax.data.ingest.image_index import ImageEntry
 from dgpt_jax.errors import UserError
 from dgpt_jax.evals.feature_maps import (
     cls_attention,
@@ -46,62 +43,11 @@ from dgpt_jax.evals.feature_maps import (
 )
 from dgpt_jax.evals.figures import heat, mean_token_cosine, prediction_captions, prediction_rows
 from dgpt_jax.storage import output_paths, tfds_dataset
-from dgpt_jax.weights import api, chunking, flags
+from dgpt_jax.weights import api, flags
+from dgpt_jax.weights.chunking import CHUNK
 
 MAX_IMAGES = 64  # in a figure
 Figure = tuple[dict[str, np.ndarray], dict[str, list[str]]]  # rows and captions of image_grid.grid
-
-
-def list_images(paths: Sequence[str]) -> list[ImageEntry]:
-    """Image files of these paths; directories are searched at any depth and sorted. Prints what an
-    import would skip. Raises UserError on a directory without images."""
-    images = []
-    for path in map(os.fsencode, paths):
-        walk = directory_walk.Walk()
-        if not os.path.exists(path):
-            raise UserError(f"no such file or directory: {text(path)}")
-        if not os.path.isdir(path):
-            if not os.path.isfile(path):
-                raise UserError(f"{text(path)} is not a regular file")
-            images.append(ImageEntry(text(path), path, OWN_FILE, -1, -1))
-            continue
-        walk.add_folder(path)
-        entries = walk.builder.build().sorted()
-        lines = walk.skipped.lines()
-        if not len(entries):
-            extensions = ", ".join(user_images.EXTENSIONS)
-            raise UserError("; ".join([f"{text(path)} holds no images ({extensions})", *lines]))
-        for line in lines:
-            cli.say(f"{text(path)}: {line}")
-        images += [replace(e, id=os.path.join(text(path), e.id)) for e in entries]
-    return images
-
-
-def spread(items: Sequence, count: int, flag: str = "--count") -> list:
-    """`count` evenly spaced items, since adjacent ones may share a class; prints a note."""
-    if len(items) > count:
-        print(f"{count} of {len(items)} images, evenly spaced; {flag}=N changes the number")
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
-def read_images(entries: Sequence[ImageEntry], size: int) -> np.ndarray:
-    """Central size×size pixels of images, decoded as by an import, (B, size, size, 3).
-    Raises UserError."""
-    images = []
-    for entry in entries:
-        try:
-            image = user_images.rgb(entry.read())
-        except (OSError, ValueError) as e:
-            raise UserError(f"{entry.id}: {e}") from None
-        images.append(image_ops.center_crop(image, size, size, squash=False))
-    return np.stack(images)
-
-
-def label(entry: ImageEntry) -> str:
-    """Directory and name of an image, shortened to fit above it."""
-    name = "/".join(Path(entry.id).with_suffix("").parts[-2:])
-    return name if len(name) <= 18 else f"{name[:10]}…{name[-7:]}"
 
 
 def show_tokens(
@@ -149,8 +95,8 @@ def show_neighbors(
         raise UserError("--show=neighbors needs at least 2 images")
     gallery, size = spread(entries, args.gallery, "--gallery"), encoder.model.image_size
     features = [
-        np.asarray(encoder.features(read_images(batch, size), args.features))
-        for batch in batched(gallery, chunking.CHUNK)
+        np.asarray(encoder.features(read_images(gallery[i : i + CHUNK], size), args.features))
+        for i in range(0, len(gallery), CHUNK)
     ]
     queries = spread(range(len(gallery)), args.count)
     nearest, cosines = neighbors(np.concatenate(features), args.neighbors, queries)
@@ -161,11 +107,6 @@ def show_neighbors(
         rows[title := f"image {len(rows) + 1}"] = read_images(line, size)
         captions[title] = [first, *map("{}\n{:.3f}".format, others, values)]
     return rows, captions
-
-
-def batched(items: Sequence, size: int) -> Iterator[Sequence]:
-    """Consecutive slices of `size` items."""
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def store_examples(

@@ -4,10 +4,9 @@ A config file starts from `default_config(TrainConfig)`, so every field exists a
 on the command line; `schema.parse` converts the result to the dataclass.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
-from dgpt_jax.config import classification, durations, initialization
+from dgpt_jax.config import classification, durations, initialization, pretraining
 from dgpt_jax.config.classification import ClassificationConfig
 from dgpt_jax.config.data import AREA, DataConfig, TeacherConfig
 from dgpt_jax.config.initialization import InitConfig
@@ -96,7 +95,7 @@ class TrainConfig:
         if self.task == "classify":
             classification.check_classification(self)
         else:
-            self._check_pretrain()
+            pretraining.check_pretraining(self)
         return self
 
     def _check_durations(self) -> None:
@@ -113,30 +112,6 @@ class TrainConfig:
         durations.check_shorter(
             self.optim.warmup, "config.optim.warmup", self.total, "config.total", self.batch_size
         )
-
-    def _check_pretrain(self) -> None:
-        optim = self.optim
-        if optim.kind != "adamw" or optim.base_lr_grid:
-            raise UserError("config.optim.kind and base_lr_grid need config.task=classify")
-        if self.init.freeze_positions and self.model.positions != "learned":
-            raise UserError("config.init.freeze_positions needs config.model.positions=learned")
-        weights = dataclasses.asdict(self.loss)
-        if not any(weights.values()):
-            raise UserError(f"config.loss needs a positive weight, got {weights}")
-        for name in ("visible", "distill"):
-            if self.data.targets == "pixels" and weights[name]:
-                raise UserError(
-                    f"config.data.targets=pixels supports loss.next only: set loss.{name} to 0"
-                )
-        if self.loss.distill and self.model.taps[-1] != self.model.depth:
-            raise UserError(
-                f"config.loss.distill uses the last block: config.model.taps must end with "
-                f"{self.model.depth} (depth), got {self.model.taps}"
-            )
-        if self.model.segments == (1, 1) and self.loss.next:
-            raise UserError("config.model.segments (1, 1) has no next segment: set loss.next to 0")
-        if self.data.targets == "online" and not self.teacher.weights:
-            raise UserError("config.data.targets=online needs config.teacher.weights")
 
 
 @dataclass(frozen=True)

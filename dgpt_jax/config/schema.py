@@ -4,26 +4,20 @@ A schema is a frozen dataclass whose fields are defined by `field`, with a defau
 Its optional method `resolved` checks values together and fills in defaults that depend on others.
 """
 
-import ast
 import dataclasses
 import difflib
-import os
 import textwrap
-import types
-import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
+from dgpt_jax.config import field_values
 from dgpt_jax.config.ranges import Range
 from dgpt_jax.config.renamed_keys import RENAMED
 from dgpt_jax.errors import ChoiceError, UserError
 
 T = TypeVar("T")
-
-# Exclusive bounds of numbers, so that arithmetic with them does not overflow.
-LARGEST = {int: 2**63, float: 1e300}
 
 
 def field(default: Any, doc: str, within: Range | None = None, path: bool = False) -> Any:
@@ -44,16 +38,6 @@ def _group(annotation: Any) -> Any:
     return annotation if dataclasses.is_dataclass(annotation) else None
 
 
-def expand(path: str) -> str:
-    """Returns the path with a leading `~` or `~user` expanded. Raises UserError if there is no such
-    user."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        user = path.partition("/")[0]
-        raise UserError(f"{path}: there is no user {user}: write ./~ for a file of that name")
-    return expanded
-
-
 def check_choice(path: str, value: object, allowed: Collection[Any]) -> None:
     """Raises ChoiceError, naming the config key, unless `value` is one of `allowed`."""
     if value not in allowed:
@@ -68,7 +52,7 @@ def default_config(schema: type) -> ConfigDict:
         if group := _group(field.type):
             config[field.name] = default_config(group)
         elif field.default is None:  # a plain None could not be overridden
-            config[field.name] = config_dict.placeholder(_kind(field.type))
+            config[field.name] = config_dict.placeholder(field_values.runtime_type(field.type))
         else:
             config[field.name] = field.default
     return config.lock()
@@ -86,7 +70,13 @@ def parse(schema: type[T], config: Mapping[str, Any] | ConfigDict, prefix: str =
     for name, value in (groups | dict(config.items())).items():
         if name not in fields:
             raise UserError(_unknown_key(f"{prefix}.{name}", schema))
-        values[name] = _value(fields[name], value, f"{prefix}.{name}")
+        path = f"{prefix}.{name}"
+        if group := _group(fields[name].type):
+            if not hasattr(value, "items"):
+                raise UserError(f"{path} is a group of keys, not a value: got {value!r}")
+            values[name] = parse(group, value, path)
+        else:
+            values[name] = field_values.check(fields[name], value, path)
     parsed = schema(**values)
     resolved = getattr(parsed, "resolved", None)
     return resolved() if resolved else parsed
@@ -109,7 +99,8 @@ def override(config: ConfigDict, schema: type, path: str, text: str) -> None:
             raise UserError(f"{parent} is {'a group of keys' if last else 'a value, not a group'}")
         if last:
             with section.ignore_type():
-                section[name] = _value(field, _literal(field.type, text), parent)
+                value = field_values.parse_text(field.type, text)
+                section[name] = field_values.check(field, value, parent)
         else:
             section, section_schema = section[name], _group(field.type)
 
@@ -187,77 +178,3 @@ def _unknown_key(path: str, schema: type, root: type | None = None) -> str:
 
 def _similar(name: str, names: Iterable[str], cutoff: float) -> list[str]:
     return difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
-
-
-def _optional(annotation: Any) -> bool:
-    return isinstance(annotation, types.UnionType)
-
-
-def _required(annotation: Any) -> Any:
-    """int for `int | None`."""
-    if _optional(annotation):
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
-
-
-def _kind(annotation: Any) -> type:
-    """The runtime type of an annotation: tuple for `tuple[int, int] | None`."""
-    annotation = _required(annotation)
-    return typing.get_origin(annotation) or annotation
-
-
-def _literal(annotation: Any, text: str) -> Any:
-    """The Python value of a flag's text; unchanged for strings."""
-    if text == "None" and (_optional(annotation) or _kind(annotation) is str):
-        return None if _optional(annotation) else ""
-    if _kind(annotation) is str:
-        return text
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # "{[]: 1}", "((((…"
-        value = {"true": True, "false": False}.get(text.lower(), text)
-    if _kind(annotation) is tuple and isinstance(value, str):  # cls,mean or [cls, mean]
-        value = [s.strip(" '\"") for s in text.strip(" ()[]").split(",") if s.strip()]
-    elif _kind(annotation) is tuple and not isinstance(value, (tuple, list)):
-        value = (value,)
-    return value
-
-
-def _value(field: dataclasses.Field, value: Any, path: str) -> Any:
-    """`value` in the type of the field, range checked, `~` expanded. Raises UserError."""
-    value, within = _coerce(field.type, value, path), field.metadata.get("within")
-    if field.metadata.get("path"):
-        try:
-            return expand(value)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from None
-    if within is not None and value is not None:
-        for i, number in enumerate(value if isinstance(value, tuple) else (value,)):
-            if number not in within:
-                item = f"{path}[{i}]" if isinstance(value, tuple) else path
-                raise UserError(f"{item} must be {within}, got {number}")
-    return value
-
-
-def _coerce(annotation: Any, value: Any, path: str) -> Any:
-    """`value` in the type of the annotation. Raises UserError."""
-    if group := _group(annotation):
-        if not hasattr(value, "items"):
-            raise UserError(f"{path} is a group of keys, not a value: got {value!r}")
-        return parse(group, value, path)
-    if value is None and _optional(annotation):
-        return None
-    kind = _kind(annotation)
-    if kind is tuple and isinstance(value, (list, tuple)):  # JSON turns tuples into lists
-        inner = typing.get_args(_required(annotation))
-        if inner[-1] is not Ellipsis and len(value) != len(inner):
-            raise UserError(f"{path} takes {len(inner)} values, got {value!r}")
-        return tuple(_coerce(inner[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if isinstance(value, int | float) and not isinstance(value, bool) and kind in (int, float):
-        if not abs(value) < LARGEST[kind]:  # also for NaN
-            raise UserError(f"{path} is {value!r}: too large, or not a number")
-        if kind is float or float(value).is_integer():
-            return kind(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{path} must be {kind.__name__}, got {value!r}")
-    return value

@@ -16,7 +16,6 @@ and the freed memory that malloc retains (file_limits.tune_malloc).
 """
 
 import contextlib
-import itertools
 import math
 import signal
 import sys
@@ -32,6 +31,7 @@ from dgpt_jax.config import DataConfig
 from dgpt_jax.data import bad_records, samplers
 from dgpt_jax.data.dataset import ExampleDataset
 from dgpt_jax.data.prefetch import prefetch
+from dgpt_jax.data.shard_prefetch import fetch_shards_ahead
 from dgpt_jax.storage import tfds_dataset
 
 REPLACED = "replaced"  # batch key: True for examples that replace a bad one
@@ -77,7 +77,9 @@ def train_batches(
     batches = _batches(stream, start_step)
     if isinstance(stream.sampler, samplers.GlobalShuffleSampler):
         return batches
-    return _fetch_shards_ahead(batches, stream, start_step)
+    return fetch_shards_ahead(
+        batches, examples.sources.splits, stream.sampler, rows=rows, start_step=start_step
+    )
 
 
 def batch_ids(
@@ -172,30 +174,6 @@ def _fill_chunks(chunks: Iterator, example: dict, local: int) -> dict[str, np.nd
 def _empty(rows: int, example: dict) -> dict[str, np.ndarray]:
     """Allocates a batch of examples shaped like `example`."""
     return {name: np.empty((rows, *x.shape), x.dtype) for name, x in example.items()}
-
-
-def _fetch_shards_ahead(batches: Generator, stream: _LocalExamples, start_step: int) -> Generator:
-    """Yields the batches; fetches the shards of the lanes' current and next windows ahead."""
-    splits, sampler = stream.examples.sources.splits, stream.sampler
-    assert isinstance(sampler, samplers.ShardWindowSampler)
-    lanes = sampler.lanes_of(stream.rows)
-    cache = splits[0].cache
-    assert cache is not None
-    files = [shard for split in splits for shard in split.shards]
-    most = min(len(lanes) * sampler.max_shards_per_lane, len(files))
-    largest = max(shard.bytes for shard in files)
-    cache.refuse_unless_it_fits(most, largest, f"{most} shards of {len(lanes)} lanes")
-    windows = None
-    try:
-        for step in itertools.count(start_step):
-            if windows != (windows := sampler.current_windows(step, lanes)):
-                cache.set_prefetch(
-                    splits[e % len(splits)].shards[s] for e, s in sampler.shards_to_fetch(windows)
-                )
-            yield next(batches)
-    finally:
-        batches.close()
-        cache.stop()
 
 
 def _mark_flags_parsed():

@@ -75,8 +75,7 @@ def accuracy(
     """
     config = task.config
     ks = _ks(config)
-    batch_size, size = config.evals.batch_size, config.model.image_size
-    resize = resize_of(config)
+    batch_size = config.evals.batch_size
     rows = sharding.process_rows(mesh, batch_size)
     source = tfds_dataset.Split(config.evals.heldout, config.evals.heldout_split)
     dataset.require_labels(source, config.classify)
@@ -84,15 +83,7 @@ def accuracy(
         dataset.require_same_classes(source, task.examples.sources.splits[0])
     length = _count(source, config)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
-
-    def load(index):
-        record = source[index]
-        image = bad_records.decode_image(source, index, record)
-        crops = {
-            f"image{suffix}": image_ops.center_crop(image, resize, size, squash=squash)
-            for suffix, squash in RESIZES.items()
-        }
-        return crops | {"label": np.asarray(record["label"], np.int32)}
+    load = partial(_load, source, resize_of(config), config.model.image_size)
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def add(totals, params, frozen, batch):
@@ -127,6 +118,17 @@ def accuracy(
         return _shares(totals, task, length)
 
     return evaluate
+
+
+def _load(source: tfds_dataset.Split, resize: int, size: int, index: int) -> dict[str, np.ndarray]:
+    """The label of an example, and an image (size, size, 3) for each way of resizing."""
+    record = source[index]
+    image = bad_records.decode_image(source, index, record)
+    crops = {
+        f"image{suffix}": image_ops.center_crop(image, resize, size, squash=squash)
+        for suffix, squash in RESIZES.items()
+    }
+    return crops | {"label": np.asarray(record["label"], np.int32)}
 
 
 def _count(source: tfds_dataset.Split, config: TrainConfig) -> int:

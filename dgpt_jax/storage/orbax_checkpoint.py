@@ -1,14 +1,13 @@
 """Checkpoints on disk: parameters, optimizer state and JSON metadata as three Orbax items.
 
 Parameters alone open on any machine as NumPy arrays, whatever topology saved them. The metadata
-hold a checksum of every array (checksums.py) and one of themselves, which are verified on reading.
+hold checksums, which are verified on reading (checkpoint_metadata.py).
 Training states are saved and restored by training/checkpointing.py; no other file imports Orbax.
 """
 
 import contextlib
 import os
-import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -17,15 +16,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dgpt_jax import invocation
-from dgpt_jax.config import renamed_keys
 from dgpt_jax.errors import UserError
-from dgpt_jax.storage import checksums, gcs, orbax_errors
+from dgpt_jax.storage import checkpoint_metadata, checksums, gcs, orbax_errors
+from dgpt_jax.storage.checkpoint_metadata import FORMAT, OLDEST
 from dgpt_jax.storage.gcs import AnyPath
-from dgpt_jax.storage.orbax_errors import REMEDY
 
-# 1: before non-finite updates were skipped, with another optimizer state. 3: with a moving average
-# of the parameters in the optimizer state, which load_params returns; without one 2 is written.
-FORMAT, OLDEST = 3, 2
 # Name, shape, dtype, sharding when saved, and bytes of an array.
 Row = tuple[str, tuple[int, ...], str, str, int]
 
@@ -34,51 +29,6 @@ def directory(workdir: AnyPath) -> str:
     """Returns the checkpoint directory of a run, absolute since Orbax rejects relative paths."""
     root = os.fspath(workdir) if gcs.is_remote(workdir) else os.path.abspath(workdir)
     return os.path.join(root, "checkpoints")
-
-
-def with_checksums(metadata: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
-    """Returns metadata with the checksums of {"params": tree, "opt_state": tree} and its own."""
-    content = metadata | {"checksums": checksums.of_tree(arrays)}
-    return content | {"checksum": checksums.of_json(content)}
-
-
-def check_metadata(metadata: dict[str, Any], path: AnyPath) -> dict[str, Any]:
-    """Returns the metadata of the checkpoint `path`, with today's config keys.
-
-    Raises UserError if they were saved by later code, or changed since they were saved.
-    """
-    if metadata["format"] > FORMAT:
-        raise UserError(
-            f"{path} has checkpoint format {metadata['format']}, this code reads {FORMAT}"
-        )
-    content = {name: value for name, value in metadata.items() if name != "checksum"}
-    if "checksum" in metadata and checksums.of_json(content) != metadata["checksum"]:
-        raise UserError(f"{path} is damaged: its metadata differ from those saved. {REMEDY}")
-    if "config" in metadata:
-        metadata = metadata | {"config": renamed_keys.translate(metadata["config"])}
-    return metadata
-
-
-def verify(
-    sums: dict[str, str],
-    metadata: dict[str, Any],
-    path: AnyPath,
-    is_requested: Callable[[str], bool] = lambda name: True,
-) -> None:
-    """Compares checksums of arrays that were read with those in a checkpoint's metadata.
-
-    is_requested: True for the names of arrays that were to be read. Raises UserError if an array is
-    missing or differs. Prints a line if there are no checksums (older code wrote none).
-    """
-    if "checksums" not in metadata:
-        print(f"{path} has no checksums: its arrays are not checked", file=sys.stderr)
-        return
-    saved = {name: value for name, value in metadata["checksums"].items() if is_requested(name)}
-    if missing := sorted(saved.keys() - sums.keys()):
-        raise UserError(f"{path} is damaged: {missing[0]} is missing. {REMEDY}")
-    for name, value in sums.items():
-        if saved.get(name) != value:
-            raise UserError(f"{path} is damaged: {name} differs from the saved array. {REMEDY}")
 
 
 def steps(path: AnyPath) -> list[int]:
@@ -125,7 +75,9 @@ def save_params(workdir: AnyPath, step: int, params: Any, metadata: dict[str, An
         arguments = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
             metadata=ocp.args.JsonSave(
-                with_checksums({"format": OLDEST, "step": step} | metadata, {"params": params})
+                checkpoint_metadata.with_checksums(
+                    {"format": OLDEST, "step": step} | metadata, {"params": params}
+                )
             ),
         )
         try:
@@ -163,7 +115,7 @@ def load_params(
     item = epath.Path(root) / str(step)
     with _reader(item) as reader:
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        metadata = check_metadata(reader.restore(item, args=args)["metadata"], item)
+        metadata = checkpoint_metadata.check(reader.restore(item, args=args)["metadata"], item)
         prefix, tree = _eval_tree(reader.metadata(item).item_metadata, metadata, item)
         tree = tree if names is None else _select(tree, names)
         params = _read(reader, item, prefix, tree) if tree else {}
@@ -172,7 +124,8 @@ def load_params(
         inner = name.removeprefix(f"{'/'.join(prefix)}/")
         return inner != name and (names is None or _is_below(inner, names))
 
-    verify(checksums.of_tree(_nest(prefix, params)), metadata, item, is_requested)
+    sums = checksums.of_tree(_nest(prefix, params))
+    checkpoint_metadata.verify_arrays(sums, metadata, item, is_requested)
     return params, metadata
 
 
@@ -252,7 +205,7 @@ def read_metadata(path: AnyPath, step: int | None = None) -> tuple[dict[str, Any
     item = epath.Path(root) / str(step)
     with _reader(item) as reader:
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        metadata = check_metadata(reader.restore(item, args=args)["metadata"], item)
+        metadata = checkpoint_metadata.check(reader.restore(item, args=args)["metadata"], item)
         stored: Any = reader.metadata(item).item_metadata
         shardings = [leaf.sharding for leaf in jax.tree.leaves(stored["params"].tree)]
     saved = next((s for s in shardings if getattr(s, "axis_names", None)), None)

@@ -17,41 +17,15 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.storage import array_record_shards, disk_space, gcs, scratch_dir
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import array_record_shards, chunk_download, disk_space, scratch_dir
+from dgpt_jax.storage.shard_records import Records, Shard, open_shards
 
 DOWNLOADS = 8  # threads
 CHUNK = 1 << 24
-# gcsfs itself tries six times if a server answers with a transient error.
-TRIES = 4
-FIRST_DELAY = 1.0  # seconds before the second try; doubles with each further one
-STALLED = 120  # timeout in seconds of a request for a chunk
 # Shards kept of those that are read without being in the prefetch list.
 MAX_UNPLANNED = 4
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A remote file, its size, and the range of its records that belongs to a split.
-
-    Fields are named as in TFDS's FileInstruction, so that array_record accepts it as one.
-    """
-
-    filename: str
-    bytes: int
-    skip: int
-    take: int
-    examples_in_shard: int
-
-
-class Records(Protocol):
-    """Random access to serialized examples."""
-
-    def __getitem__(self, index: int, /) -> bytes: ...
 
 
 class _Dropped(Exception):
@@ -66,6 +40,11 @@ class _Entry:
     path: Path
     task: Future = field(default_factory=Future)
     dropped: bool = False
+
+    def raise_if_dropped(self) -> None:
+        """Raises _Dropped if the shard is no longer needed."""
+        if self.dropped:
+            raise _Dropped
 
 
 class ShardCache:
@@ -191,8 +170,7 @@ class ShardCache:
                 for start in range(0, entry.shard.bytes, CHUNK):
                     file.write(self._chunk(entry, start, min(start + CHUNK, entry.shard.bytes)))
             with self._lock:
-                if entry.dropped:
-                    raise _Dropped
+                entry.raise_if_dropped()
                 partial.replace(entry.path)
             return _open(entry)
         except BaseException:
@@ -203,26 +181,10 @@ class ShardCache:
             raise
 
     def _chunk(self, entry: _Entry, start: int, stop: int) -> bytes:
-        url = entry.shard.filename
-        system, name = gcs.filesystem(url)
-        options = {"timeout": STALLED} if system.async_impl else {}
-        error: Exception | None = None
-        for attempt in range(TRIES):
-            if entry.dropped:
-                raise _Dropped
-            if attempt:
-                time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
-            try:
-                data: Any = system.cat_file(name, start, stop, **options)
-                if len(data) == stop - start:
-                    with self._lock:
-                        self.fetched_bytes += len(data)
-                    return data
-                error = OSError(f"received {len(data)} bytes instead of {stop - start}")
-            except Exception as e:  # network errors have the types of many libraries
-                error = e
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{url} cannot be fetched (tried {TRIES} times): {reason}")
+        data = chunk_download.read(entry.shard.filename, start, stop, entry.raise_if_dropped)
+        with self._lock:
+            self.fetched_bytes += len(data)
+        return data
 
     def _own_directory(self) -> Path:
         if self._directory is None:
@@ -232,11 +194,6 @@ class ShardCache:
                 raise UserError(f"{self.parent} (config.data.cache) cannot be written: {e}") from e
             weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         return self._directory
-
-
-def open_shards(shards: Sequence[Shard]) -> Records:
-    """Returns the records of local shards; opens each file when it is first read."""
-    return ArrayRecordDataSource(shards)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def _open(entry: _Entry) -> Records:

@@ -4,24 +4,28 @@
 there are classes, text columns if they were kept}; for token stores see data/token_store.py.
 """
 
-import contextlib
-import hashlib
 import os
 import re
 import shlex
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, SupportsInt
 
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import example_serializer, naming, splits
-from tensorflow_datasets.proto import tf_example_pb2
 
 from dgpt_jax import invocation
 from dgpt_jax.errors import UserError, bad_record, one_line
-from dgpt_jax.storage import array_record_shards, file_limits, gcs, shard_cache
+from dgpt_jax.storage import (
+    array_record_shards,
+    example_ids,
+    file_limits,
+    gcs,
+    shard_cache,
+    shard_checks,
+    shard_records,
+    tfds_metadata,
+)
 from dgpt_jax.storage.gcs import AnyPath
 
 UNDECODED = {"image": tfds.decode.SkipDecoding()}
@@ -100,36 +104,9 @@ def write_metadata(
     )
 
 
-@contextlib.contextmanager
-def _metadata_errors(directory: AnyPath, split: str = "") -> Iterator[None]:
-    """Context that turns TFDS's errors about its metadata into UserError."""
-    try:
-        yield
-    except Exception as e:
-        if "Requested slice" in str(e):  # TFDS's words
-            raise UserError(
-                f"{directory}{split}: {one_line(e)} Choose a slice that it has"
-            ) from None
-        raise UserError(
-            f"{directory}{split}: dataset_info.json or features.json cannot be read: {one_line(e)}"
-        ) from None
-
-
-def open_any_builder(directory: AnyPath) -> tfds.core.DatasetBuilder:
-    """Returns the TFDS builder of a directory in any file format. Raises UserError if it is no
-    readable dataset."""
-    path = epath.Path(directory)
-    if not path.exists():
-        raise UserError(f"no such directory: {directory}")
-    if not (path / "dataset_info.json").exists():
-        raise UserError(f"{directory} is not a TFDS dataset: it has no dataset_info.json")
-    with _metadata_errors(directory):
-        return tfds.builder_from_directory(directory)
-
-
 def open_builder(directory: AnyPath) -> tfds.core.DatasetBuilder:
     """Returns the TFDS builder of a directory of ArrayRecord. Raises UserError."""
-    builder = open_any_builder(directory)
+    builder = tfds_metadata.open_any_builder(directory)
     if (file_format := getattr(builder.info.file_format, "value", None)) != "array_record":
         raise UserError(
             f"{directory} is stored as {file_format}, array_record is needed: import it with "
@@ -153,34 +130,14 @@ class Opened:
         self.manifest = array_record_shards.manifest(directory)
 
     def check(self, split: str) -> None:
-        """Raises UserError unless every shard of a split exists and is complete.
-
-        Sizes are compared with the manifest. Shards not in it are opened; remote ones, only once
-        they are fetched.
-        """
+        """Raises UserError unless every shard of a split exists and is complete (shard_checks)."""
         info = self.builder.info.splits[split]
-        with _metadata_errors(self.directory):
+        with tfds_metadata.errors(self.directory):
             names = [path.name for path in info.filepaths]
-        for name in names:
-            if name not in self.sizes:
-                raise UserError(f"{self.directory}/{name} is missing")
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(self._check_shard, names, info.shard_lengths))
-
-    def _check_shard(self, name: str, length: int) -> None:
-        path, size = f"{self.directory}/{name}", self.sizes[name]
-        info = self.manifest.get(name)
-        if info is not None and info.bytes == size:
-            records = info.records
-        else:
-            records = length if self.cache is not None else array_record_shards.count(path)
-        if records != length:
-            raise UserError(f"{path} has {records} records, the metadata say {length}")
-        if info is not None and info.bytes != size:
-            raise UserError(
-                f"{path} has {size} bytes, {array_record_shards.MANIFEST} says {info.bytes}: the "
-                f"file was replaced"
-            )
+        lengths = dict(zip(names, info.shard_lengths, strict=True))
+        shard_checks.require_complete(
+            self.directory, lengths, self.sizes, self.manifest, local=self.cache is None
+        )
 
 
 class Split:
@@ -199,16 +156,16 @@ class Split:
         if base not in info.splits:
             raise UserError(f"{directory} has no split {base!r}; it has {', '.join(info.splits)}")
         opened.check(base)
-        with _metadata_errors(directory, f", split {split}"):
+        with tfds_metadata.errors(directory, f", split {split}"):
             files = info.splits[split].file_instructions
         self.shards = tuple(
-            shard_cache.Shard(bytes=opened.sizes[os.path.basename(file.filename)], **vars(file))
+            shard_records.Shard(bytes=opened.sizes[os.path.basename(file.filename)], **vars(file))
             for file in files
         )
         self._length = sum(shard.take for shard in self.shards)
         if not self._length:
             raise UserError(f"{directory} has no examples in split {split}")
-        self.digest = _digest(self.shards, opened.manifest)
+        self.digest = shard_checks.digest(self.shards, opened.manifest)
         self.features: Any = info.features
         self.label = self.features["label"] if "label" in self.features else None
         self.cache = opened.cache
@@ -227,7 +184,7 @@ class Split:
             return self.parse(record)
         except Exception as e:  # from TFDS, protobuf or NumPy
             reason = f"it does not match features.json: {one_line(e)}"
-            raise bad_record(self, index, _id_in(record), reason) from None
+            raise bad_record(self, index, example_ids.of_damaged(record), reason) from None
 
     def raw(self, index: int) -> bytes:
         """Returns a serialized example. Raises BadRecord."""
@@ -244,19 +201,19 @@ class Split:
         example = self.features.deserialize_example_np(record, decoders=UNDECODED)
         if empty := [name for name, value in example.items() if value is None]:
             raise ValueError(f"no value of {', '.join(empty)}")
-        example["id"] = example_id(example)
+        example["id"] = example_ids.of_example(example)
         return example
 
     def close(self) -> None:
         """Closes the files once no thread reads from them; the next read opens them again."""
         self._source = None
 
-    def _open(self) -> shard_cache.Records:
+    def _open(self) -> shard_records.Records:
         file_limits.tune_malloc()
         if self.cache is not None:
             return shard_cache.RemoteRecords(self.shards, self.cache)
         self._allow_files()
-        return shard_cache.open_shards(self.shards)
+        return shard_records.open_shards(self.shards)
 
     def _allow_files(self) -> None:
         if self.cache is None:
@@ -267,34 +224,3 @@ class Split:
 
     def __repr__(self) -> str:
         return f"Split({self.directory!r}, {self.split!r})"
-
-
-def _digest(
-    shards: Sequence[shard_cache.Shard], manifest: Mapping[str, array_record_shards.ShardInfo]
-) -> str:
-    """16 hexadecimal digits that identify the contents of shards, in order: from their checksums,
-    or from their sizes if they are not in the manifest."""
-    sha = hashlib.sha256()
-    for shard in shards:
-        info = manifest.get(os.path.basename(shard.filename))
-        content = info.crc32 if info else shard.bytes
-        sha.update(f"{shard.skip} {shard.take} {content}\n".encode())
-    return sha.hexdigest()[:16]
-
-
-def example_id(example: Mapping) -> str:
-    """Returns `id` or `file_name` of an example, else the CRC32 of its encoded image."""
-    for key in ("id", "file_name"):
-        if key in example:
-            value = example[key]
-            return value.decode() if isinstance(value, bytes) else str(value)
-    return f"{zlib.crc32(example['image']):08x}"
-
-
-def _id_in(record: bytes) -> str:
-    """The id in a record whose other fields are damaged, "" if it cannot be read either."""
-    try:
-        fields = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
-        return fields["id"].bytes_list.value[0].decode()
-    except Exception:
-        return ""

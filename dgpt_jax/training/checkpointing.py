@@ -20,8 +20,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from dgpt_jax.distributed import multihost
 from dgpt_jax.errors import UserError
 from dgpt_jax.monitoring import metrics_log
-from dgpt_jax.storage import checksums, orbax_checkpoint, orbax_errors
-from dgpt_jax.storage.orbax_checkpoint import FORMAT, OLDEST, directory
+from dgpt_jax.storage import checkpoint_metadata, checksums, orbax_errors
+from dgpt_jax.storage.checkpoint_metadata import FORMAT, OLDEST
+from dgpt_jax.storage.orbax_checkpoint import directory
 from dgpt_jax.training import optimizer
 from dgpt_jax.training.train_step import TrainState
 
@@ -90,7 +91,7 @@ class Checkpoints:
         self.last_save_failed(wait=True)
         step = int(state.step)
         arrays = {"params": state.params, "opt_state": state.opt_state}
-        metadata = orbax_checkpoint.with_checksums(
+        metadata = checkpoint_metadata.with_checksums(
             {"format": _format(state), "step": step} | metadata, arrays
         )
         items = ocp.args.Composite(
@@ -139,7 +140,7 @@ class Checkpoints:
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         with orbax_errors.translate_damage(self._path(step)):
             metadata = self._manager.restore(step, args=items)["metadata"]
-            return orbax_checkpoint.check_metadata(metadata, self._path(step))
+            return checkpoint_metadata.check(metadata, self._path(step))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state of a step, with the shapes, dtypes and shardings of `abstract`.
@@ -160,7 +161,7 @@ class Checkpoints:
         with orbax_errors.translate_damage(self._path(step)):
             restored = self._manager.restore(step, args=items)
             arrays = {name: restored[name] for name in ("params", "opt_state")}
-        orbax_checkpoint.verify(checksums.of_tree(arrays), metadata, self._path(step))
+        checkpoint_metadata.verify_arrays(checksums.of_tree(arrays), metadata, self._path(step))
         counter = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
         return TrainState(counter, **arrays)
 

@@ -11,6 +11,7 @@ import pytest
 from dgpt_jax.commands import next_commands
 from dgpt_jax.config import TeacherConfig, TrainConfig, schema
 from dgpt_jax.training.tasks import classify, pretrain
+from dgpt_jax.training.tasks.targets import Target
 from tests.support import commands, data
 from tests.support.paths import ROOT
 
@@ -20,7 +21,7 @@ VERBS = (
 )  # fmt: skip
 SPACES = "/a b/c"
 CONFIG = schema.parse(TrainConfig, {"model": data.TINY, "data": {"path": "x"}})
-TARGET = pretrain.Target(24, (4, 4), cls=True)
+TARGET = Target(24, (4, 4), cls=True)
 TASK = pretrain.PretrainTask(CONFIG, TARGET)
 SPLITS = SimpleNamespace(splits=[SimpleNamespace(label=None)])
 UNLABELLED = pretrain.PretrainTask(CONFIG, TARGET, examples=SimpleNamespace(sources=SPLITS))  # pyright: ignore[reportArgumentType]

@@ -1,9 +1,7 @@
 """Findings of the doctor: level, remedy and exit code."""
 
 import json
-import socket
 import sys
-import threading
 
 import pytest
 from packaging.requirements import Requirement
@@ -11,7 +9,6 @@ from packaging.requirements import Requirement
 from dgpt_jax import cli
 from dgpt_jax.config import HostsConfig
 from dgpt_jax.planning import doctor
-from tests.distributed.multihost_test import free_address
 from tests.support import stores
 
 
@@ -100,43 +97,6 @@ def test_the_work_directory_is_checked(tmp_path, monkeypatch):
     (finding,) = doctor.workdir(str(tmp_path))
     assert finding.level == "warn" and "checkpoints" in finding.remedy
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_hosts_that_reach_the_coordinator():
-    address, findings = free_address(), []
-
-    def check():
-        findings.extend(doctor.reach(address, 2, 20.0))
-
-    both = [threading.Thread(target=check) for _ in range(2)]
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join()
-    server, client = sorted(f.text for f in findings)
-    assert server.startswith("1 of 1 ") and address.rpartition(":")[2] in server
-    assert address in client and {f.level for f in findings} == {"ok"}
-
-
-def test_hosts_that_do_not_reach_the_coordinator(monkeypatch):
-    address = free_address()
-    host, _, port = address.rpartition(":")
-    (alone,) = doctor.reach(address, 3, 0.1)
-    assert alone.level == "fail" and alone.text.startswith("0 of 2 ")
-    assert f"port {port}" in alone.remedy
-    with socket.socket() as bound:  # but not listening
-        bound.bind((host, int(port)))
-        (refused,) = doctor.reach(address, 2, 0.1)
-    assert refused.level == "fail" and "refused" in refused.remedy
-
-    def silent(*_, **__):
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(socket, "create_connection", silent)
-    (dropped,) = doctor.reach("192.0.2.1:8476", 2, 0.1)  # an address for documentation
-    assert dropped.level == "fail" and "port 8476" in dropped.remedy
-    (invalid,) = doctor.reach("host", 2, 0.1)
-    assert "HOST:PORT" in invalid.remedy
 
 
 def test_devices_of_this_process():

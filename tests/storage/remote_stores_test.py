@@ -19,7 +19,7 @@ from dgpt_jax.config import DataConfig, ModelConfig
 from dgpt_jax.config.schema import parse
 from dgpt_jax.data import dataset, loader, samplers, token_store
 from dgpt_jax.errors import UserError
-from dgpt_jax.storage import array_record_shards, shard_cache, tfds_dataset
+from dgpt_jax.storage import array_record_shards, chunk_download, shard_cache, tfds_dataset
 from tests.support import data, gcs, processes, stores
 
 MODEL = parse(ModelConfig, {"image_size": 16, "patch": 4})
@@ -34,7 +34,7 @@ def local(tmp_path_factory):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(shard_cache, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(chunk_download, "FIRST_DELAY", 0.01)
     retry = importlib.import_module("gcsfs.retry")  # after dgpt_jax.storage.gcs has configured it
     monkeypatch.setattr(retry, "min", lambda *_: 0.01, raising=False)  # its delays
     with gcs.Server() as server:
@@ -163,7 +163,7 @@ def test_transient_failures_change_nothing(local, remote, server, every):
 
 
 def test_a_stalled_request_is_retried(local, remote, server, monkeypatch):
-    monkeypatch.setattr(shard_cache, "STALLED", 1)
+    monkeypatch.setattr(chunk_download, "STALLED", 1)
     examples = open_remote(remote)
     server.stall = "view000.array_record-00007"
     threading.Timer(0.5, lambda: setattr(server, "stall", "")).start()

@@ -118,9 +118,3 @@ def test_tfrecord_is_refused_with_the_conversion_command(tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match="import_images.py"):
         tfds_dataset.Split(path, "train")
-
-
-def test_ids():
-    assert tfds_dataset.example_id({"id": b"x"}) == "x"
-    assert tfds_dataset.example_id({"file_name": "n01.JPEG"}) == "n01.JPEG"
-    assert tfds_dataset.example_id({"image": b"abc"}) == "352441c2"

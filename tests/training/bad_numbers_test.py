@@ -22,7 +22,8 @@ from dgpt_jax.errors import UserError
 from dgpt_jax.models import losses
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 from dgpt_jax.training import bad_step_replay, optimizer, train_step
-from dgpt_jax.training.tasks.pretrain import PretrainTask, Target, open_pretrain
+from dgpt_jax.training.tasks.pretrain import PretrainTask, open_pretrain
+from dgpt_jax.training.tasks.targets import Target
 from tests.support import data, processes
 
 

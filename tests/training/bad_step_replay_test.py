@@ -13,9 +13,16 @@ from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.distributed import sharding
 from dgpt_jax.errors import UserError
 from dgpt_jax.planning import plan
-from dgpt_jax.training import bad_step_replay, initial_weights, tasks, train_step
-from dgpt_jax.training.tasks.pretrain import PretrainTask, Target
+from dgpt_jax.training import (
+    bad_step_measurement,
+    bad_step_replay,
+    initial_weights,
+    tasks,
+    train_step,
+)
+from dgpt_jax.training.tasks.pretrain import PretrainTask
 from dgpt_jax.training.tasks.probes import ProbeTask
+from dgpt_jax.training.tasks.targets import Target
 from tests.support import data, processes
 from tests.support.classifying import untrained
 from tests.support.paths import GOLDEN
@@ -82,8 +89,8 @@ def unsplit(task, params, batch) -> dict:
             batch = task.prepare(train_step.step_key(task.config.seed, NUMBER), batch)
         (loss, losses), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, batch)
         norms = {
-            "params": bad_step_replay.layer_norms(params),
-            "grads": bad_step_replay.layer_norms(grads),
+            "params": bad_step_measurement.layer_norms(params),
+            "grads": bad_step_measurement.layer_norms(grads),
         }
         return {"loss": loss, "losses": losses} | norms
 
@@ -229,7 +236,7 @@ def test_memory_is_that_of_the_train_step():
     lowered, state, batch = plan.lower(config, task, mesh)
     microbatch = {n: jax.ShapeDtypeStruct((16, *x.shape[1:]), x.dtype) for n, x in batch.items()}
     scalar, params = jax.ShapeDtypeStruct((), np.float32), state.params
-    add = bad_step_replay.accumulator(task, mesh, params)
+    add = bad_step_measurement.accumulator(task, mesh, params)
     add = add.lower((scalar, params), params, {}, microbatch, scalar)
     ours, steps = (x.compile().memory_analysis() for x in (add, lowered))
     assert ours.temp_size_in_bytes <= 1.5 * steps.temp_size_in_bytes

@@ -19,7 +19,7 @@ from dgpt_jax.config import OptimConfig, TrainConfig
 from dgpt_jax.config.schema import parse
 from dgpt_jax.distributed import sharding
 from dgpt_jax.errors import UserError
-from dgpt_jax.storage import orbax_checkpoint
+from dgpt_jax.storage import checkpoint_metadata, orbax_checkpoint
 from dgpt_jax.training import checkpointing, loop, optimizer, train_step
 from tests.support import data, processes
 
@@ -257,7 +257,7 @@ def test_resumable_changes_are_logged_and_others_can_be_allowed(store, run, tmp_
 
 
 def test_formats_of_other_versions(store, run, tmp_path):
-    supported = orbax_checkpoint.FORMAT
+    supported = checkpoint_metadata.FORMAT
     for version, message in (
         (99, f"format 99.* {supported}"),
         (1, f"format 1,.* {supported}: .*--workdir"),

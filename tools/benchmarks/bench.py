@@ -37,7 +37,8 @@ from dgpt_jax.models import teacher_vit
 from dgpt_jax.monitoring import metrics
 from dgpt_jax.planning import chips
 from dgpt_jax.training import train_step
-from dgpt_jax.training.tasks.pretrain import PretrainTask, Target
+from dgpt_jax.training.tasks.pretrain import PretrainTask
+from dgpt_jax.training.tasks.targets import Target
 from dgpt_jax.weights import files, mapping
 from dgpt_jax.weights import teacher_loading as teacher_weights
 from dgpt_jax.weights.layouts import digpt, timm

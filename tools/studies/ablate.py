@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from dgpt_jax import cli
-from dgpt_jax.commands import plot
+from dgpt_jax.commands import charts
 from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.distributed import multihost, preemption
 from dgpt_jax.errors import UserError
@@ -124,7 +124,7 @@ def write_report(
     baseline = next(iter(study.rows))
     if differences := ablations.differences(trained, baseline):
         text += [ablations.table(differences, f"minus {baseline}", sign="+"), ""]
-        plot.differences(differences, out / f"{name}.png", f"{name}: minus {baseline}")
+        charts.differences(differences, out / f"{name}.png", f"{name}: minus {baseline}")
         result_tables.write_study(out / f"{name}.csv", ablations.means(numbers), differences)
     (out / f"{name}.md").write_text("\n".join(text))
     print("\n".join(["", *text]))

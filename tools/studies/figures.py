@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dgpt_jax import cli
-from dgpt_jax.commands import plot
+from dgpt_jax.commands import charts
 from dgpt_jax.planning import report
 from dgpt_jax.storage import output_paths
 from tools.studies import result_tables
@@ -20,7 +20,7 @@ SCALING = "weak_scaling_"
 
 def draw_study(path: Path, out: Path):
     _, differences, baseline = result_tables.study(path)
-    plot.differences(differences, out, f"{path.stem.replace('_', ', ')}: minus {baseline}")
+    charts.differences(differences, out, f"{path.stem.replace('_', ', ')}: minus {baseline}")
 
 
 def draw_scaling(path: Path, out: Path):
@@ -31,7 +31,7 @@ def draw_scaling(path: Path, out: Path):
     }
     chips = [int(x) for x in columns["chips"]]
     title = f"{columns['model'][0]}, at most (data sheets)"
-    plot.scaling(chips, rates, out, title)
+    charts.scaling(chips, rates, out, title)
 
 
 def sources(data: Path) -> dict[str, tuple[Callable[[Path, Path], None], Path]]:

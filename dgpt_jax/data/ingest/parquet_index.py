@@ -4,7 +4,6 @@ A first pass reads labels and paths alone. An image's id is its path if all path
 distinct, else FILE:ROW.
 """
 
-import contextlib
 import hashlib
 import posixpath
 from array import array
@@ -15,18 +14,16 @@ from typing import Any
 import numpy as np
 
 from dgpt_jax.data.image_ops import UnreadableImage
-from dgpt_jax.data.ingest import image_index, parquet_schema
+from dgpt_jax.data.ingest import image_index, parquet_file, parquet_schema
 from dgpt_jax.data.ingest.column_labels import ColumnLabels
 from dgpt_jax.data.ingest.image_index import text
 from dgpt_jax.data.ingest.parquet_schema import ParquetColumns
 from dgpt_jax.data.ingest.types import Columns, as_text
-from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.storage import byte_ranges
+from dgpt_jax.errors import UserError
 
 INDEX_BATCH = 1 << 16  # rows
 IMAGE_BATCH = 8 << 20  # bytes, by the mean size of a file's images
 MAX_BATCH = 256  # rows; equal images are stored once, so that the mean may be far too low
-BUFFER = 1 << 20  # bytes of a column that are read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +107,7 @@ class Rows:
                 yield from self._entries_of(table, max(start - table.first, 0))
 
     def _entries_of(self, table: Table, start: int) -> Iterator[RowEntry]:
-        with _errors(table.path), _open(table.path) as (file, digest):
+        with parquet_file.open_file(table.path) as (file, digest):
             if digest != table.digest:
                 raise UserError(f"{text(table.path)} has changed since it was listed")
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -160,7 +157,7 @@ def open_tables(
                 f"these are several datasets, import one"
             )
         for file in files:
-            with _errors(file), _open(file) as (parquet, _):
+            with parquet_file.open_file(file) as (parquet, _):
                 these = parquet_schema.choose(parquet.schema_arrow, file, root, columns)
             if chosen and chosen[1] != these:
                 raise UserError(
@@ -188,9 +185,10 @@ def _index(
     count = 0
     for path in files:
         name = text(path).removeprefix(text(root) + "/")
-        with _errors(path), _open(path) as (file, digest):
+        with parquet_file.open_file(path) as (file, digest):
             rows = file.metadata.num_rows
-            tables.append(Table(path, name, rows, count, _image_bytes(file, columns), digest))
+            num_bytes = parquet_file.compressed_bytes(file, columns.image_bytes)
+            tables.append(Table(path, name, rows, count, num_bytes, digest))
             for batch in file.iter_batches(
                 batch_size=INDEX_BATCH, columns=columns.of_index, use_threads=False
             ):
@@ -214,45 +212,3 @@ def _add_labels(values: list, path: bytes, labels: ColumnLabels, numbers: array)
             numbers.append(labels.number(value))
     except ValueError as e:
         raise UserError(f"{text(path)}: {e}") from None
-
-
-def _image_bytes(file: Any, columns: ParquetColumns) -> int:
-    """Returns the compressed bytes of the column of images, at least 1."""
-    groups = map(file.metadata.row_group, range(file.num_row_groups))
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    name = columns.image_bytes
-    return sum(c.total_compressed_size for c in chunks if c.path_in_schema == name) or 1
-
-
-@contextlib.contextmanager
-def _open(path: bytes) -> Iterator[tuple[Any, bytes]]:
-    """Context with a pyarrow ParquetFile that reads its pages one by one, and the digest of the
-    file's size and footer. Raises UserError if pyarrow is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{text(path)} is read through pyarrow: pip install 'dgpt_jax[parquet]'"
-        ) from None
-    with byte_ranges.open_file(path) as file:
-        size = file.seek(0, 2)
-        file.seek(max(size - 8, 0))
-        length = int.from_bytes(file.read(8)[:4], "little")
-        file.seek(max(size - 8 - length, 0))
-        digest = hashlib.blake2b(b"%d" % size + file.read(length), digest_size=16).digest()
-        file.seek(0)
-        parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
-        yield parquet, digest
-
-
-@contextlib.contextmanager
-def _errors(path: bytes) -> Iterator[None]:
-    """Context that turns errors of pyarrow about a file into UserError."""
-    try:
-        yield
-    except (OSError, ValueError) as e:  # pyarrow's types are subclasses
-        reason = getattr(e, "strerror", None) or one_line(e)
-        raise UserError(
-            f"{text(path)} is not parquet, or is damaged or cut off: {reason}: copy or download it "
-            f"again"
-        ) from None

@@ -7,17 +7,17 @@ two members.
 import os
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
+from dgpt_jax.data.ingest import tar_links
+from dgpt_jax.data.ingest.tar_links import Link, Member, Note
 from dgpt_jax.errors import UserError
 from dgpt_jax.storage import byte_ranges
 from dgpt_jax.storage.byte_ranges import RangeReader
 
 BLOCK = 512
 CHUNK = 1 << 20
-MAX_LINKS = 8  # length of a chain of links
 # First bytes of compressed files, and the commands that decompress them.
 COMPRESSED = {
     b"\x1f\x8b": "gunzip",
@@ -26,9 +26,6 @@ COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "unzstd",
     b"PK\x03\x04": "unzip",
 }
-
-Note = Callable[[str], None]
-Member = tuple[bytes, int, int]  # name, offset, size
 
 
 def is_tar(path: str) -> bool:
@@ -60,7 +57,7 @@ def members(
     the tar is truncated or damaged.
     """
     end = file.size if end is None else end
-    links: dict[bytes, _Link] = {}
+    links: dict[bytes, Link] = {}
     for name, offset, size, link in _members(file, path, start, end, note):
         if link:
             links[name] = link
@@ -69,99 +66,12 @@ def members(
     if links:  # a second pass, to avoid keeping every name in memory
         again = _members(file, path, start, end, lambda _: None)
         files = ((name, offset, size) for name, offset, size, link in again if not link)
-        yield from _resolve_links(links, files, path, start, note)
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """target: a path in the archive; None if a symbolic link leaves it."""
-
-    target: bytes | None
-    symbolic: bool
-
-
-def _resolve_links(
-    links: dict[bytes, _Link], files: Iterable[Member], path: Path | str, start: int, note: Note
-) -> Iterator[Member]:
-    """Yields the targets of links, like `members`."""
-    ends = {name: _resolve(links, link.target) for name, link in links.items()}
-    targets = {link.target for link in links.values()} | set(ends.values())
-    ranges: dict[bytes, tuple[int, int]] = {}
-    contents: dict[bytes, list[Member]] = {}  # of folders that are targets
-
-    def add(name: bytes, offset: int, size: int):
-        if name in targets:
-            ranges[name] = offset, size
-        for folder in _parents(name):
-            if folder in targets:
-                contents.setdefault(folder, []).append((name[len(folder) + 1 :], offset, size))
-
-    for name, offset, size in files:
-        add(name, offset, size)
-    for name, target in ends.items():
-        if target in ranges:
-            add(name, *ranges[target])
-    inner: dict[bytes, list[bytes]] = {}  # links to folders, inside folders that are targets
-    for _ in range(MAX_LINKS):  # a folder may contain only such links
-        for name, target in ends.items():
-            for folder in _parents(name) if target in contents and links[name].symbolic else ():
-                if folder in targets and name not in inner.setdefault(folder, []):
-                    inner[folder].append(name)
-                    contents.setdefault(folder, [])
-
-    def in_linked_folder(name: bytes, *chain: bytes) -> Iterator[Member]:
-        """Yields the files of a linked folder; `chain`: the links followed so far."""
-        target = ends[chain[-1]]
-        assert target is not None
-        if len(chain) > MAX_LINKS or any(_contains(target, link) for link in chain):
-            note(f"{os.fsdecode(name)} in {path}, a link to a folder that contains it")
-            return
-        for rest, offset, size in contents[target]:
-            yield name + b"/" + rest, offset, size
-        for link in inner.get(target, ()):
-            yield from in_linked_folder(name + link[len(target) :], *chain, link)
-
-    for name, target in ends.items():
-        title = f"{os.fsdecode(name)} in {path}"
-        if target in ranges:
-            yield name, *ranges[target]
-        elif not links[name].symbolic:
-            yield name, start, 0
-        elif target is None:
-            note(f"{title}, a link out of it")
-        elif target and target not in contents:
-            note(f"{title}, a broken link")
-        else:
-            yield from in_linked_folder(name, name)
-
-
-def _resolve(links: dict[bytes, _Link], target: bytes | None) -> bytes | None:
-    """Follows up to MAX_LINKS links from `target`, or from folders on the path to it."""
-    for _ in range(MAX_LINKS):
-        if target is None:
-            break
-        link = next((path for path in (target, *_parents(target)) if path in links), None)
-        if link is None:
-            break
-        end, rest = links[link].target, target[len(link) :]
-        target = None if end is None else (end + rest).lstrip(b"/")
-    return target
-
-
-def _contains(folder: bytes, path: bytes) -> bool:
-    """True if a path is in a folder; all are in b""."""
-    return not folder or path.startswith(folder + b"/")
-
-
-def _parents(name: bytes) -> Iterator[bytes]:
-    """Yields the parent folders of a path."""
-    while name := posixpath.dirname(name):
-        yield name
+        yield from tar_links.resolve(links, files, path, start, note)
 
 
 def _members(
     file: RangeReader, path: Path | str, start: int, end: int, note: Note
-) -> Iterator[tuple[bytes, int, int, _Link | None]]:
+) -> Iterator[tuple[bytes, int, int, Link | None]]:
     """Yields (name, offset, size, link or None) of all members."""
     if start == end:
         raise UserError(f"{path} is empty")
@@ -209,9 +119,11 @@ def _members(
             if has_data or info.islnk() or info.issym():
                 link, target = None, override.get("linkpath", os.fsencode(info.linkname))
                 if info.islnk():
-                    link = _Link(clean_path(target), symbolic=False)
+                    link = Link(clean_path(target), symbolic=False)
                 elif info.issym():
-                    link = _Link(_relative(clean_path(name), target), symbolic=True)
+                    link = Link(
+                        tar_links.target_in_archive(clean_path(name), target), symbolic=True
+                    )
                 yield clean_path(name), data, length, link
             last = os.fsdecode(name)
         position = data + -(-length // BLOCK) * BLOCK
@@ -249,11 +161,3 @@ def _extended_fields(kind: bytes, data: bytes) -> dict[str, bytes]:
 def clean_path(name: bytes) -> bytes:
     """Returns a path in the archive, without a leading "./", "/" or "../"."""
     return posixpath.normpath(b"/" + name.lstrip(b"/"))[1:]
-
-
-def _relative(name: bytes, target: bytes) -> bytes | None:
-    """Returns the target of the symbolic link `name`; None if it is outside the archive."""
-    path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-    if path.startswith(b"/") or path == b".." or path.startswith(b"../"):
-        return None
-    return b"" if path == b"." else path

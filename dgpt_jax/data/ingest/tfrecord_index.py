@@ -22,7 +22,7 @@ from dgpt_jax.data.image_ops import UnreadableImage
 from dgpt_jax.data.ingest.image_index import text
 from dgpt_jax.data.ingest.types import Columns, as_text
 from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.storage import byte_ranges, tfds_dataset
+from dgpt_jax.storage import byte_ranges, tfds_metadata
 from dgpt_jax.storage.byte_ranges import RangeReader
 
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
@@ -132,7 +132,7 @@ def open_records(files: Sequence[bytes], columns: Columns) -> tuple[dict[str, Re
             f"TFRecord files are in several folders, {', '.join(map(text, folders))}: import one"
         )
     _crc32c()
-    builder = tfds_dataset.open_any_builder(text(folders[0]))
+    builder = tfds_metadata.open_any_builder(text(folders[0]))
     schema = _choose(builder.info.features, text(folders[0]), columns)
     splits = {
         name: _index([os.fsencode(path) for path in info.filepaths], info.shard_lengths, schema)

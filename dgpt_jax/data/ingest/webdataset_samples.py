@@ -12,6 +12,7 @@ from itertools import islice
 from dgpt_jax.data.ingest import tar_index
 from dgpt_jax.data.ingest.image_index import text
 from dgpt_jax.data.ingest.names import hidden_above, is_image
+from dgpt_jax.data.ingest.tar_links import Member
 from dgpt_jax.data.ingest.types import Columns
 from dgpt_jax.errors import UserError, one_line
 from dgpt_jax.storage.byte_ranges import RangeReader
@@ -43,7 +44,7 @@ def _is_image(extension: str) -> bool:
     return is_image(b"x." + extension.encode())
 
 
-def _samples(members: Iterable[tar_index.Member]) -> Iterator[Sample]:
+def _samples(members: Iterable[Member]) -> Iterator[Sample]:
     """Groups consecutive members by key; without hidden files and folders."""
     sample = Sample(b"")
     for name, offset, size in members:

@@ -1,7 +1,7 @@
 """Pretraining: D-iGPT on stored tokens or with an online teacher, or iGPT on pixels."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,23 +16,8 @@ from dgpt_jax.errors import UserError
 from dgpt_jax.models import digpt, flops, teacher_vit, vit
 from dgpt_jax.training import initial_weights, layerwise, optimizer
 from dgpt_jax.training.tasks.base import Batch
+from dgpt_jax.training.tasks.targets import Target, online_target, stored_target
 from dgpt_jax.weights import teacher_loading
-
-
-@dataclass(frozen=True)
-class Target:
-    """Prediction targets: width C, the teacher's square grid, with or without its CLS token, and
-    the codec of stored tokens."""
-
-    width: int
-    grid: tuple[int, int]
-    cls: bool
-    codec: Codec | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per image."""
-        return self.grid[0] * self.grid[1] + self.cls
 
 
 class PretrainTask:
@@ -224,35 +209,3 @@ def load_teacher(config: TrainConfig) -> teacher_loading.Loaded | None:
     if config.data.targets != "online":
         return None
     return teacher_loading.load_configured(config.teacher)
-
-
-def online_target(config: TrainConfig, teacher: teacher_loading.Loaded | None) -> Target:
-    """The Target of a teacher within the step, or of pixels."""
-    if teacher:
-        tower = teacher.tower
-        return Target(tower.token_width, tower.grid, cls=tower.cls)
-    return Target(3 * config.model.patch**2, (config.model.grid, config.model.grid), cls=False)
-
-
-def stored_target(config: TrainConfig, expected: Target | None = None) -> Target:
-    """The Target of the token store of a config. Raises UserError if its width or grid differ from
-    `expected` (default: config.teacher), or its source from config.data.source."""
-    path, info = config.data.path, token_store.StoreInfo.load(config.data.path)
-    if config.data.source:
-        name, _, version = config.data.source.partition(":")
-        source = info.source
-        if name != source["name"] or version not in ("", source["version"]):
-            raise UserError(
-                f"{path} is a store of {source['name']}:{source['version']}, the config expects "
-                f"{config.data.source} (config.data.source)"
-            )
-    for name, stored, value in (
-        ("width", info.width, expected.width if expected else config.teacher.width),
-        ("grid", info.grid[0], expected.grid[0] if expected else config.teacher.grid),
-    ):
-        if value is not None and value != stored:
-            raise UserError(
-                f"{path} holds teacher tokens of {name} {stored}, the config expects {value} "
-                f"(config.teacher.{name})"
-            )
-    return Target(info.width, info.grid, info.cls, info.load_codec(path))

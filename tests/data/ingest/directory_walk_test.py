@@ -139,7 +139,7 @@ def test_pipes_sockets_devices_and_broken_links(tmp_path):
 
 
 def test_pipes_and_missing_files(tmp_path):
-    from dgpt_jax.commands import visualize
+    from dgpt_jax.commands import image_selection
 
     os.mkfifo(write(tmp_path / "set", ["a/1.png", "b/1.png"]) / "a/2.png")
     assert labelled.class_folders(tmp_path / "set")[0].ids == ["a/1.png", "b/1.png"]
@@ -152,7 +152,7 @@ def test_pipes_and_missing_files(tmp_path):
     with pytest.raises(UserError, match="list.txt, line 1: .*pipe.tar"):
         discovery.discover(tmp_path / "list.txt")
     with pytest.raises(UserError, match="pipe.tar"):
-        visualize.list_images([str(tmp_path / "pipe.tar")])
+        image_selection.list_images([str(tmp_path / "pipe.tar")])
 
 
 @pytest.mark.parametrize("name", ["dog", "dog.tar"])

@@ -267,7 +267,7 @@ def test_an_import_of_an_earlier_version(tmp_path):
 
 
 def test_visualize_decodes_like_an_import(tmp_path, capsys):
-    from dgpt_jax.commands import visualize
+    from dgpt_jax.commands import image_selection
 
     image = smooth_image(np.random.default_rng(0), 24, 24)
     files = {
@@ -281,11 +281,11 @@ def test_visualize_decodes_like_an_import(tmp_path, capsys):
     hidden = tmp_path / "src/.ipynb_checkpoints"
     hidden.mkdir()
     (hidden / "a.png").write_bytes(files["b.png"])
-    entries = visualize.list_images([str(tmp_path / "src")])
+    entries = image_selection.list_images([str(tmp_path / "src")])
     output = capsys.readouterr().out
     assert "skipped files: 1 .heic\n" in output and "1 .ipynb_checkpoints" in output
-    assert [visualize.label(x) for x in entries] == ["src/a", "src/b", "src/c", "src/d"]
-    images_read = visualize.read_images(entries, 16)
+    assert [image_selection.label(x) for x in entries] == ["src/a", "src/b", "src/c", "src/d"]
+    images_read = image_selection.read_images(entries, 16)
     for image, pixels in zip(images_read, images.values(), strict=True):
         np.testing.assert_array_equal(image, image_ops.center_crop(pixels, 16, 16, squash=False))
 
