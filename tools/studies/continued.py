@@ -152,7 +152,7 @@ def curve_table(pairs: Sequence[tuple[Curve, Curve]]) -> list[list[str]]:
     lines = [[*head, f"difference: {CONTINUED} minus {SCRATCH}", "difference: ±"]]
     for i, step in enumerate(pairs[0][0][0]):
         both = np.array([[curve[1][i] for curve in pair] for pair in pairs])
-        difference, half = ablations.interval(both[:, 1] - both[:, 0])
+        difference, half = ablations.interval((both[:, 1] - both[:, 0]).tolist())
         numbers = (f"{x:.4f}" for x in both.mean(0))
         lines.append([str(step), *numbers, f"{difference:.4f}", f"{half:.4f}"])
     return lines
