@@ -7,14 +7,15 @@ s16: ViT-S/16 from scratch, 500 epochs of 9,000 images, batch 256, peak learning
 ViT-B/16 from published weights (config.init.weights), 100 epochs. Not run by us: they need images
 and a teacher. Which to choose, and commands for the stores: docs/tutorials/small_data.md.
 
-Figures of `tools/plan.py --device=gpu` (FLOPs and data sheets, not run), with 9,000 images:
+Figures of `tools/plan.py --device=gpu` for one H100 or H200 (FLOPs and data sheets, not run), with
+9,000 images:
 
-    form   steps    FLOPs per image   images/s, at most   hours at 45 % MFU, at least   H100 or H200
-    s16    17,578        @S16@
-    b16     3,515        @B16@
+    form    steps   GFLOP per image   images/s, at most   minutes, at least   at 45 % MFU
+    s16    17,578              89.6              11,037                 6.8          15.1
+    b16     3,515             153.3               6,451                 2.3           5.2
 
-Measured on one H200 at other batches (docs/results/gpu.md): S/16 at 512, 3,910 images/s, 35.2 GB;
-B/16 at 256, 2,475 images/s, 26.1 GB. At these rates s16 takes 20 minutes, b16 6 minutes.
+Measured on one H200 (docs/results/gpu.md): S/16 with a batch of 512, 3,910 images/s and 35.2 GB;
+B/16 with 256, 2,475 images/s and 26.1 GB. At these rates s16 takes 19 minutes, b16 6.
 
 cpu: a toy of s16 on 32×32 scenes (dgpt_jax/examples/scenes.py), 30 epochs of 5,748 images, batch
 64. One core: @CPU@; the measured curve is on the same page.
