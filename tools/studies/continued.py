@@ -1,6 +1,6 @@
 """Continued pretraining on glyphs from an encoder trained on digits, against from scratch.
 
-    python -m tools.studies.continued --out=DIR [--seeds=3] [--config.total="1200 steps"]
+    python -m tools.studies.continued --out=DIR [--seeds=3] [--config.total="800 steps"]
 
 For each seed: pretrains on digits (DIGITS_STEPS steps), then on glyphs from random parameters and
 from the encoder of the digits run of that seed, with fresh decoders and the same config. The loss
@@ -8,7 +8,7 @@ on glyphs of held-out fonts is logged every 4 % of the steps. Writes DIR/continu
 the held-out loss is that which the run from scratch has after some of its steps),
 DIR/curve_continued.csv and .png, and DIR/continued_accuracy.csv (kNN and linear probes); copied to
 docs/results/data they are the tables of docs/results/ablations.md. DIR/results.jsonl has the
-finished runs: the same command resumes after a kill.
+finished runs: the same command resumes after a kill; a second one in parallel shares the seeds.
 
 Prediction, written before the runs: the loss that the run from scratch has after a quarter of its
 steps is reached in 30 % fewer steps, after half in 20 % fewer, at the end in 10 % fewer with an
@@ -42,8 +42,8 @@ from dgpt_jax.tokens import build
 from tools.studies import ablate, ablation_runs, curves
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGITS_STEPS = 1600
-GLYPHS_STEPS = 1200
+DIGITS_STEPS = 800
+GLYPHS_STEPS = 800
 SCRATCH, CONTINUED, DIGITS = "from scratch", "from digits", "digits"
 ROWS = (SCRATCH, CONTINUED)
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the steps from scratch
@@ -104,6 +104,16 @@ def execute(row: str, seed: int, base: TrainConfig, out: Path, images: Images) -
         line["accuracy"] = ablation_runs.measure(ablation_runs.encoder_features(encoder), images)
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return line | {"cpu_seconds": time.process_time() - started}
+
+
+def execute_seed(seed: int, base: TrainConfig, out: Path, images: Images):
+    """Executes the runs of a seed that are not finished, and writes the report."""
+    for row in (DIGITS, *ROWS):
+        if (row, seed) not in ablate.read_results(out):
+            line = execute(row, seed, base, out, images)
+            ablate.append_result(out, line)
+            say(f"{row}, seed {seed}: {line['cpu_seconds']:.0f} s of CPU")
+    write_report(out, ablate.read_results(out).values())
 
 
 def steps_to(curve: Curve, loss: float) -> float:
@@ -196,13 +206,14 @@ def main():
         ablate.check_settings(out, base, "digits, glyphs")
         images = prepare(out, base)
     for seed in range(args.seeds):
-        for row in (DIGITS, *ROWS):
-            if (row, seed) not in ablate.read_results(out):
-                line = execute(row, seed, base, out, images)
-                ablate.append_result(out, line)
-                say(f"{row}, seed {seed}: {line['cpu_seconds']:.0f} s of CPU")
-        write_report(out, ablate.read_results(out).values())
-    print(f"next: look at {args.out}/continued.csv and curve_continued.png")
+        with ablate.try_lock(out / "locks" / f"seed{seed}") as locked:
+            if locked:
+                execute_seed(seed, base, out, images)
+    finished = write_report(out, ablate.read_results(out).values())
+    if finished < args.seeds:
+        print(f"{finished} of {args.seeds} seeds are finished; next: the same command again")
+    else:
+        print(f"next: look at {args.out}/continued.csv and curve_continued.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Redraws the figures of the documentation from its data: python -m tools.studies.figures --out=DIR
 
 Reads docs/results/data/*.csv and writes study_NAME.png for each study, weak_NAME.png for each
-weak_scaling_NAME.csv, and curve_NAME.png for each curve_NAME.csv. For the documentation itself, DIR is docs/figures.
+weak_scaling_NAME.csv, and curve_NAME.png for each curve_NAME.csv. For the documentation itself,
+DIR is docs/figures.
 """
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
