@@ -1,5 +1,6 @@
 """The study of continued pretraining, and curves as CSV."""
 
+import dataclasses
 import math
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 from dgpt_jax import cli
 from dgpt_jax.config import TrainConfig, schema
 from dgpt_jax.errors import UserError
+from dgpt_jax.examples import image_sets
 from tests.monitoring.metrics_log_test import write
 from tests.support.paths import ROOT
 from tools.studies import ablate, continued, curves, figures, result_tables
@@ -148,3 +150,27 @@ def test_columns_without_a_panel(tmp_path):
     (tmp_path / "curve_x.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match="'loss'"):
         curves.draw(tmp_path / "curve_x.csv", tmp_path / "x.png")
+
+
+@pytest.mark.slow
+def test_a_study_of_two_steps(tmp_path, monkeypatch, capsys):
+    """End to end: images, teachers, stores, the start from a run, held-out losses, probes."""
+    for name in ("digits", "glyphs"):
+        image_set = image_sets.SETS[name]
+        recipe = dataclasses.replace(image_set.teacher, steps=5)
+        monkeypatch.setitem(image_sets.SETS, name, dataclasses.replace(image_set, teacher=recipe))
+    monkeypatch.setattr(continued, "DIGITS_STEPS", 2)
+    words = (
+        "--seeds=1", "--config.total=2 steps", "--config.data.views=1", "--config.model.depth=2",
+        "--config.model.width=16", "--config.model.decoder_width=16",
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["continued.py", f"--out={tmp_path}", *words])
+    cli.run(continued.main)
+    assert "next: look at" in capsys.readouterr().out
+    results = ablate.read_results(tmp_path)
+    assert set(results) == {(row, 0) for row in (continued.DIGITS, *continued.ROWS)}
+    for row in continued.ROWS:
+        line = results[row, 0]
+        assert line["steps"] == [1, 2] and all(0 < x < 3 for x in line["heldout"])
+    log = (tmp_path / "runs/from_digits/seed0/log.txt").read_text()
+    assert "loaded: encoder" in log and "digits/seed0" in log
