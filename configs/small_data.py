@@ -18,8 +18,8 @@ Measured on one H200 (docs/results/gpu.md): S/16 with a batch of 512, 3,910 imag
 B/16 with 256, 2,475 images/s and 26.1 GB. At these rates s16 takes 19 minutes, b16 6.
 
 cpu: a toy of s16 on 32×32 scenes (dgpt_jax/examples/scenes.py), 30 epochs of 5,748 images, batch
-64. On one core of a shared CPU 15 minutes (671 s of CPU; 820 s with images, teacher and stores), 1.2
-GB; kNN 81 %, one seed. The measured curve: docs/results/small_data.md.
+64. On one core of a shared CPU 15 minutes (671 s of CPU; 830 s with images, teacher and stores),
+1.2 GB; kNN 81 %, one seed. The measured curve: docs/results/small_data.md.
 
 Learning rate of s16: the paper's 2.4e-3 at batch 4096, scaled by the square root of the batch, as
 DINOv2 scales its own: 2.4e-3 × (256 / 4096)^½ = 6e-4. The linear rule gives 1.5e-4.
