@@ -11,6 +11,7 @@ import dgpt_jax.distributed.early_signals  # noqa: F401
 import contextlib
 import shlex
 import sys
+import time
 from functools import partial
 
 import jax
@@ -23,7 +24,7 @@ from dgpt_jax.distributed import compilation_cache, multihost, preemption, run_l
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.monitoring import metrics, trackers
-from dgpt_jax.monitoring.progress import TrainingProgress
+from dgpt_jax.monitoring.progress import TrainingProgress, process_start
 from dgpt_jax.storage import output_paths
 from dgpt_jax.training import checkpointing, optimizer, resume, tasks
 from dgpt_jax.training.loop import Loop, Schedule, evaluations_of, periodic_evaluators
@@ -63,8 +64,16 @@ def resolve_schedule(config: TrainConfig, examples: int) -> Schedule:
     )
 
 
-def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool = False) -> int:
-    """Trains to the end or until a signal and returns the exit code. Raises UserError."""
+def train(
+    config: TrainConfig,
+    workdir: epath.Path,
+    *,
+    allow_config_change: bool = False,
+    started: float | None = None,
+) -> int:
+    """Trains to the end or until a signal and returns the exit code. started: of the command, in
+    seconds since 1970, for the log; default: now. Raises UserError."""
+    started = time.time() if started is None else started
     mesh = sharding.make_mesh(config.mesh)
     progress = TrainingProgress()
     if config.wandb:
@@ -114,7 +123,7 @@ def train(config: TrainConfig, workdir: epath.Path, *, allow_config_change: bool
             writer.config(schema.to_dict(config))
             loop = Loop(
                 task, schedule, rate, start, mesh=mesh, workdir=workdir, evaluators=evaluators,
-                checkpoints=checkpoints, writer=writer, progress=progress,
+                checkpoints=checkpoints, writer=writer, progress=progress, started=started,
             )  # fmt: skip
             loop.run(step_fn, stop)
     if stop.exit_code is not None and loop.step < schedule.total:
@@ -171,8 +180,9 @@ def main():
     preemption.raise_on_sigterm()  # until the loop handles signals
     multihost.start(config.hosts, config.platform)
     compilation_cache.use(arguments.workdir)
-    allow = arguments.allow_config_change
-    sys.exit(train(config, epath.Path(arguments.workdir), allow_config_change=allow))
+    allow, started = arguments.allow_config_change, process_start()
+    workdir = epath.Path(arguments.workdir)
+    sys.exit(train(config, workdir, allow_config_change=allow, started=started))
 
 
 if __name__ == "__main__":

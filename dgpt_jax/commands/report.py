@@ -19,7 +19,7 @@ from pathlib import Path
 from etils import epath
 
 from dgpt_jax import cli, invocation
-from dgpt_jax.commands import plot, report_sections, run_curves
+from dgpt_jax.commands import plot, report_sections, report_times, run_curves
 from dgpt_jax.errors import UserError
 from dgpt_jax.evals import html_results
 from dgpt_jax.monitoring import html, metrics_log, run_summary
@@ -52,6 +52,8 @@ def page(
         "Predictions and images": report_sections.images(first.path),
         "Results": html_results.section(*(r.path for r in runs))
         or html.note(f"none: {invocation.command('evaluate')} --checkpoint=RUN adds them"),
+        "Wall time": report_times.time_use(first)
+        or html.note("the log has no times: an earlier version wrote a part of it"),
         "Config": report_sections.config(first),
         "System": report_sections.system(first),
     }

@@ -80,7 +80,8 @@ def numbers(run: Run) -> Numbers:
     if run.data_wait is not None:
         rows.append(("waiting for data", html.percent(100 * run.data_wait), "of the time in steps"))
     if run.wall_seconds:
-        starts = f"{len(run.starts)} starts, " if len(run.starts) > 1 else ""
+        count = run.log.times.sessions if run.log.times else len(run.starts)
+        starts = f"{count} starts, " if count > 1 else ""
         comment = f"{starts}first start to last line"
         rows.append(("wall time", duration(run.wall_seconds), comment))
     if run.goodput is not None:

@@ -12,7 +12,9 @@ import sys
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again"
 # Commands that call preemption.raise_on_sigterm; others leave SIGTERM to the system.
-RESUMABLE = ("ablate", "build_tokens", "checkpoint", "convert", "quickstart", "train")
+RESUMABLE = (
+    "ablate", "build_tokens", "checkpoint", "continued", "convert", "quickstart", "train",
+)  # fmt: skip
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _TOOLS = os.path.join(os.path.dirname(_PACKAGE), "tools")

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 
 import cv2
+import jax
 import numpy as np
 
+from dgpt_jax.config import TrainConfig
 from dgpt_jax.data import segments
+from dgpt_jax.distributed import sharding
 from dgpt_jax.evals import feature_maps
 
 Maps = Mapping[str, Mapping[str, np.ndarray]]  # of feature_maps.prediction_maps
@@ -120,6 +123,13 @@ def _cell(image: np.ndarray) -> np.ndarray:
 
 def _pad(cell: np.ndarray) -> np.ndarray:
     return np.pad(cell, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+
+
+def first_crops(config: TrainConfig, batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """{"crops": figure of the first images of a batch, as the model gets them}."""
+    examples = {name: batch[name] for name in ("image", "order") if name in batch}
+    examples = sharding.take_local(examples, config.evals.figures)
+    return {"crops": crops(examples, config.model.segments)}
 
 
 def crops(batch: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Published results, in percent, that report.py tabulates beside ours (published.csv).
 
-Tables: "finetuned", top-1 at 224 pixels by model size; "robustness" of fine-tuned weights; "frozen"
-features by kNN (k = 20, T = 0.07), linear and attentive probe; all on ImageNet-1K. An empty cell
-was not published or could not be checked. Column C is an error: in the paper's Table 2 very likely
+Tables: "finetuned", top-1 at 224 pixels by model size, also of supervised training; "robustness" of
+fine-tuned weights; "frozen" features by kNN (k = 20, T = 0.07, unless the source says otherwise),
+linear and attentive probe; all on ImageNet-1K. An empty cell was not published or could not be
+checked. Column C is an error: in the paper's Table 2 very likely
 the plain mean error, for MAE's own normalized mCE is 51.7 (B) and 41.8 (L).
 
 Sources: "paper" is arXiv 2312.02147; "timm" its results/*.csv; else the method's own paper or its

@@ -20,7 +20,7 @@ from etils import epath
 
 from dgpt_jax.distributed import sharding
 from dgpt_jax.errors import UserError
-from dgpt_jax.monitoring import metrics_log, trackers
+from dgpt_jax.monitoring import metrics_log, time_use, trackers
 from dgpt_jax.storage import remote_sync
 
 Metrics = clu_metrics.Collection
@@ -100,8 +100,9 @@ class Writer:
                 f"{self._file.name} cannot be written: {e.strerror}: fix that and run the same "
                 f"command again to resume"
             ) from e
+        shown = {name: value for name, value in values.items() if name not in time_use.KEYS}
         for tracker in self._trackers:
-            tracker.scalars(step, values)
+            tracker.scalars(step, shown)
         self._sync.sync_if_due()
 
     def images(self, step: int, draw: Callable[[], dict[str, np.ndarray]]):

@@ -16,11 +16,13 @@ import numpy as np
 from etils import epath
 
 from dgpt_jax.errors import UserError
+from dgpt_jax.monitoring import time_use
 
 FILE = "metrics.jsonl"
 # Metrics that depend on the machine and its load; ignored when runs are compared.
 OF_THE_MACHINE = (
-    "images_per_second", "data_wait", "eta_seconds", "fetched_bytes", "fetch_wait_seconds",
+    "images_per_second", "data_wait", "eta_seconds", "step_seconds", "fetched_bytes",
+    "fetch_wait_seconds",
 )  # fmt: skip
 
 
@@ -70,12 +72,14 @@ EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
 class Log:
     """Curves of a run by metric, in the order of their first lines.
 
-    `damaged` counts lines that are not valid JSON, except an unterminated last one.
+    `damaged` counts lines that are not valid JSON, except an unterminated last one. `times` is None
+    for logs of versions that did not write them.
     """
 
     run: epath.Path | Path
     curves: dict[str, Curve]
     damaged: int = 0
+    times: time_use.TimeUse | None = None
 
     def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps, values) of a metric, empty if it was not logged."""
@@ -163,14 +167,15 @@ def read(run: epath.Path | Path | str) -> Log:
     path = epath.Path(run) / FILE
     if not path.is_file():
         raise UserError(f"{run} has no {FILE}: is it a work directory?")
-    columns, damaged = _Columns(), 0
+    columns, times, damaged = _Columns(), time_use.Reader(), 0
     with path.open("rb") as lines:
         for line in lines:
             if (entry := _parse_line(line.decode(errors="replace"))) is not None:
+                times.take(entry[1])
                 columns.add(*entry)
             elif line.strip() and line.endswith(b"\n"):
                 damaged += 1
-    return Log(epath.Path(run), columns.curves(), damaged)
+    return Log(epath.Path(run), columns.curves(), damaged, times.result())
 
 
 def _parse_line(line: str) -> tuple[int, dict[str, float]] | None:
@@ -202,7 +207,8 @@ def metrics(logs: Iterable[Log]) -> list[str]:
     last = ["learning_rate", "grad_norm", "images_per_second", "data_wait"]
     counts = ["skipped", "bad_records", "fetched_bytes", "fetch_wait_seconds"]
     nonzero = [name for name in counts if any(np.any(log.arrays(name)[1]) for log in logs)]
-    middle = [n for n in names if n not in (*first, *last, *counts, "eta_seconds")]
+    hidden = ("eta_seconds", "step_seconds")
+    middle = [n for n in names if n not in (*first, *last, *counts, *hidden)]
     return [name for name in (*first, *middle, *last, *nonzero) if name in names]
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from dgpt_jax import invocation
 from dgpt_jax.distributed import multihost
+from dgpt_jax.monitoring import time_use
 
 # Counters of dataset.ExampleDataset: logged, not on the progress line.
 COUNTERS = ("bad_records", "fetched_bytes", "fetch_wait_seconds")
@@ -18,7 +19,8 @@ MAX_WAIT = 0.1  # share of time spent waiting for data above which to warn
 
 
 class Clock:
-    """Throughput and time left. Call `restart` after the first step, which includes compilation."""
+    """Throughput and time left. Call `restart` after the first step, which includes compilation,
+    and `exclude` after what is not a step."""
 
     def __init__(self, start_step: int, total: int, batch_size: int):
         self.total, self.batch_size = total, batch_size
@@ -26,16 +28,20 @@ class Clock:
         self.restart(start_step)
 
     def restart(self, step: int):
-        """Starts a new interval: after the compilation, an evaluation or a checkpoint."""
+        """Starts a new interval: after the compilation, or a change of what is measured."""
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
+
+    def exclude(self, seconds: float):
+        """Takes the last `seconds` out of the interval: an evaluation or a checkpoint."""
+        self._time += seconds
 
     def add_wait(self, seconds: float):
         """Adds time in which the training loop waited for data."""
         self._waited += seconds
 
     def read(self, step: int) -> dict[str, float]:
-        """Returns images/s, share of time waiting for data and seconds left, and starts a new
-        interval. Empty if there was no step since the last reading."""
+        """Returns images/s, share of time waiting for data, seconds left and those of the interval,
+        and starts a new one. Empty if there was no step since the last reading."""
         if step == self._step:
             return {}
         elapsed = max(time.monotonic() - self._time, 1e-9)
@@ -45,6 +51,7 @@ class Clock:
             "images_per_second": rate * self.batch_size,
             "data_wait": min(self._waited / elapsed, 1.0),
             "eta_seconds": (self.total - step) / self._rate,
+            "step_seconds": elapsed,
         }
         self.restart(step)
         return values
@@ -52,7 +59,12 @@ class Clock:
 
 def seconds_since_start() -> float:
     """Returns the age of this process in seconds, imports included."""
-    return time.time() - psutil.Process().create_time()
+    return time.time() - process_start()
+
+
+def process_start() -> float:
+    """Returns when this process was created, in seconds since 1970."""
+    return psutil.Process().create_time()
 
 
 def duration(seconds: float) -> str:
@@ -135,7 +147,10 @@ class TrainingProgress(Progress):
 
     def show_step(self, step: int, total: int, values: dict[str, float]):
         """Shows the metrics of the interval that ended with `step`."""
-        formatted = ("eta_seconds", "images_per_second", "data_wait", "learning_rate", *COUNTERS)
+        formatted = (
+            "eta_seconds", "images_per_second", "data_wait", "step_seconds", "learning_rate",
+            *COUNTERS, *time_use.KEYS,
+        )  # fmt: skip
         losses = " ".join(f"{n} {v:.4f}" for n, v in values.items() if n not in formatted)
         data_wait = values.get("data_wait", 0)
         self.show(

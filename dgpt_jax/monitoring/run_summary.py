@@ -103,9 +103,12 @@ class Run:
     def wall_seconds(self) -> float | None:
         """Seconds from the first start to the last line of metrics, interruptions included.
 
-        None if there are no times of starts, or if files were copied without their times: then
-        config.json, which each start writes, is younger than the last start.
+        Of a log without times, of an earlier version, by the files. None if there are no times of
+        starts, or if files were copied without their times: then config.json, which each start
+        writes, is younger than the last start.
         """
+        if self.log.times:
+            return self.log.times.wall
         config = self.path / "config.json"
         if not self.starts or not config.is_file():
             return None
@@ -117,8 +120,10 @@ class Run:
 
     @cached_property
     def step_seconds(self) -> float | None:
-        """Seconds that the logged steps took, from their throughput, without those that a later
-        start repeated. None if it was not logged throughout."""
+        """Seconds that the logged steps took, without those that a later start repeated; of a log
+        without times from their throughput. None if it was not logged throughout."""
+        if self.log.times:
+            return float(self.log.arrays("step_seconds")[1].sum())
         steps, rates = self.log.arrays("images_per_second")
         batch_size = self.config.get("batch_size")
         if not len(steps) or not isinstance(batch_size, int) or not np.all(rates > 0):
@@ -129,6 +134,8 @@ class Run:
     def data_wait(self) -> float | None:
         """Share of the time of the logged steps that was spent waiting for data."""
         steps, waits = self.log.arrays("data_wait")
+        if self.log.times and len(waits):
+            return float(np.average(waits, weights=self.log.arrays("step_seconds")[1]))
         _, rates = self.log.arrays("images_per_second")
         if not len(waits) or len(waits) != len(rates) or not np.all(rates > 0):
             return None
@@ -141,6 +148,24 @@ class Run:
             return None
         share = self.step_seconds / self.wall_seconds
         return share if share <= 1 else None  # lines of a start whose times are missing
+
+    @cached_property
+    def time_use(self) -> dict[str, float]:
+        """{what: seconds} of the wall time, which is their sum; {} for a log without times."""
+        times, kept_seconds = self.log.times, self.step_seconds
+        if times is None or kept_seconds is None:
+            return {}
+        waiting = min((self.data_wait or 0.0) * kept_seconds, kept_seconds)
+        parts = {
+            "steps": kept_seconds - waiting,
+            "waiting for data": waiting,
+            "start-up and compilation": times.startup,
+            "evaluations": times.evaluations,
+            "checkpoints": times.checkpoints,
+            "steps that were repeated": times.steps - kept_seconds,
+            "between sessions": times.between,
+        }
+        return parts | {"the rest": max(times.wall - sum(parts.values()), 0.0)}
 
     @cached_property
     def status(self) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dgpt_jax.config import TrainConfig
 from dgpt_jax.models import flops
+from dgpt_jax.monitoring.progress import duration
 from dgpt_jax.planning import chips
 from dgpt_jax.planning.chips import GIB
 from dgpt_jax.planning.plan import Plan, libtpu_version, steps_of
@@ -121,7 +122,8 @@ def gpu_text(config: TrainConfig) -> str:
         images = gpu.flops / model_flops
         line = f"  {gpu.name}: at most {images:.0f} images/s at {gpu.flops / 1e12:.0f} TFLOP/s"
         if steps:
-            hours = steps * config.batch_size / images / 3600
-            line += f", {steps} steps at least {hours:.0f} GPU-hours, {hours / 0.45:.0f} at 45% MFU"
+            seconds = steps * config.batch_size / images
+            line += f", {steps} steps at least {duration(seconds)} of one GPU, "
+            line += f"{duration(seconds / 0.45)} at 45% MFU"
         lines.append(line)
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from functools import partial
 from types import ModuleType
 from typing import Any, cast
@@ -17,12 +17,12 @@ import optax
 from etils import epath
 
 from dgpt_jax import invocation
-from dgpt_jax.config import TrainConfig, schema
+from dgpt_jax.config import schema
 from dgpt_jax.data import loader
 from dgpt_jax.distributed import compilation_cache, preemption, sharding
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.evals import classification, figures, pretraining
-from dgpt_jax.monitoring import metrics, metrics_log
+from dgpt_jax.monitoring import metrics, metrics_log, time_use
 from dgpt_jax.monitoring.progress import Clock, TrainingProgress, seconds_since_start
 from dgpt_jax.training import bad_step_replay, checkpointing, optimizer
 from dgpt_jax.training.resume import Start
@@ -78,6 +78,7 @@ class Loop:
         checkpoints: checkpointing.Checkpoints,
         writer: metrics.Writer,
         progress: TrainingProgress,
+        started: float,
     ):
         self.task, self.config, self.schedule, self.rate = task, task.config, schedule, rate
         self.mesh, self.workdir = mesh, workdir
@@ -93,6 +94,7 @@ class Loop:
         self._accumulator = metrics.MetricAccumulator(task.metric_names, mesh)
         self._in_flight: deque[jax.Array] = deque()
         self._clock = Clock(start.step, schedule.total, self.config.batch_size)
+        self._session = time_use.Session(started, self._clock.exclude)
         self._evaluators = evaluators
         self._prediction_figures = None
         if self.config.task == "pretrain":
@@ -153,7 +155,7 @@ class Loop:
         self._clock.add_wait(time.monotonic() - start)
         is_first = self.step == self._start_step
         if is_first and self.config.evals.figures:
-            self.writer.images(self.step, partial(crops, self.config, batch))
+            self.writer.images(self.step, partial(figures.first_crops, self.config, batch))
         self.state, self._accumulator.running = step_fn(
             self.state, self._accumulator.running, batch, self.task.frozen
         )
@@ -170,11 +172,13 @@ class Loop:
                 f"of them for this step: {compilation_cache.cache_summary()}"
             )
             self._clock.restart(self.step)
+            self._session.first_step_ended()
 
     def _log(self):
         """Ends a log interval and writes the one before."""
         self._flush()
-        values = self._clock.read(self.step) | self.task.examples.counters()
+        values = self._clock.read(self.step) | self._session.read()
+        values |= self.task.examples.counters()
         with jax.transfer_guard("allow"):  # Python scalars of the schedule
             arrays = {"learning_rate": jnp.max(self.rate(self.step - 1))}
         arrays |= optimizer.skip_counters(self.state.opt_state)
@@ -195,16 +199,17 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         self._flush()
-        params, results = optimizer.eval_params(self.state), {}
-        for evaluate in self._evaluators:
-            results |= evaluate(params)
-        self.writer.scalars(self.step, results)
+        jax.block_until_ready(self.state)  # the last step is no part of the evaluation
+        with self._session.spent("evaluation"):
+            params, results = optimizer.eval_params(self.state), {}
+            for evaluate in self._evaluators:
+                results |= evaluate(params)
+            if self._prediction_figures:
+                self.writer.images(self.step, self._prediction_figures(params))
+        self.writer.scalars(self.step, results | self._session.read())
         names = (name for name in results if not metrics_log.is_detail(name))
         summary = " ".join(f"{name} {results[name]:.4f}" for name in names)
         self.progress.say(f"step {self.step}: {summary}")
-        if self._prediction_figures:
-            self.writer.images(self.step, self._prediction_figures(params))
-        self._clock.restart(self.step)
         return results
 
     def _last_save_failed(self) -> bool:
@@ -213,8 +218,10 @@ class Loop:
         return failed
 
     def _save(self, results: dict[str, float] | None = None):
-        self.writer.copy()
-        self.checkpoints.save(self.state, self._metadata, results)
+        jax.block_until_ready(self.state)
+        with self._session.spent("checkpoint"):
+            self.writer.copy()
+            self.checkpoints.save(self.state, self._metadata, results)
 
     def _raise_bad_step(self):
         """Dumps the first of the steps in a row whose updates were skipped. Raises UserError.
@@ -241,10 +248,3 @@ class Loop:
             f"(config.optim.max_skipped_in_a_row): loss or gradients were not finite, or the loss "
             f"exceeded config.optim.loss_spike_factor times its mean: {remedy}"
         )
-
-
-def crops(config: TrainConfig, batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """{"crops": figure of the first images of a batch, as the model gets them}."""
-    examples = {name: batch[name] for name in ("image", "order") if name in batch}
-    examples = sharding.take_local(examples, config.evals.figures)
-    return {"crops": figures.crops(examples, config.model.segments)}

@@ -30,6 +30,7 @@ RUN_ELSEWHERE = {
     ],
     "dgpt plan": ["plan_test::test_pods", "plan_test::test_bounds_for_gpus"],
     "python -m tools.studies.ablate": ["ablate_test::test_a_study_of_two_steps"],  # takes an hour
+    "python -m tools.studies.continued": ["continued_test::test_a_study_of_two_steps"],
     "dgpt evaluate --config=robustness_in1k": ["robustness_test::test_one_command_on_real_weights"],
     "import torch": ["checkpoint_test::test_the_onnx_recipe"],
 }

@@ -30,11 +30,16 @@ def test_the_clock_excludes_compilation(monkeypatch):
     assert clock.read(1) == {}
     now = 65.0
     clock.add_wait(1.0)
-    assert clock.read(11) == {"images_per_second": 16, "data_wait": 0.2, "eta_seconds": 44.5}
+    assert clock.read(11) == {
+        "images_per_second": 16, "data_wait": 0.2, "eta_seconds": 44.5, "step_seconds": 5.0,
+    }  # fmt: skip
     now = 66.0
     clock.add_wait(5.0)
     values = clock.read(13)
     assert values["images_per_second"] == 16 and values["data_wait"] == 1.0
+    now = 70.0
+    clock.exclude(3.0)  # an evaluation
+    assert clock.read(15)["step_seconds"] == 1.0
 
 
 def show_some(stream):

@@ -1,7 +1,8 @@
 """Redraws the figures of the documentation from its data: python -m tools.studies.figures --out=DIR
 
-Reads docs/results/data/*.csv and writes study_NAME.png for each study, and weak_NAME.png for each
-weak_scaling_NAME.csv. For the documentation itself, DIR is docs/figures.
+Reads docs/results/data/*.csv and writes study_NAME.png for each study, weak_NAME.png for each
+weak_scaling_NAME.csv, and curve_NAME.png for each curve_NAME.csv. For the documentation itself,
+DIR is docs/figures.
 """
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
@@ -13,7 +14,7 @@ from dgpt_jax import cli
 from dgpt_jax.commands import charts
 from dgpt_jax.planning import report
 from dgpt_jax.storage import output_paths
-from tools.studies import result_tables
+from tools.studies import curves, result_tables
 
 SCALING = "weak_scaling_"
 
@@ -42,6 +43,8 @@ def sources(data: Path) -> dict[str, tuple[Callable[[Path, Path], None], Path]]:
             figures[f"study_{path.stem}.png"] = draw_study, path
         elif path.stem.startswith(SCALING):
             figures[f"weak_{path.stem.removeprefix(SCALING)}.png"] = draw_scaling, path
+        elif path.stem.startswith(curves.PREFIX):
+            figures[f"{path.stem}.png"] = curves.draw, path
     return figures
 
 
