@@ -94,7 +94,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = vars(arguments())
     columns = Columns.parse(*(args.pop(n) for n in ("image_column", "label_column", "keep")))
-    feature_files.check_format(args["to"], args["dtype"])
+    feature_files.check_format(args["to"], args["tokens"], args["dtype"])
     output_paths.directory(args["out"])
     preemption.raise_on_sigterm()
     encoder = api.load_encoder(args.pop("checkpoint"), heads=args.pop("heads"))

@@ -10,9 +10,11 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from dgpt_jax import invocation
 from dgpt_jax._version import __version__
@@ -22,7 +24,6 @@ from dgpt_jax.evals import (
     embedding_journal,
     feature_batches,
     feature_files,
-    feature_store,
     image_sources,
     results,
 )
@@ -69,10 +70,8 @@ def embed(
     of a dataset at most `max_bad_fraction`, of a token store none. Raises UserError.
     """
     out = Path(out)
-    feature_files.check_format(to, dtype)
+    feature_files.check_format(to, tokens, dtype)
     source = image_sources.open_source(src, split=split, labels=labels, columns=columns, say=say)
-    if taken := set(source.texts) & {*feature_store.OWN_FIELDS}:
-        raise UserError(f"{src}: the text column {min(taken)} has the name of a column of features")
     view, preprocessing, notes = feature_batches.preprocessing(encoder, source.kind)
     model = Encoder(encoder, tokens, dtype, batch_size)
     info = FeatureInfo(
@@ -81,6 +80,7 @@ def embed(
         classes=source.classes, texts=source.texts, batch_size=batch_size, shard_size=shard_size,
         command=invocation.command_line(), code_version=__version__,
     )  # fmt: skip
+    model.check()
     info = _resume_or_create(out, info)
     if info.is_finished:
         _check_finished(out, info)
@@ -92,8 +92,7 @@ def embed(
     output = feature_files.open_output(out, info)
     done = _restore(out, output, plan, say)
     todo = {shard: _images(source, shard, shard_size) for shard in plan if shard not in done}
-    remedy = "free some, choose another --out, or --dtype=float16"
-    disk_space.require(out, sum(map(len, todo.values())) * info.row_bytes, remedy)
+    _check_disk_space(out, info, sum(map(len, todo.values())))
     batches = feature_batches.extract(source, list(todo.values()), model, view, threads)
     total = sum(map(len, source.splits.values()))
     progress = EmbeddingProgress(total, done.values(), say)
@@ -101,7 +100,7 @@ def embed(
         for shard, images in todo.items():
             count = feature_batches.num_batches(images, model)
             done[shard] = _write(output, shard, itertools.islice(batches, count), progress)
-            _check_unreadable(source, done, max_bad_fraction)
+            embedding_journal.check_unreadable(source, done.values(), max_bad_fraction)
             embedding_journal.append(out, done[shard])
     return _finish(out, info, source, output, [done[shard] for shard in plan])
 
@@ -125,6 +124,12 @@ def _images(source: Source, shard: Shard, size: int) -> Images:
     return source.splits[shard.split].take(slice(shard.number * size, (shard.number + 1) * size))
 
 
+def _check_disk_space(out: Path, info: FeatureInfo, images: int) -> None:
+    """Raises UserError if the disk lacks space for the features of so many images."""
+    remedy = "free some, choose another --out, or --dtype=float16"
+    disk_space.require(out, images * info.row_bytes, remedy)
+
+
 def _resume_or_create(out: Path, info: FeatureInfo) -> FeatureInfo:
     """Returns the metadata in `out`, written if it is new. Raises UserError if it has features that
     this command would not compute, or anything else."""
@@ -132,6 +137,7 @@ def _resume_or_create(out: Path, info: FeatureInfo) -> FeatureInfo:
     if saved is None:
         if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"{out} already contains other files: choose another --out")
+        _check_disk_space(out, info, sum(info.source["images"].values()))
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         info.save(out)
@@ -206,20 +212,6 @@ def _write(
     return Done(shard.split, shard.number, rows, files, unreadable)
 
 
-def _check_unreadable(source: Source, done: dict[Shard, Done], max_fraction: float) -> None:
-    """Raises UserError if too many images of a dataset are unreadable."""
-    if source.kind != image_sources.DATASET:
-        return
-    for split, images in source.splits.items():
-        bad = [line for d in done.values() if d.split == split for line in d.unreadable]
-        if len(bad) > max_fraction * len(images):
-            raise UserError(
-                f"{source.path}: {counted(len(bad), 'unreadable image')} in split {split} of "
-                f"{len(images)}, more than --max_bad_fraction={max_fraction:g}; the first: "
-                f"{bad[0]}: fix the dataset, or raise the limit"
-            )
-
-
 def _finish(
     out: Path, info: FeatureInfo, source: Source, output: Output, done: list[Done]
 ) -> FeatureInfo:
@@ -231,6 +223,8 @@ def _finish(
         unreadable[entry.split] += entry.unreadable
     for split, count in rows.items():
         if not count:
+            if not any(rows.values()):  # no other command could continue it
+                _remove(out, done)
             raise UserError(
                 f"none of {counted(len(source.splits[split]), 'image')} of {source.path} ({split}) "
                 f"could be read; the first: {unreadable[split][0]}"
@@ -241,3 +235,13 @@ def _finish(
     info.save(out)
     embedding_journal.remove(out)
     return info
+
+
+def _remove(out: Path, done: Iterable[Done]) -> None:
+    """Removes the files of an embedding without a readable image."""
+    for name in {name for entry in done for name in entry.files}:
+        array_record_shards.remove(epath.Path(out / name))
+    embedding_journal.remove(out)
+    FeatureInfo.remove(out)
+    with contextlib.suppress(OSError):  # the directory has other files
+        out.rmdir()

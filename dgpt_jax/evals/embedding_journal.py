@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgpt_jax.errors import UserError, one_line
+from dgpt_jax.errors import UserError, counted, one_line
 from dgpt_jax.evals.feature_outputs import disk_errors
+from dgpt_jax.evals.image_sources import DATASET, Source
 from dgpt_jax.monitoring.progress import Clock, Progress, duration
 from dgpt_jax.storage import atomic
 
@@ -61,6 +62,21 @@ def remove(directory: Path) -> None:
 
 def _line(done: Done) -> str:
     return json.dumps(dataclasses.asdict(done)) + "\n"
+
+
+def check_unreadable(source: Source, done: Iterable[Done], max_fraction: float) -> None:
+    """Raises UserError if too many images of a dataset are unreadable."""
+    if source.kind != DATASET:
+        return
+    entries = list(done)
+    for split, images in source.splits.items():
+        bad = [line for d in entries if d.split == split for line in d.unreadable]
+        if len(bad) > max_fraction * len(images):
+            raise UserError(
+                f"{source.path}: {counted(len(bad), 'unreadable image')} in split {split} of "
+                f"{len(images)}, more than --max_bad_fraction={max_fraction:g}; the first: "
+                f"{bad[0]}: fix the dataset, or raise the limit"
+            )
 
 
 class EmbeddingProgress:

@@ -99,6 +99,13 @@ class Encoder:
         image = jax.ShapeDtypeStruct((1, self.size, self.size, 3), np.uint8)
         self.shape: tuple[int, ...] = jax.eval_shape(run, encoder.params, image)[0].shape[1:]
 
+    def check(self) -> None:
+        """Compiles the encoder. Raises UserError if not even features of a black image are
+        finite."""
+        features, finite = self.start([np.zeros((self.size, self.size, 3), np.uint8)])
+        if not np.asarray(finite)[0]:
+            raise UserError(_not_finite("a black image", str(features.dtype)))
+
     def start(self, images: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
         """Starts a batch of at most `batch_size` images, padded to it. Returns (features, True
         where they are finite), in transfer to the host."""
@@ -179,9 +186,14 @@ def _finish(
         raise UserError(f"{source.path} is damaged: {unreadable[0]}: build the store again")
     for loaded, is_finite in zip(batch, finite):
         if loaded.row is not None and not is_finite:
-            raise UserError(
-                f"{source.path}: features of {loaded.row.id} are not finite (NaN or Inf): the "
-                f"weights are broken, or their features overflow in --dtype={array.dtype}"
-            )
+            where = f"{source.path}: {loaded.row.id}"
+            raise UserError(_not_finite(where, str(array.dtype)))
     used = [i for i, x in enumerate(batch) if x.row is not None]
     return Batch(rows, array[used], unreadable)
+
+
+def _not_finite(image: str, dtype: str) -> str:
+    return (
+        f"features of {image} are not finite (NaN or Inf): the weights are broken, or their "
+        f"features overflow in --dtype={dtype}"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dgpt_jax.config import check_choice
 from dgpt_jax.errors import UserError
 from dgpt_jax.evals import feature_store
 from dgpt_jax.evals.feature_arrays import ArrayOutput
@@ -29,8 +30,12 @@ def open_output(directory: Path, info: FeatureInfo) -> Output:
     return ArrayOutput(directory, info)
 
 
-def check_format(to: str, dtype: str) -> None:
-    """Raises UserError if a format has no such dtype, or its package is not installed."""
+def check_format(to: str, tokens: str, dtype: str) -> None:
+    """Raises UserError on unknown values, and if a format has no such dtype or its package is not
+    installed."""
+    check_choice("--to", to, feature_store.FORMATS)
+    check_choice("--tokens", tokens, feature_store.TOKENS)
+    check_choice("--dtype", dtype, feature_store.DTYPES)
     if dtype == "bfloat16" and to in ("npy", "parquet"):
         raise UserError(
             f"--dtype=bfloat16: {to} has no such type: use float16, or --to=safetensors or "

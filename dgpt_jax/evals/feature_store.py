@@ -27,7 +27,6 @@ STORE = "store"
 FORMATS = ("npy", "parquet", "safetensors", STORE)
 TOKENS = ("cls", "mean", "all")
 DTYPES = ("float32", "float16", "bfloat16")
-OWN_FIELDS = ("id", "label", "features")
 FORMAT = 1
 
 
@@ -78,6 +77,12 @@ class FeatureInfo:
         """Writes the JSON atomically. Raises UserError."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
         atomic.write_text(_file(directory, self.to), text)
+
+    @staticmethod
+    def remove(directory: AnyPath) -> None:
+        """Removes the JSON."""
+        for path in _files(directory):
+            path.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, directory: AnyPath) -> "FeatureInfo | None":

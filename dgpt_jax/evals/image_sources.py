@@ -122,8 +122,15 @@ def open_source(
             if labels:
                 raise UserError(f"--labels is for files: {src} is a dataset with its own labels")
             columns.require_none(src)
-            return _open_dataset(src, split)
-    return _open_files(src, split, labels, columns, say)
+            return _checked(_open_dataset(src, split))
+    return _checked(_open_files(src, split, labels, columns, say))
+
+
+def _checked(source: Source) -> Source:
+    """Raises UserError if a text column has the name of another column of features."""
+    if taken := {"id", "label", "features"} & {*source.texts}:
+        raise UserError(f"{source.path}: a text column named {min(taken)} cannot be stored")
+    return source
 
 
 def _open_dataset(src: Path | str, split: str | None) -> Source:
