@@ -6,6 +6,7 @@ REHEARSAL_FEATURES=1281167 is the full size: 1 GB of disk.
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from dgpt_jax.evals import embedding_journal, feature_store
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 from tests.support import processes
-from tests.support.embeddings import encoder_file
+from tests.support.embeddings import digests, encoder_file
 
 IMAGES = int(os.environ.get("REHEARSAL_FEATURES", 20_000))
 FEW = 4_000
@@ -80,15 +81,30 @@ def measured(*words, kill_after: int | None = None) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Few and many images, and an encoder."""
+    root = tmp_path_factory.mktemp("embeddings")
+    encoder = encoder_file(root / "encoder.safetensors", depth=1)
+    return dataset(root / "few", FEW), dataset(root / "many", IMAGES), encoder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", FORMATS)
-def test_memory_does_not_grow_with_images(tmp_path, to):
-    encoder = encoder_file(tmp_path / "encoder.safetensors", depth=1)
-    few = measured(dataset(tmp_path / "few", FEW), encoder, tmp_path / "few-out", to)
-    src = dataset(tmp_path / "many", IMAGES)
-    measured(src, encoder, tmp_path / "out", to, kill_after=IMAGES // 4096 // 2)
-    many = measured(src, encoder, tmp_path / "out", to)
-    print(to, few, many)
-    assert many["rows"] == IMAGES
+def test_memory_does_not_grow_with_images(inputs, tmp_path, to):
+    """Also of an embedding that was killed in its middle."""
+    few_images, images, encoder = inputs
+    few = measured(few_images, encoder, tmp_path / "few", to)
+    out = tmp_path / "out"
+    measured(images, encoder, out, to, kill_after=IMAGES // 4096 // 2)
+    rest = measured(images, encoder, out, to)
+    resumed = digests(out)
+    shutil.rmtree(out)
+    many = measured(images, encoder, out, to)
+    assert digests(out) == resumed
+    resident = [round(x / 1e6) for x in many["resident"]]
+    print(to, *(f"{k}: {few[k]}, {rest[k]}, {many[k]};" for k in ("seconds", "peak", "files")))
+    print(resident)
+    assert many["rows"] == rest["rows"] == IMAGES
     assert many["peak"] < few["peak"] + MEMORY[0] + MEMORY[1] * IMAGES
     assert many["files"] < few["files"] + 2 * -(-IMAGES // SHARD) + 10
