@@ -15,26 +15,11 @@ from dgpt_jax.errors import UserError
 from dgpt_jax.evals import embedding, embedding_journal, feature_batches, feature_store
 from dgpt_jax.weights import api
 from tests.support import embeddings, processes
-from tests.support.embeddings import digests
+from tests.support.embeddings import FakeEncoder, digests
 
 
 class Killed(BaseException):
     pass
-
-
-class FakeEncoder:
-    """In place of feature_batches.Encoder: the mean of an image's rows, compiled by nobody."""
-
-    def __init__(self, encoder, tokens: str, dtype: str, batch_size: int):
-        self.batch_size, self.size, self.shape = batch_size, encoder.model.image_size, (48,)
-        self._dtype = dtype
-
-    def check(self):
-        pass
-
-    def start(self, images):
-        features = np.stack(images).mean(axis=1).reshape(len(images), 48).astype(self._dtype)
-        return features, np.ones(len(images), bool)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from dgpt_jax.storage import array_record_shards, tfds_dataset
 from dgpt_jax.weights import api
 from dgpt_jax.weights.types import Preprocess
 from tests.support import data, embeddings, image_forms
-from tests.support.embeddings import contents
+from tests.support.embeddings import FakeEncoder, contents
 from tests.support.processes import on_devices
 
 
@@ -107,7 +107,8 @@ def test_sources_give_the_same_rows(encoder, tmp_path, form):
     np.testing.assert_allclose(a.features, encoder.features(crops), rtol=0, atol=1e-5)
 
 
-def test_all_splits_or_one(encoder, tmp_path):
+def test_all_splits_or_one(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "Encoder", FakeEncoder)
     for split, seed in (("train", 0), ("val", 1)):
         data.write_folder(tmp_path / "src", 3, split=split, seed=seed)
     importer.import_images(tmp_path / "src", tmp_path / "imported", say=lambda _: None)
@@ -198,7 +199,8 @@ def test_unreadable_user_images_are_left_out(encoder, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["npy", "store"])
-def test_unreadable_images_of_a_dataset_have_a_limit(encoder, tmp_path, to):
+def test_unreadable_images_of_a_dataset_have_a_limit(encoder, tmp_path, monkeypatch, to):
+    monkeypatch.setattr(embedding, "Encoder", FakeEncoder)
     features = tfds_dataset.image_features(None)
     serialize = tfds_dataset.serializer(features)
     png = image_forms.samples(1)[0].png

@@ -54,6 +54,21 @@ def expected(encoder: api.PretrainedEncoder, files: list[Path], tokens: str) -> 
     return np.asarray(encoder.features(np.stack(images), tokens))
 
 
+class FakeEncoder:
+    """In place of feature_batches.Encoder: the mean of an image's rows, compiled by nobody."""
+
+    def __init__(self, encoder, tokens: str, dtype: str, batch_size: int):
+        self.batch_size, self.size, self.shape = batch_size, SIZE, (3 * SIZE,)
+        self._dtype = dtype
+
+    def check(self):
+        pass
+
+    def start(self, images):
+        features = np.stack(images).mean(axis=1).reshape(len(images), -1).astype(self._dtype)
+        return features, np.ones(len(images), bool)
+
+
 class Contents(NamedTuple):
     """Rows of a split in any format; labels [] and texts {} if there are none."""
 
