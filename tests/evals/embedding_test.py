@@ -8,7 +8,7 @@ from dgpt_jax.data import image_ops
 from dgpt_jax.data.ingest import importer
 from dgpt_jax.data.ingest.types import Columns
 from dgpt_jax.errors import UserError
-from dgpt_jax.evals import embedding, feature_store
+from dgpt_jax.evals import embedding, feature_batches, feature_store
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 from dgpt_jax.weights import api
 from dgpt_jax.weights.types import Preprocess
@@ -29,6 +29,22 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoder(root):
     return api.load_encoder(root / "encoder.safetensors")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once():
+    """Tests with the same encoder and options share its compiled program."""
+    compiled = {}
+
+    def cached(encoder, *options):
+        key = (id(encoder), *options)  # the encoder is kept, so that its id is not used again
+        if key not in compiled:
+            compiled[key] = encoder, feature_batches.Encoder(encoder, *options)
+        return compiled[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding, "Encoder", cached)
+        yield
 
 
 def embed(src, encoder, out, **options):
@@ -231,6 +247,21 @@ def test_features_that_are_not_finite(root, tmp_path):
     with pytest.raises(UserError) as caught:
         embed(root / "images", encoder, tmp_path / "nan")
     assert "not finite" in str(caught.value)
+
+
+def test_an_image_whose_features_are_not_finite(root, encoder, tmp_path, monkeypatch):
+    """Named, although those of a black image are finite."""
+
+    class Broken(FakeEncoder):
+        def start(self, images):
+            features, finite = super().start(images)
+            finite[1] = False
+            return features, finite
+
+    monkeypatch.setattr(embedding, "Encoder", Broken)
+    with pytest.raises(UserError) as caught:
+        embed(root / "images", encoder, tmp_path / "out")
+    assert "china/001.png" in str(caught.value)
 
 
 def test_tfds_opens_a_store(root, encoder, tmp_path):
