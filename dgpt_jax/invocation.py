@@ -52,6 +52,7 @@ _TABLE = (
     ("", "replay", "commands.replay", "replay a step with non-finite numbers"),
     ("evaluation", "evaluate", "evaluate", "kNN, linear, few-shot and robustness evaluations"),
     ("", "results", "commands.results", "tabulate results beside published numbers"),
+    ("", "embed", "commands.embed", "write an encoder's features of all images of a source"),
     ("", "visualize", "commands.visualize", "draw tokens, attention, neighbors or predictions"),
     ("export", "convert", "commands.convert", "convert weights to timm, Hugging Face and others"),
     ("", "checkpoint", "commands.checkpoint", "inspect, extract or average checkpoints"),

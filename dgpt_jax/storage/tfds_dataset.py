@@ -168,6 +168,7 @@ class Split:
         self.digest = shard_checks.digest(self.shards, opened.manifest)
         self.features: Any = info.features
         self.label = self.features["label"] if "label" in self.features else None
+        self._decoders = UNDECODED if "image" in self.features else None
         self.cache = opened.cache
         self._source = None
         self._allow_files()
@@ -198,7 +199,7 @@ class Split:
 
     def parse(self, record: bytes) -> dict:
         """Returns an example. Raises various exceptions if it does not match the features."""
-        example = self.features.deserialize_example_np(record, decoders=UNDECODED)
+        example = self.features.deserialize_example_np(record, decoders=self._decoders)
         if empty := [name for name, value in example.items() if value is None]:
             raise ValueError(f"no value of {', '.join(empty)}")
         example["id"] = example_ids.of_example(example)

@@ -13,6 +13,7 @@ from dgpt_jax import cli, evaluate
 from dgpt_jax.commands import (
     compare_codecs,
     convert,
+    embed,
     next_commands,
     verify_tokens,
     visualize,
@@ -134,6 +135,7 @@ TEACHER_FLAGS = ("--heads", "--activation", "--image_size", "--mean", "--std")
     ("command", "flags"),
     [
         (evaluate, ENCODER_FLAGS),
+        (embed, ENCODER_FLAGS),
         (visualize, (*ENCODER_FLAGS, "--decoder_heads")),
         (convert, (*ENCODER_FLAGS, "--decoder_heads")),
         (verify_tokens, TEACHER_FLAGS),

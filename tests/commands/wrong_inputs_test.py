@@ -126,6 +126,7 @@ IMPORT = ["tools/import_images.py"]
 BUILD = ["tools/build_tokens.py", "--config=configs/quickstart_tokens.py",
          "--config.source={root}/images", "--out={root}/built"]  # fmt: skip
 CONVERT = ["tools/convert.py"]
+EMBED = ["tools/embed.py", "--checkpoint={root}/run", "--out={root}/new"]
 
 WRONG = {  # kind: (command, text of its error)
     "classes of the held-out set": (
@@ -177,6 +178,19 @@ WRONG = {  # kind: (command, text of its error)
     "robustness with other classes": (
         ["-m", "dgpt_jax.evaluate", "--config=configs/robustness_in1k.py",
          "--checkpoint={root}/tuned", "--config.data={root}/images"], "1000"),
+    "no images to embed": ([*EMBED, "{root}/empty"], "no images"),
+    "a missing folder to embed": ([*EMBED, "{root}/nowhere"], "nowhere"),
+    "a missing encoder": ([*EMBED, "{root}/images", "--checkpoint={root}/nowhere"], "nowhere"),
+    "invalid weights to embed": (
+        [*EMBED, "{root}/images", "--checkpoint={root}/list.txt"], "list.txt"),
+    "non-finite features to store": (
+        [*EMBED, "{root}/images", "--checkpoint={root}/nan"], "finite"),
+    "a split that is missing": ([*EMBED, "{root}/images", "--split=test"], "test"),
+    "a format without the dtype": (
+        [*EMBED, "{root}/images", "--dtype=bfloat16"], "--dtype=bfloat16"),
+    "a directory with other files": (
+        [*EMBED, "{root}/images", "--out={root}/folder"], "other files"),
+    "an output on gs://": ([*EMBED, "{root}/images", "--out=gs://x/y"], "local disk"),
     "no images to visualize": (
         ["tools/visualize.py", "{root}/run", "{root}/empty", "--out={root}/new.png"], "no images"),
 }  # fmt: skip

@@ -35,6 +35,7 @@ DIRECTORIES = {
     "convert": "x OUT --to=timm",
     "checkpoint": "average x OUT",
     "import_images": "x --out=OUT",
+    "embed": "x --checkpoint=x --out=OUT",
     "ablate": "views --out=OUT",
     "continued": "--out=OUT",
     "quickstart": "--out=OUT",
