@@ -61,8 +61,9 @@ def pretrain(
     options["heldout"] = None if heldout is None else str(heldout)
     settings = Options(_location(folder), _location(teacher), **options)
     directory = Path(os.path.abspath(out))
+    saved = _saved(settings, directory)
     if dry_run:
-        _show(_prepare(settings, directory, _saved(settings, directory)))
+        _show(_prepare(settings, directory, saved))
         return directory / "timm"
     output_paths.directory(directory)
     with _hold(directory):
@@ -104,7 +105,7 @@ def _prepare(options: Options, out: Path, saved: dict[str, Any]) -> Setup:
         source = pretrain_source.Source.from_json(saved["source"])
     else:
         model_fields(options, 1)  # a size that is none is refused first
-        source = pretrain_source.inspect(options.folder, _say)
+        source = pretrain_source.inspect(options.folder, cli.say)
         pretrain_source.divide(source, options.heldout)
         if not hub.is_name(options.teacher) and not Path(options.teacher.split("#")[0]).exists():
             raise UserError(f"no such file or directory: {options.teacher} (--teacher)")
@@ -128,14 +129,10 @@ def _prepare(options: Options, out: Path, saved: dict[str, Any]) -> Setup:
 
 def _show(setup: Setup) -> None:
     for line in (*setup.lines(), setup.check_disk()):
-        _say(line)
-    _say("the same as, one after the other:")
+        cli.say(line)
+    cli.say("the same as, one after the other:")
     for job in pretrain_jobs.all_jobs(setup):
-        _say(pretrain_jobs.shown(job))
-
-
-def _say(line: str) -> None:
-    progress.Progress().say(line)
+        cli.say(pretrain_jobs.shown(job))
 
 
 def _run(options: Options, out: Path) -> None:
@@ -150,13 +147,13 @@ def _run(options: Options, out: Path) -> None:
         setup = _prepare(options, out, _saved(options, out))
         commands = pretrain_jobs.all_jobs(setup)
         if [pretrain_jobs.shown(job) for job in commands] != before:
-            _say("some files are no readable images; without them:")
+            cli.say("some files are no readable images; without them:")
             _show(setup)
     if jobs.pending(commands, logs):
         jobs.run(commands, logs, groups=[[]])
-        _say(f"done in {progress.duration(time.monotonic() - started)}")
+        cli.say(f"done in {progress.duration(time.monotonic() - started)}")
     else:
-        _say(f"{out} is finished: nothing to do")
+        cli.say(f"{out} is finished: nothing to do")
 
 
 @contextlib.contextmanager
@@ -170,7 +167,13 @@ def _hold(out: Path) -> Iterator[None]:
             raise UserError(
                 f"another process writes {out}: wait until it ends, or choose another --out"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if not (out / SETTINGS).exists():  # refused: nothing was started
+                (out / LOCK).unlink()
+                with contextlib.suppress(OSError):
+                    out.rmdir()
 
 
 def main():

@@ -1,5 +1,6 @@
 """The single commands that `pretrain` stands for."""
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -38,9 +39,10 @@ def shown(job: Job) -> str:
 
 def all_jobs(setup: Setup) -> list[Job]:
     """Returns the commands in order, each after the one before it."""
-    jobs = []
+    jobs: list[Job] = []
     for job in _jobs(setup):
-        jobs.append(Job(**vars(job) | {"after": tuple(job.name for job in jobs[-1:])}))
+        after = tuple(earlier.name for earlier in jobs[-1:])
+        jobs.append(dataclasses.replace(job, after=after))
     return jobs
 
 

@@ -1,5 +1,6 @@
 """What `pretrain` chooses from its options, the images, the teacher and the devices."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,8 @@ class Options:
     def __post_init__(self):
         for name in ("epochs", "views", "batch", "image_size", "memory"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{flag(name)}={value} must be positive")
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise UserError(f"{flag(name)}={value} is not a positive number")
 
 
 def flag(name: str) -> str:

@@ -94,3 +94,41 @@ def test_ctrl_c_lets_commands_save(tmp_path):
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130 and (tmp_path / "saved").exists()
     assert "stopping: train" in text and "Traceback" not in text
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from dgpt_jax.commands import jobs
+out = Path({out!r})
+code = '''
+import dgpt_jax.distributed.early_signals
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("step 1/9 x", flush=True)
+time.sleep({seconds})
+'''
+job = jobs.Job("train", "trains", out / "saved", ("-c", code, str(out / "saved")))
+jobs.run([job], out / "logs", groups=[[]])
+"""
+
+
+def test_after_a_kill_commands_save_and_are_waited_for(tmp_path):
+    def start(seconds):
+        script = KILLED.format(out=str(tmp_path), seconds=seconds)
+        return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+
+    killed, log = start(60), tmp_path / "logs/train.running.txt"
+    while not (log.exists() and "\nstep 1/9" in log.read_text()):
+        assert killed.poll() is None
+        time.sleep(0.1)
+    killed.kill()
+    killed.wait()
+    again = start(0)
+    assert again.wait(timeout=60) == 0
+    assert (tmp_path / "saved").read_text() == "saved"  # by the first command, before the second
+    assert log.with_name("train.txt").read_text().count("step 1/9") == 1
