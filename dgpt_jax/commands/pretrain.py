@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpt_jax import cli
-from dgpt_jax.commands import jobs, pretrain_jobs, pretrain_source
+from dgpt_jax.commands import jobs, pretrain_jobs, pretrain_source, pretrain_summary
 from dgpt_jax.commands.pretrain_setup import Options, Setup, flag, model_fields
 from dgpt_jax.distributed import preemption
 from dgpt_jax.errors import UserError
@@ -154,6 +154,8 @@ def _run(options: Options, out: Path) -> None:
         cli.say(f"done in {progress.duration(time.monotonic() - started)}")
     else:
         cli.say(f"{out} is finished: nothing to do")
+    for line in pretrain_summary.lines(out):
+        cli.say(line)
 
 
 @contextlib.contextmanager

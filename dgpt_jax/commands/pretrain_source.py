@@ -149,8 +149,8 @@ def _train_split(counts: dict[str, int], heldout: str | None) -> str:
     others = [name for name in counts if name != heldout]
     if not others:
         raise UserError(f"--heldout={heldout} leaves no split to train on: give a share, as 0.1")
-    kept = [name for name in others if name not in HELD_OUT_SPLITS] or others
-    return "train" if "train" in kept else max(kept, key=counts.__getitem__)
+    candidates = [name for name in others if name not in HELD_OUT_SPLITS] or others
+    return "train" if "train" in candidates else max(candidates, key=counts.__getitem__)
 
 
 def _share(text: str | None, counts: dict[str, int]) -> float:

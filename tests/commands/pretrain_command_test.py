@@ -12,7 +12,7 @@ import pytest
 
 import dgpt_jax
 from dgpt_jax import cli, invocation
-from dgpt_jax.commands import jobs, pretrain, pretrain_setup, pretrain_source
+from dgpt_jax.commands import jobs, pretrain, pretrain_setup, pretrain_source, pretrain_summary
 from dgpt_jax.commands.pretrain_source import Source
 from dgpt_jax.config import EvaluateConfig, TokensConfig, TrainConfig
 from dgpt_jax.data.ingest import importer
@@ -53,6 +53,7 @@ def ran(monkeypatch):
             (logs / f"{job.name}.txt").write_text(f"{job.line}\n")
 
     monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(pretrain_summary, "lines", lambda _: ["summary"])
     return names
 
 
