@@ -114,12 +114,15 @@ class Running:
 def _lock(log: TextIO, path: Path):
     """Locks an open log. Waits for the command of an earlier process, which still writes it. Raises
     UserError if that takes longer than ORPHAN_SECONDS."""
-    deadline = time.monotonic() + ORPHAN_SECONDS
+    start, waits = time.monotonic(), False
     while True:
         try:
             return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if not waits:
+                progress.Progress().say(f"waiting until an earlier command has saved: {path}")
+                waits = True
+            if time.monotonic() - start > ORPHAN_SECONDS:
                 raise UserError(
                     f"another process has been writing {path} for {ORPHAN_SECONDS:.0f} s: wait "
                     f"until it has ended"

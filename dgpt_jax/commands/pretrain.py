@@ -57,8 +57,9 @@ def pretrain(
     names = [field.name for field in dataclasses.fields(Options)][2:]
     if unknown := options.keys() - set(names):
         raise UserError(f"unknown option {min(unknown)}: there are {', '.join(names)}")
-    heldout = options.get("heldout")
+    heldout, init = options.get("heldout"), options.get("init")
     options["heldout"] = None if heldout is None else str(heldout)
+    options["init"] = init and _location(init)
     settings = Options(_location(folder), _location(teacher), **options)
     directory = Path(os.path.abspath(out))
     saved = _saved(settings, directory)
