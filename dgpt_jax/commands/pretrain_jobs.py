@@ -62,6 +62,9 @@ def _jobs(setup: Setup) -> Iterator[Job]:
         data__path=tokens, evals__heldout=heldout,
     )  # fmt: skip
     yield Job("train", f"pretraining of {setup.options.size}", run / "checkpoints", words)
+    timm, page = out / "timm", out / "report/index.html"
+    export = command("convert", f"{run}", f"{timm}", "--to=timm")
+    yield Job("export", "the encoder for timm", timm, export, replace=True)
     if division.labelled:
         words = command(
             "evaluate", "--config=knn_in1k", f"--checkpoint={run}", data=setup.images,
@@ -70,9 +73,6 @@ def _jobs(setup: Setup) -> Iterator[Job]:
             **_platform(setup),
         )  # fmt: skip
         yield Job("knn", "kNN of the held-out images", run, words)
-    timm, page = out / "timm", out / "report/index.html"
-    export = command("convert", f"{run}", f"{timm}", "--to=timm")
-    yield Job("export", "the encoder for timm", timm, export, replace=True)
     report = command("report", f"{run}", f"--out={page}")
     yield Job("report", "a page about the run", page, report)
 

@@ -25,7 +25,7 @@ from tests.support.paths import ROOT
 TEACHER = {"weights": "TEACHER", "image_size": 16, "tokens": 17, "width": 24}
 DEVICES = {"platform": "cpu", "kind": "cpu", "count": 1, "memory": 8 * 2**30}
 SCHEMAS = {"tokens": TokensConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
-ALL = ["import", "tokens", "tokens_heldout", "verify", "train", "knn", "export", "report"]
+ALL = ["import", "tokens", "tokens_heldout", "verify", "train", "export", "knn", "report"]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def commands_of(text: str) -> dict[str, list[str]]:
 def test_a_dry_run_prints_commands_that_parse(folder, probe, capsys):
     call(folder, dry_run=True)
     printed = commands_of(capsys.readouterr().out)
-    assert list(printed) == ["import", "tokens", "verify", "train", "evaluate", "convert", "report"]
+    assert list(printed) == ["import", "tokens", "verify", "train", "convert", "evaluate", "report"]
     assert not (folder / "out").exists()
     parsed = {}
     for name, schema in SCHEMAS.items():

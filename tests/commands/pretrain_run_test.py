@@ -19,7 +19,7 @@ from tests.docs.pages import blocks
 from tests.support import data, photographs
 from tests.support.paths import ROOT
 
-STAGES = ["import", "tokens", "tokens_heldout", "verify", "train", "knn", "export", "report"]
+STAGES = ["import", "tokens", "tokens_heldout", "verify", "train", "export", "knn", "report"]
 
 
 def start(root: Path) -> subprocess.Popen:
