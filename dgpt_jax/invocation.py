@@ -46,7 +46,7 @@ _TABLE = (
     ("tokens", "tokens", "commands.build_tokens", "build a token store: crops and teacher tokens"),
     ("", "verify", "commands.verify_tokens", "re-run the teacher on a token store and compare"),
     ("", "codecs", "commands.compare_codecs", "compare token codecs: bytes, and what is lost"),
-    ("training", "pretrain", "commands.pretrain", "all steps from a folder of images to a timm encoder"),
+    ("training", "pretrain", "commands.pretrain", "from a folder of images to an encoder in timm"),
     ("", "train", "train", "pretrain, fine-tune or probe; the same command resumes"),
     ("", "plot", "commands.plot", "plot curves of runs, or compare two runs"),
     ("", "report", "commands.report", "write one HTML page about a run"),
