@@ -2,11 +2,15 @@
 
 from dgpt_jax._version import __version__
 
-__all__ = ["__version__", "load_classifier", "load_digpt", "load_encoder"]
+__all__ = ["__version__", "load_classifier", "load_digpt", "load_encoder", "pretrain"]
 
 
 def __getattr__(name: str):
     # Loaded on first use, so that `import dgpt_jax` stays light.
+    if name == "pretrain":
+        from dgpt_jax.commands.pretrain import pretrain
+
+        return pretrain
     if name in __all__:
         from dgpt_jax.weights import api
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from dgpt_jax import invocation
 from dgpt_jax.data import token_store
+from dgpt_jax.planning import training_choice
 from dgpt_jax.storage import tfds_dataset
 from dgpt_jax.storage.gcs import AnyPath
 
@@ -22,20 +23,13 @@ def train(store: AnyPath, workdir: AnyPath = "RUN", examples: int = CONFIG_BATCH
         "--config.teacher.width=None", "--config.teacher.grid=None",
     ]  # fmt: skip
     if examples < CONFIG_BATCH:
-        flags.append(f"--config.batch_size={small_batch(examples)}")
+        flags.append(f"--config.batch_size={training_choice.small_batch(examples)}")
     return f"{invocation.command('train')} {shlex.join(flags)}"
 
 
 def store_examples(store: AnyPath) -> int:
     """Returns the number of examples in a view of a token store. Raises UserError."""
     return len(tfds_dataset.Split(store, token_store.view_split(0)))
-
-
-def small_batch(examples: int) -> int:
-    """Returns a batch size for few examples: the largest power of two that makes four steps per
-    epoch, but from 16 to 256, and never more than the examples."""
-    quarter = min(max(examples // 4, 16), 256, examples)
-    return 1 << (quarter.bit_length() - 1)
 
 
 def verify_tokens(store: AnyPath, teacher: Any) -> str:

@@ -23,11 +23,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from dgpt_jax import cli
-from dgpt_jax.commands import quickstart_page
+from dgpt_jax.commands import jobs, quickstart_page
+from dgpt_jax.commands.jobs import Job
 from dgpt_jax.distributed import preemption
 from dgpt_jax.errors import UserError
-from dgpt_jax.examples import image_sets, jobs, measure
-from dgpt_jax.examples.jobs import Job
+from dgpt_jax.examples import image_sets, measure
 from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import atomic, output_paths
 

@@ -14,10 +14,10 @@ import numpy as np
 from dgpt_jax import invocation
 from dgpt_jax.commands import charts, plot, visualize
 from dgpt_jax.commands.image_grid import grid
+from dgpt_jax.commands.jobs import Job
 from dgpt_jax.data import image_ops
 from dgpt_jax.evals.feature_maps import pca_colors
 from dgpt_jax.examples import measure
-from dgpt_jax.examples.jobs import Job
 from dgpt_jax.models import teacher_vit
 from dgpt_jax.monitoring import html, metrics_log
 from dgpt_jax.storage import atomic, tfds_dataset

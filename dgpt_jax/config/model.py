@@ -10,6 +10,7 @@ from dgpt_jax.errors import UserError
 
 # {size: (width, depth, heads, patch size in pixels)}
 SIZES = {
+    "Ti/16": (192, 12, 3, 16),
     "S/16": (384, 12, 6, 16),
     "B/16": (768, 12, 12, 16),
     "L/16": (1024, 24, 16, 16),

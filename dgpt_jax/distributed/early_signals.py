@@ -4,6 +4,9 @@ Until `cli.run` starts, Ctrl-C exits with 130, and SIGTERM exits with 75 from th
 RESUMABLE: at once, without a traceback of an import. Processes that import a command's module
 without running it keep their handlers, and so do signals that are ignored or already handled.
 A command that is started by its file is recognized here; `dgpt NAME` calls `install`.
+
+A process whose environment has PARENT, the id of the one that started it, gets SIGTERM when that
+one ends, however it ends (Linux).
 """
 
 import os
@@ -13,8 +16,12 @@ import sys
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again"
 # Commands that call preemption.raise_on_sigterm; others leave SIGTERM to the system.
 RESUMABLE = (
-    "ablate", "build_tokens", "checkpoint", "continued", "convert", "quickstart", "train",
+    "ablate", "build_tokens", "checkpoint", "continued", "convert", "pretrain", "quickstart",
+    "train",
 )  # fmt: skip
+
+PARENT = "DGPT_JAX_PARENT"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _TOOLS = os.path.join(os.path.dirname(_PACKAGE), "tools")
@@ -43,6 +50,16 @@ def _install_for_main():
         install(name.removesuffix(".py"))
 
 
+def _end_with_parent():
+    parent = os.environ.pop(PARENT, "")
+    if parent and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if str(os.getppid()) != parent:  # it has ended before
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def restore_sigint():
     """Makes Ctrl-C raise KeyboardInterrupt again; SIGTERM stays as it is."""
     if signal.getsignal(signal.SIGINT) is _exit:
@@ -50,3 +67,4 @@ def restore_sigint():
 
 
 _install_for_main()
+_end_with_parent()

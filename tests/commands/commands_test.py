@@ -131,6 +131,9 @@ def test_missing_checkpoints(monkeypatch, tmp_path, data):
         ("replay", "RUN --layers=-1"),
         ("image_sets", "x --size=0 --images=scenes"),
         ("quickstart", "--out=x --steps=0"),
+        ("pretrain", "SRC --epochs=0 --teacher=x --out=x"),
+        ("pretrain", "SRC --image-size=0 --teacher=x --out=x"),
+        ("pretrain", "SRC --memory=-1 --teacher=x --out=x"),
     ],
 )
 def test_numbers_of_flags_have_a_range(monkeypatch, tmp_path, tool, words):

@@ -20,7 +20,8 @@ COMMANDS = [
 NO_PATHS = {
     "background", "range",
     "action", "activation", "codecs", "coordinator", "metrics", "platform", "remat", "rows",
-    "split", "study", "topology", "workers", "image_column", "label_column", "keep",
+    "split", "study", "topology", "workers", "image_column", "label_column", "keep", "size",
+    "heldout",
 }  # fmt: skip
 NO_PATH_KEYS = {
     "activation", "best", "bad_records", "cls_mask", "codec", "coordinator", "dtype", "every",

@@ -14,13 +14,13 @@ from dgpt_jax.commands import (
     compare_codecs,
     convert,
     embed,
-    next_commands,
     verify_tokens,
     visualize,
 )
 from dgpt_jax.config import roots
 from dgpt_jax.config.schema import parse
 from dgpt_jax.data import token_store
+from dgpt_jax.planning import training_choice
 from dgpt_jax.storage import tfds_dataset
 from dgpt_jax.tokens import build
 from dgpt_jax.weights import mapping, registry
@@ -121,7 +121,7 @@ def test_mean_and_std_by_the_config(root, tmp_path, monkeypatch, capsys):
     *_, sound, suggested = capsys.readouterr().out.splitlines()
     assert sound.startswith("sound: least")
     examples = len(tfds_dataset.Split(str(tmp_path / "tokens"), "view000"))
-    assert suggested.endswith(f" --config.batch_size={next_commands.small_batch(examples)}")
+    assert suggested.endswith(f" --config.batch_size={training_choice.small_batch(examples)}")
     monkeypatch.setattr(sys, "argv", ["verify_tokens", *words, "--samples=0"])
     with pytest.raises(SystemExit, match="--samples: 0 "):
         cli.run(verify_tokens.main)

@@ -22,6 +22,8 @@ from tests.support.paths import GOLDEN
 # Commands not run here, and the test functions that run the same; checked by readme_tables_test.
 RUN_ELSEWHERE = {
     "tools/quickstart.sh": ["scripts_test::test_the_quickstart"],
+    "dgpt pretrain": ["pretrain_run_test::test_photographs_become_an_encoder_in_timm"],
+    "import timm": ["pretrain_run_test::test_photographs_become_an_encoder_in_timm"],
     "tools/test.sh": ["scripts_test::test_the_tests"],
     "tools/setup_venv.sh": ["scripts_test::test_the_environment"],
     "python -m tools.benchmarks.bench ": [  # compiles for minutes

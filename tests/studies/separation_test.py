@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from dgpt_jax import cli, evaluate
-from dgpt_jax.commands import quickstart
-from dgpt_jax.examples import jobs
+from dgpt_jax.commands import jobs, quickstart
 from dgpt_jax.storage import tfds_dataset
 from tests.support.paths import ROOT
 

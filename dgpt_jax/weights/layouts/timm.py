@@ -37,6 +37,7 @@ from dgpt_jax.weights.types import (
 
 # timm's models by size at 224 pixels; others are `vit_base_patch16_224` with model_args.
 NAMES = {
+    "Ti/16": "vit_tiny_patch16_224",
     "S/16": "vit_small_patch16_224",
     "B/16": "vit_base_patch16_224",
     "L/16": "vit_large_patch16_224",

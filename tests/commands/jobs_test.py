@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from dgpt_jax.commands import jobs
 from dgpt_jax.errors import UserError
-from dgpt_jax.examples import jobs
 from tests.support.paths import ROOT
 
 TOUCH = "import pathlib, sys, time; time.sleep({}); pathlib.Path(sys.argv[1]).write_text({!r})"
@@ -65,7 +65,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from dgpt_jax import cli
-from dgpt_jax.examples import jobs
+from dgpt_jax.commands import jobs
 out = Path({out!r})
 code = '''
 import sys, time

@@ -2,9 +2,12 @@
 
 The output of a command goes to LOGS/NAME.txt, below its command line; what has succeeded is not run
 again. Its progress is read from the lines "UNIT done/total TEXT" that `monitoring.progress` writes.
+If this process is killed, its commands get SIGTERM (early_signals); a new one waits until they have
+ended.
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import shlex
@@ -16,7 +19,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
+from dgpt_jax.distributed import early_signals
 from dgpt_jax.errors import UserError
 from dgpt_jax.monitoring import progress
 
@@ -24,6 +29,7 @@ MAX_PARALLEL = 4
 MAX_COLUMNS = 99  # of a line
 LINE_SECONDS = 8.0  # between two lines about a command where stderr is not a terminal
 BAR_SECONDS = 0.5
+ORPHAN_SECONDS = 600.0  # in which the command of a killed process saves its work
 _PROGRESS = re.compile(r"^\w+ (\d+)/(\d+) (.*)$", re.MULTILINE)
 
 _DETAILS = re.compile(r" (wait|grad_norm|skipped|lr) \S+")  # of a training
@@ -61,15 +67,18 @@ class Running:
     def __init__(self, job: Job, logs: Path, cores: Sequence[int]):
         self.job, self.cores, self.started = job, cores, time.monotonic()
         self.log, self._done_log = logs / f"{job.name}.running.txt", logs / f"{job.name}.txt"
-        self._done_log.unlink(missing_ok=True)
-        if job.replace:
-            shutil.rmtree(job.output, ignore_errors=True)
-        with self.log.open("w") as log:
+        with self.log.open("a") as log:
+            _lock(log, self.log)  # inherited by the command, as its output
+            self._done_log.unlink(missing_ok=True)
+            if job.replace:
+                shutil.rmtree(job.output, ignore_errors=True)
+            log.truncate(0)
             log.write(f"{job.line}\n")
             log.flush()
             self.process = subprocess.Popen(
                 [sys.executable, *job.words], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, process_group=0,
+                env=os.environ | {early_signals.PARENT: str(os.getpid())},
             )  # fmt: skip
         if cores:
             with contextlib.suppress(ProcessLookupError):  # it has ended already
@@ -100,6 +109,25 @@ class Running:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
             raise UserError(f"{self.job.line}\nfailed, see {self.log}:\n{tail}")
         self.log.rename(self._done_log)
+
+
+def _lock(log: TextIO, path: Path):
+    """Locks an open log. Waits for the command of an earlier process, which still writes it. Raises
+    UserError if that takes longer than ORPHAN_SECONDS."""
+    start, waits = time.monotonic(), False
+    while True:
+        try:
+            return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waits:
+                progress.Progress().say(f"waiting until an earlier command has saved: {path}")
+                waits = True
+            if time.monotonic() - start > ORPHAN_SECONDS:
+                raise UserError(
+                    f"another process has been writing {path} for {ORPHAN_SECONDS:.0f} s: wait "
+                    f"until it has ended"
+                ) from None
+        time.sleep(0.1)
 
 
 class Display:
