@@ -30,8 +30,8 @@ from dgpt_jax.data.ingest import decoder_messages
 from dgpt_jax.data.ingest.types import Columns
 from dgpt_jax.distributed import preemption
 from dgpt_jax.errors import counted
-from dgpt_jax.evals import embedding, feature_files, feature_store
-from dgpt_jax.evals.feature_store import FeatureInfo
+from dgpt_jax.evals.embedding import feature_files, feature_store, run
+from dgpt_jax.evals.embedding.feature_store import FeatureInfo
 from dgpt_jax.storage import output_paths
 from dgpt_jax.weights import api, flags
 
@@ -72,19 +72,19 @@ def arguments() -> argparse.Namespace:
         "--keep", metavar="NAME,…", help="text columns of parquet or WebDataset to store"
     )
     parser.add_argument(
-        "--batch_size", type=int, default=embedding.BATCH_SIZE,
+        "--batch_size", type=int, default=run.BATCH_SIZE,
         help="images per device at a time; default %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--shard_size", type=int, default=embedding.SHARD_SIZE,
+        "--shard_size", type=int, default=run.SHARD_SIZE,
         help="images per shard, which an interruption loses at most; default %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--threads", type=int, default=max(embedding.THREADS, os.cpu_count() or 1),
+        "--threads", type=int, default=max(run.THREADS, os.cpu_count() or 1),
         help="threads that decode; default %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--max_bad_fraction", type=float, default=embedding.MAX_BAD_FRACTION,
+        "--max_bad_fraction", type=float, default=run.MAX_BAD_FRACTION,
         help="unreadable images of a TFDS dataset that are left out; default %(default)s",
     )  # fmt: skip
     flags.add_encoder(parser)
@@ -104,7 +104,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL")
     try:
         with decoder_messages.count_messages() as messages:
-            info = embedding.embed(encoder=encoder, columns=columns, say=cli.say, **args)
+            info = run.embed(encoder=encoder, columns=columns, say=cli.say, **args)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command to resume")
         raise
@@ -136,7 +136,7 @@ def _next(out, info: FeatureInfo) -> str:
         "npy": f"numpy.load({f'{path}/{split}.npy'!r}, mmap_mode='r')",
         "safetensors": f"safetensors.numpy.load_file({f'{path}/{split}.safetensors'!r})",
         "parquet": f"pyarrow.parquet.read_table({path!r}) has the columns id and features",
-        "store": f"dgpt_jax.evals.feature_store.open({path!r})[{split!r}][0]['features']",
+        "store": f"dgpt_jax.evals.embedding.feature_store.open({path!r})[{split!r}][0]['features']",
     }
     return f"read them in Python: {calls[info.to]}"
 

@@ -14,7 +14,7 @@ from etils import epath
 from dgpt_jax.data import token_store
 from dgpt_jax.data.ingest import discovery
 from dgpt_jax.errors import UserError, counted
-from dgpt_jax.storage import gcs, tfds_dataset
+from dgpt_jax.storage import gcs, tfds_dataset, tfds_metadata
 
 MIN_IMAGES = 8
 HELD_OUT_SPLITS = ("val", "valid", "validation", "test")  # the first that there is
@@ -90,7 +90,7 @@ def is_imported(folder: str) -> bool:
     """True for a TFDS dataset of ArrayRecord, which needs no import."""
     if not (epath.Path(folder) / "dataset_info.json").exists():
         return False
-    builder = tfds_dataset.open_any_builder(folder)
+    builder = tfds_metadata.open_any_builder(folder)
     return getattr(builder.info.file_format, "value", None) == "array_record"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dgpt_jax.errors import UserError
-from dgpt_jax.evals import embedding, embedding_journal, feature_batches, feature_store
+from dgpt_jax.evals.embedding import feature_batches, feature_store, journal, run
 from dgpt_jax.weights import api
 from tests.support import embeddings, processes
 from tests.support.embeddings import FakeEncoder, digests
@@ -24,7 +24,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def fake_encoder(monkeypatch):
-    monkeypatch.setattr(embedding, "Encoder", FakeEncoder)
+    monkeypatch.setattr(run, "Encoder", FakeEncoder)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def encoder(root):
 
 def embed(root, encoder, out, **options):
     options = dict(batch_size=4, shard_size=8, threads=2, say=lambda _: None) | options
-    return embedding.embed(options.pop("src", root / "images"), encoder, out, **options)
+    return run.embed(options.pop("src", root / "images"), encoder, out, **options)
 
 
 def failing(function, calls: int, *, after: bool):
@@ -65,10 +65,10 @@ def failing(function, calls: int, *, after: bool):
 POINTS = {  # (module, function, call, after its work)
     "in the first shard": (feature_batches, "_finish", 2, False),
     "in the third shard": (feature_batches, "_finish", 6, False),
-    "before a shard is recorded": (embedding_journal, "append", 2, False),
-    "after a shard is recorded": (embedding_journal, "append", 2, True),
+    "before a shard is recorded": (journal, "append", 2, False),
+    "after a shard is recorded": (journal, "append", 2, True),
     "before the metadata are complete": (feature_store.FeatureInfo, "save", 2, False),
-    "before the progress is removed": (embedding_journal, "remove", 1, False),
+    "before the progress is removed": (journal, "remove", 1, False),
 }
 
 
@@ -84,12 +84,12 @@ def test_interrupted_anywhere(root, encoder, tmp_path, monkeypatch, to):
             patch.setattr(module, name, failing(getattr(module, name), calls, after=after))
             embed(root, encoder, out, to=to)
         (out / ".left.1.partial").write_text("of a writer that was killed")
-        with (out / embedding_journal.FILE).open("a") as file:
+        with (out / journal.FILE).open("a") as file:
             file.write('{"split": "tr')  # a line that was being written
         embed(root, encoder, out, to=to)
         if point == "before the progress is removed":  # it was complete
             (out / ".left.1.partial").unlink(missing_ok=True)
-            embedding_journal.remove(out)
+            journal.remove(out)
         assert digests(out) == expected, point
 
 
@@ -105,12 +105,12 @@ def test_killed_processes(root, tmp_path, to):
     process = processes.start(words)
     (output,) = processes.outputs_of([process])
     assert process.returncode == 0, output
-    expected, journal = digests(tmp_path / "out"), tmp_path / "out" / embedding_journal.FILE
+    expected, lines = digests(tmp_path / "out"), tmp_path / "out" / journal.FILE
     shutil.rmtree(tmp_path / "out")
     for shards in (1, 5, 11):
         process = processes.start(words)
         while process.poll() is None and not (
-            journal.exists() and journal.read_text().count("\n") >= shards
+            lines.exists() and lines.read_text().count("\n") >= shards
         ):
             time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
@@ -143,8 +143,8 @@ def test_another_command_is_refused(root, encoder, tmp_path, monkeypatch, change
         embed(root, encoder, out)
     else:
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            append = failing(embedding_journal.append, 2, after=True)
-            patch.setattr(embedding_journal, "append", append)
+            append = failing(journal.append, 2, after=True)
+            patch.setattr(journal, "append", append)
             embed(root, encoder, out)
     if "src" in changes:
         changes["src"] = embeddings.real_images(tmp_path / "less", tiles=11)
@@ -201,7 +201,7 @@ def test_a_changed_file_of_an_unfinished_directory(root, encoder, tmp_path, monk
     expected = digests(out)
     shutil.rmtree(out)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(embedding_journal, "append", failing(embedding_journal.append, 2, after=True))
+        patch.setattr(journal, "append", failing(journal.append, 2, after=True))
         embed(root, encoder, out, to=to)
     path = next(p for p in sorted(out.iterdir()) if "train" in p.name and p.name[0] != ".")
     path.write_bytes(path.read_bytes()[:10])
@@ -250,7 +250,7 @@ def store(root, encoder, tmp_path_factory):
     """Of the encoder itself."""
     out = tmp_path_factory.mktemp("store") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "Encoder", feature_batches.Encoder)
+        patch.setattr(run, "Encoder", feature_batches.Encoder)
         embed(root, encoder, out, to="store")
     return out
 

@@ -8,7 +8,7 @@ from dgpt_jax.data import image_ops
 from dgpt_jax.data.ingest import importer
 from dgpt_jax.data.ingest.types import Columns
 from dgpt_jax.errors import UserError
-from dgpt_jax.evals import embedding, feature_batches, feature_store
+from dgpt_jax.evals.embedding import feature_batches, feature_store, run
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 from dgpt_jax.weights import api
 from dgpt_jax.weights.types import Preprocess
@@ -43,13 +43,13 @@ def compile_once():
         return compiled[key][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "Encoder", cached)
+        patch.setattr(run, "Encoder", cached)
         yield
 
 
 def embed(src, encoder, out, **options):
     options = dict(batch_size=4, shard_size=8, threads=2) | options
-    return embedding.embed(src, encoder, out, say=lambda _: None, **options)
+    return run.embed(src, encoder, out, say=lambda _: None, **options)
 
 
 @pytest.mark.parametrize("tokens", feature_store.TOKENS)
@@ -124,7 +124,7 @@ def test_sources_give_the_same_rows(encoder, tmp_path, form):
 
 
 def test_all_splits_or_one(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "Encoder", FakeEncoder)
+    monkeypatch.setattr(run, "Encoder", FakeEncoder)
     for split, seed in (("train", 0), ("val", 1)):
         data.write_folder(tmp_path / "src", 3, split=split, seed=seed)
     importer.import_images(tmp_path / "src", tmp_path / "imported", say=lambda _: None)
@@ -163,7 +163,7 @@ def test_a_resized_and_cropped_view(tmp_path):
     path = embeddings.encoder_file(tmp_path / "e.safetensors", preprocess=preprocess)
     encoder, lines = api.load_encoder(path), []
     src = embeddings.real_images(tmp_path / "images", tiles=2, digits=1)
-    info = embedding.embed(src, encoder, tmp_path / "out", say=lines.append)
+    info = run.embed(src, encoder, tmp_path / "out", say=lines.append)
     files = sorted(src.rglob("*.png"))
     crops = [
         image_ops.center_crop(image_ops.decode_image(p.read_bytes()), 20, 16, squash=False)
@@ -216,7 +216,7 @@ def test_unreadable_user_images_are_left_out(encoder, tmp_path):
 
 @pytest.mark.parametrize("to", ["npy", "store"])
 def test_unreadable_images_of_a_dataset_have_a_limit(encoder, tmp_path, monkeypatch, to):
-    monkeypatch.setattr(embedding, "Encoder", FakeEncoder)
+    monkeypatch.setattr(run, "Encoder", FakeEncoder)
     features = tfds_dataset.image_features(None)
     serialize = tfds_dataset.serializer(features)
     png = image_forms.samples(1)[0].png
@@ -258,7 +258,7 @@ def test_an_image_whose_features_are_not_finite(root, encoder, tmp_path, monkeyp
             finite[1] = False
             return features, finite
 
-    monkeypatch.setattr(embedding, "Encoder", Broken)
+    monkeypatch.setattr(run, "Encoder", Broken)
     with pytest.raises(UserError) as caught:
         embed(root / "images", encoder, tmp_path / "out")
     assert "china/001.png" in str(caught.value)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgpt_jax.evals import embedding_journal, feature_store
+from dgpt_jax.evals.embedding import feature_store, journal
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 from tests.support import processes
 from tests.support.embeddings import digests, encoder_file
@@ -29,13 +29,13 @@ FORMATS = os.environ.get("REHEARSAL_FORMATS", ",".join(feature_store.FORMATS)).s
 # Embeds SRC with ENCODER into OUT as TO; prints its resources as JSON.
 EMBED = """
 import json, sys
-from dgpt_jax.evals import embedding
+from dgpt_jax.evals.embedding import run
 from dgpt_jax.weights import api
 from tests.support import watch
 src, encoder, out, to = sys.argv[1:]
 resident = []
 with watch.Usage() as usage:
-    info = embedding.embed(src, api.load_encoder(encoder), out, to=to,
+    info = run.embed(src, api.load_encoder(encoder), out, to=to,
         say=lambda line: resident.append(watch.memory("VmRSS")))
 print(json.dumps({
     "seconds": round(usage.seconds), "files": usage.files, "peak": usage.peak,
@@ -68,9 +68,9 @@ def dataset(path: Path, count: int) -> Path:
 
 def measured(*words, kill_after: int | None = None) -> dict:
     process = processes.start(["-c", EMBED, *words])
-    journal = Path(words[2]) / embedding_journal.FILE
+    lines = Path(words[2]) / journal.FILE
     while kill_after is not None:
-        if journal.exists() and journal.read_text().count("\n") >= kill_after:
+        if lines.exists() and lines.read_text().count("\n") >= kill_after:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             return {}

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn import datasets
 
 from dgpt_jax.data import image_ops
-from dgpt_jax.evals import feature_store
+from dgpt_jax.evals.embedding import feature_store
 from dgpt_jax.weights import api, export, registry
 from tests.support.conversions import random_weights
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from dgpt_jax.config import check_choice
 from dgpt_jax.errors import UserError
-from dgpt_jax.evals import feature_store
-from dgpt_jax.evals.feature_arrays import ArrayOutput
-from dgpt_jax.evals.feature_batches import Batch
-from dgpt_jax.evals.feature_outputs import Output, Shard, damaged, disk_errors
-from dgpt_jax.evals.feature_store import FeatureInfo
+from dgpt_jax.evals.embedding import feature_store
+from dgpt_jax.evals.embedding.feature_arrays import ArrayOutput
+from dgpt_jax.evals.embedding.feature_batches import Batch
+from dgpt_jax.evals.embedding.feature_outputs import Output, Shard, damaged, disk_errors
+from dgpt_jax.evals.embedding.feature_store import FeatureInfo
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 
 ROW_GROUP = 32 << 20  # bytes of features in a row group of parquet

@@ -11,9 +11,9 @@ from typing import IO, Any
 import numpy as np
 
 from dgpt_jax.errors import UserError
-from dgpt_jax.evals.feature_batches import Batch, Row
-from dgpt_jax.evals.feature_outputs import Shard, disk_errors
-from dgpt_jax.evals.feature_store import FeatureInfo
+from dgpt_jax.evals.embedding.feature_batches import Batch, Row
+from dgpt_jax.evals.embedding.feature_outputs import Shard, disk_errors
+from dgpt_jax.evals.embedding.feature_store import FeatureInfo
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of safetensors
 MAX_ROWS = 10**15  # for which a safetensors header has room

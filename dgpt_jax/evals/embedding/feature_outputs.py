@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.evals.feature_batches import Batch
+from dgpt_jax.evals.embedding.feature_batches import Batch
 
 
 @dataclass(frozen=True)

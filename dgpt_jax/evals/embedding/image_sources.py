@@ -18,7 +18,7 @@ from dgpt_jax.data import image_ops, token_store
 from dgpt_jax.data.ingest import discovery, user_images
 from dgpt_jax.data.ingest.types import Columns, Images
 from dgpt_jax.errors import UserError
-from dgpt_jax.storage import gcs, tfds_dataset
+from dgpt_jax.storage import gcs, tfds_dataset, tfds_metadata
 
 FILES, DATASET, TOKENS = "files", "dataset", "token store"
 
@@ -117,7 +117,7 @@ def open_source(
     path = epath.Path(src)
     token_store.require_finished(path)
     if (path / "dataset_info.json").exists():
-        builder = tfds_dataset.open_any_builder(src)
+        builder = tfds_metadata.open_any_builder(src)
         if getattr(builder.info.file_format, "value", None) == "array_record":
             if labels:
                 raise UserError(f"--labels is for files: {src} is a dataset with its own labels")

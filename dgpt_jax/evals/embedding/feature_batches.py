@@ -18,7 +18,8 @@ from dgpt_jax.data.ingest.types import Entry, Images
 from dgpt_jax.data.prefetch import prefetch
 from dgpt_jax.distributed import sharding
 from dgpt_jax.errors import BadRecord, UserError
-from dgpt_jax.evals import features, image_sources
+from dgpt_jax.evals import features
+from dgpt_jax.evals.embedding import image_sources
 from dgpt_jax.weights.api import PretrainedEncoder
 from dgpt_jax.weights.types import Preprocess, resize_edge
 

@@ -20,18 +20,13 @@ from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.data.ingest.types import Columns, Images
 from dgpt_jax.errors import UserError, counted
-from dgpt_jax.evals import (
-    embedding_journal,
-    feature_batches,
-    feature_files,
-    image_sources,
-    results,
-)
-from dgpt_jax.evals.embedding_journal import Done, EmbeddingProgress
-from dgpt_jax.evals.feature_batches import Batch, Encoder
-from dgpt_jax.evals.feature_outputs import Output, Shard, damaged, disk_errors
-from dgpt_jax.evals.feature_store import FeatureInfo
-from dgpt_jax.evals.image_sources import Source
+from dgpt_jax.evals import results
+from dgpt_jax.evals.embedding import feature_batches, feature_files, image_sources, journal
+from dgpt_jax.evals.embedding.feature_batches import Batch, Encoder
+from dgpt_jax.evals.embedding.feature_outputs import Output, Shard, damaged, disk_errors
+from dgpt_jax.evals.embedding.feature_store import FeatureInfo
+from dgpt_jax.evals.embedding.image_sources import Source
+from dgpt_jax.evals.embedding.journal import Done, EmbeddingProgress
 from dgpt_jax.storage import array_record_shards, disk_space, tfds_dataset
 from dgpt_jax.weights.api import PretrainedEncoder
 
@@ -100,8 +95,8 @@ def embed(
         for shard, images in todo.items():
             count = feature_batches.num_batches(images, model)
             done[shard] = _write(output, shard, itertools.islice(batches, count), progress)
-            embedding_journal.check_unreadable(source, done.values(), max_bad_fraction)
-            embedding_journal.append(out, done[shard])
+            journal.check_unreadable(source, done.values(), max_bad_fraction)
+            journal.append(out, done[shard])
     return _finish(out, info, source, output, [done[shard] for shard in plan])
 
 
@@ -180,7 +175,7 @@ def _restore(
     UserError."""
     array_record_shards.remove_partial_files(out)
     shards = {(shard.split, shard.number): shard for shard in plan}
-    entries = embedding_journal.read(out)
+    entries = journal.read(out)
     sizes = {name: size for entry in entries for name, size in entry.files.items()}
     rewritten = output.restore(sizes)
     done = {
@@ -191,7 +186,7 @@ def _restore(
     if entries:
         again = f", {counted(len(rewritten), 'damaged one')} again" * bool(rewritten)
         say(f"resuming {out}: keeping {counted(len(done), 'shard')} of {len(plan)}{again}")
-    embedding_journal.write(out, done.values())
+    journal.write(out, done.values())
     return done
 
 
@@ -233,7 +228,7 @@ def _finish(
     splits = {name: {"rows": rows[name], "unreadable": unreadable[name]} for name in rows}
     info = dataclasses.replace(info, splits=splits, files=dict(sorted(files.items())))
     info.save(out)
-    embedding_journal.remove(out)
+    journal.remove(out)
     return info
 
 
@@ -241,7 +236,7 @@ def _remove(out: Path, done: Iterable[Done]) -> None:
     """Removes the files of an embedding without a readable image."""
     for name in {name for entry in done for name in entry.files}:
         array_record_shards.remove(epath.Path(out / name))
-    embedding_journal.remove(out)
+    journal.remove(out)
     FeatureInfo.remove(out)
     with contextlib.suppress(OSError):  # the directory has other files
         out.rmdir()

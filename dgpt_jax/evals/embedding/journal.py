@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgpt_jax.errors import UserError, counted, one_line
-from dgpt_jax.evals.feature_outputs import disk_errors
-from dgpt_jax.evals.image_sources import DATASET, Source
+from dgpt_jax.evals.embedding.feature_outputs import disk_errors
+from dgpt_jax.evals.embedding.image_sources import DATASET, Source
 from dgpt_jax.monitoring.progress import Clock, Progress, duration
 from dgpt_jax.storage import atomic
 
