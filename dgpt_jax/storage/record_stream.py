@@ -45,8 +45,10 @@ def _read_shard(
         records: Any  # array_record's data source, which is more than shard_cache.Records
         if split.cache is None:
             records = stack.enter_context(shard_cache.open_shards([shard]))  # pyright: ignore
-        else:
-            records = split.cache.records(shard)
+        else:  # a cache of its own: threads do not drop each other's shards
+            cache = shard_cache.ShardCache(split.cache.parent)
+            stack.callback(cache.stop)
+            records = cache.records(shard)
         for i in range(0, len(offsets), block):
             rows = offsets[i : i + block].tolist()
             try:
