@@ -117,9 +117,8 @@ def write(
     if missing:
         say(f"{disk_space.size(needed)} to write")
         _write_shards(todo, missing, workers, say)
-    rewritten = {shard.target.out for shard in todo}
     for target in targets:
-        if target.out in rewritten or not _is_finished(target.out):
+        if any(shard.target is target for shard in todo) or not _is_finished(target.out):
             _finish(target)
 
 
@@ -139,9 +138,10 @@ def _same_or_new(target: Derived) -> Derived:
     free = {"name": "", "command": "", "code_version": ""}
     saved, new = (dataclasses.asdict(i) | free for i in (begun, target.info))
     if saved != new:
-        name = next(name for name in saved if saved[name] != new[name])
-        kind = "another selection or other sources" if name == "source" else f"another {name}"
-        raise UserError(f"{out} holds a store of {kind}: repeat its command, or choose another OUT")
+        raise UserError(
+            f"{out} holds a store of another selection or of other sources, by {begun.command}: "
+            f"repeat that, or choose another OUT"
+        )
     return dataclasses.replace(target, info=begun)
 
 
