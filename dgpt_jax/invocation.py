@@ -45,6 +45,7 @@ _TABLE = (
     ("data", "import", "commands.import_images", "import an image collection as a dataset"),
     ("tokens", "tokens", "commands.build_tokens", "build a token store: crops and teacher tokens"),
     ("", "verify", "commands.verify_tokens", "re-run the teacher on a token store and compare"),
+    ("", "store", "commands.store", "describe, extract, merge or split token stores"),
     ("", "codecs", "commands.compare_codecs", "compare token codecs: bytes, and what is lost"),
     ("training", "pretrain", "commands.pretrain", "from a folder of images to an encoder in timm"),
     ("", "train", "train", "pretrain, fine-tune or probe; the same command resumes"),

@@ -19,7 +19,7 @@ from dgpt_jax.config.schema import parse
 from dgpt_jax.data import token_codec
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.storage import atomic
+from dgpt_jax.storage import atomic, gcs
 
 STORE_FILE = "token_store.json"
 BASIS_FILE = "basis.npy"
@@ -110,6 +110,14 @@ def _load_basis(path: epath.Path) -> np.ndarray:
             return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path} is not a readable array: {one_line(e)}") from None
+
+
+def copy_basis(store: epath.PathLike, out: epath.PathLike):
+    """Copies the PCA basis of a store into the directory of another. Raises UserError."""
+    path = epath.Path(store) / BASIS_FILE
+    with gcs.failures(f"{path} cannot be read"):
+        data = path.read_bytes()
+    atomic.write_bytes(epath.Path(out) / BASIS_FILE, data)
 
 
 def exists(directory: epath.PathLike) -> bool:

@@ -90,6 +90,10 @@ def _check_or_create(config: TokensConfig, out: epath.Path, source, teacher: Tea
         info.save(out)  # before the shards: another config must not be mixed in
         return
     old = StoreInfo.load(out)
+    if "derived" in old.source:
+        raise UserError(
+            f"{out} was copied from other stores by `{old.command}`: choose another --out"
+        )
     if "digest" not in old.source:  # of an earlier version: assume the present source
         old = dataclasses.replace(old, source=old.source | {"digest": source.digest})
     fixed = {

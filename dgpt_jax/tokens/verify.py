@@ -115,6 +115,11 @@ def verify(
 
 def _open_source(store: Path | str, info: StoreInfo, source: str) -> tfds_dataset.Split:
     """Opens the source of a store. Raises UserError if its contents have changed."""
+    if "derived" in info.source:
+        raise UserError(
+            f"{store} was copied from other stores ({info.command}) and has other indices than "
+            f"{source}: verify it without --source, and those stores with it"
+        )
     original = tfds_dataset.Split(source, info.source["split"])
     if len(original) != info.source["examples"]:
         raise UserError(

@@ -127,6 +127,8 @@ def test_missing_checkpoints(monkeypatch, tmp_path, data):
         ("verify_tokens", "RUN --samples=0"),
         ("ablate", "views --out=x --seeds=0"),
         ("compare_codecs", "--examples=0"),
+        ("store", "extract TOKENS x --count=0"),
+        ("store", "info TOKENS --sample=0"),
         ("compare_codecs", "--pca=-3"),
         ("replay", "RUN --layers=-1"),
         ("image_sets", "x --size=0 --images=scenes"),

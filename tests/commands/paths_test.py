@@ -19,6 +19,7 @@ COMMANDS = [
 # Text flags and keys that are not paths. New ones must be added here or be paths.
 NO_PATHS = {
     "background", "range",
+    "names", "labels",
     "action", "activation", "codecs", "coordinator", "metrics", "platform", "remat", "rows",
     "split", "study", "topology", "workers", "image_column", "label_column", "keep", "size",
     "heldout",

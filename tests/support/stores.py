@@ -1,9 +1,11 @@
 """Token stores written directly, without images or a teacher."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
 from etils import epath
 
 from dgpt_jax.data import image_ops, token_codec, token_store
@@ -115,3 +117,42 @@ def names(batches, directory, *, views: int = 1) -> list[list[str]]:
         for example in tfds_dataset.Split(directory, token_store.view_split(view)):
             ids[example["tokens"].tobytes()] = example["id"]
     return [[ids[tokens.tobytes()] for tokens in batch["tokens"]] for batch in batches]
+
+
+def write_ids(directory, ids, *, views=2, shard_size=4, classes=("a", "b"), info=None) -> Path:
+    """Writes a store with these ids in every view, and labels that repeat 0, 1, … (without classes:
+    none)."""
+    directory = Path(directory)
+    info = info or store_info()
+    label = tfds.features.ClassLabel(names=list(classes)) if classes else None
+    views_info = {"seed": 0, "crop_scale": [0.2, 1.0], "crop_ratio": [0.75, 1.25], "flip": True}
+    source = {"name": "images", "version": "1.0.0", "split": "train", "digest": "0", "examples": 1}
+    info = dataclasses.replace(
+        info, name=directory.name, views=views_info | {"shard_size": shard_size}, source=source
+    )
+    directory.mkdir(parents=True)
+    info.save(directory)
+    features = token_store.features(info, label)
+    serialize = tfds_dataset.serializer(features)
+    shape = (info.tokens, token_codec.stored_width(info.codec, info.width))
+    encoded = image_ops.encode_image(np.zeros((info.image_size,) * 2 + (3,), np.uint8), "jpeg95")
+
+    def record(view: int, i: int) -> bytes:
+        rng = np.random.default_rng((view, *ids[i].encode()))
+        tokens = rng.integers(0, 100, shape).astype(token_codec.CODECS[info.codec])
+        box = np.array([view, i, 8, 8], np.int32)
+        example = {"id": ids[i], "image": encoded, "tokens": tokens, "box": box, "flip": 0}
+        return serialize(example | ({"label": i % len(classes)} if classes else {}))
+
+    splits, manifest = {}, {}
+    starts = range(0, len(ids), shard_size)
+    for view in range(views):
+        split = token_store.view_split(view)
+        for shard, start in enumerate(starts):
+            path = tfds_dataset.shard_path(directory, split, shard, len(starts), info.name)
+            rows = range(start, min(start + shard_size, len(ids)))
+            manifest[path.name] = array_record_shards.write(path, (record(view, i) for i in rows))
+            splits.setdefault(split, []).append(manifest[path.name])
+    tfds_dataset.write_metadata(directory, features, splits, info.name)
+    array_record_shards.write_manifest(directory, manifest)
+    return directory
