@@ -1,9 +1,9 @@
 """Training: `python -m dgpt_jax.train --config=NAME --workdir=DIR`.
 
 The same command resumes from the newest checkpoint in DIR. DIR holds config.json (resolved),
-metrics.jsonl, tensorboard/, checkpoints/ and, with config.profile, profile/. It is locked while a
-run is using it. Exit codes: 0 finished, 1 user error, 75 stopped by SIGTERM after saving, 130
-stopped by Ctrl-C after saving.
+parameters.txt, metrics.jsonl, tensorboard/, checkpoints/ and, with config.profile, profile/. It is
+locked while a run is using it. Exit codes: 0 finished, 1 user error, 75 stopped by SIGTERM after
+saving, 130 stopped by Ctrl-C after saving.
 """
 
 import dgpt_jax.distributed.early_signals  # noqa: F401
@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from functools import partial
+from typing import Any
 
 import jax
 from clu import parameter_overview
@@ -111,9 +112,7 @@ def train(
             progress.say(line)
         start = resume.restore_or_init(task, tx, mesh, checkpoints, config.seed, origin)
         del origin  # with the initial weights on the host
-        progress.say(
-            parameter_overview.get_parameter_overview(start.state.params, include_stats=False)
-        )
+        progress.say(parameters_line(start.state.params, workdir))
         step_fn = make_train_step(
             task.loss, tx, mesh, accum_steps=config.accum_steps, prepare=task.prepare,
             seed=config.seed, state_sharding=jax.tree.map(lambda leaf: leaf.sharding, start.state),
@@ -121,6 +120,7 @@ def train(
         # Opened last: a command that was refused leaves the logs of a run unchanged.
         with contextlib.closing(metrics.Writer(workdir, config.wandb)) as writer:
             writer.config(schema.to_dict(config))
+            writer.parameters(start.state.params)
             loop = Loop(
                 task, schedule, rate, start, mesh=mesh, workdir=workdir, evaluators=evaluators,
                 checkpoints=checkpoints, writer=writer, progress=progress, started=started,
@@ -153,6 +153,12 @@ def describe(
         f"rate {peak:.3g}, mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}, "
         f"{counted(jax.process_count(), 'process', 'processes')}",
     ]
+
+
+def parameters_line(params: Any, workdir: epath.Path) -> str:
+    """Returns the number of parameters, and where their table is."""
+    count = counted(parameter_overview.count_parameters(params), "parameter")
+    return f"{count}: {workdir}/{metrics.PARAMETERS_FILE} lists their shapes"
 
 
 def finish(config: TrainConfig, task: Task, workdir: epath.Path, step: int) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from clu import metrics as clu_metrics
-from clu import profiler
+from clu import parameter_overview, profiler
 from etils import epath
 
 from dgpt_jax.distributed import sharding
@@ -24,6 +24,7 @@ from dgpt_jax.monitoring import metrics_log, time_use, trackers
 from dgpt_jax.storage import remote_sync
 
 Metrics = clu_metrics.Collection
+PARAMETERS_FILE = "parameters.txt"
 MAX_PENDING = 4  # steps whose images are not drawn yet; each holds arrays on a device
 
 
@@ -135,6 +136,12 @@ class Writer:
             (self._sync.local / "config.json").write_text(text + "\n")
             for tracker in self._trackers:
                 tracker.config(resolved, text)
+
+    def parameters(self, params: Any):
+        """Writes a table of the parameters' names, shapes, types and sizes to PARAMETERS_FILE."""
+        if self._active:
+            table = parameter_overview.get_parameter_overview(params, include_stats=False)
+            (self._sync.local / PARAMETERS_FILE).write_text(table + "\n")
 
     def copy(self):
         """Copies the files to a work directory on gs://; nothing to do for a local one."""

@@ -6,16 +6,13 @@ the checksum of the previous shard is computed.
 """
 
 import contextlib
-import math
 import queue
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -27,13 +24,12 @@ from dgpt_jax.data.prefetch import prefetch
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.errors import BadRecord, UserError
-from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import array_record_shards, tfds_dataset
+from dgpt_jax.tokens.stage_timer import StageTimer
 from dgpt_jax.tokens.teacher import Teacher
 
 PREFETCH = 2  # batches rendered ahead of the teacher, and encoded ahead of the disk
 MAX_QUEUED = 512  # examples waiting for the disk
-SAY_EVERY = 10  # seconds
 OVERHEAD = 250  # bytes of an example besides image and tokens: names, box, ArrayRecord's chunk
 
 
@@ -140,7 +136,7 @@ def _render_batches(config, source, batch_size: int, todo, pool) -> Iterator[lis
         yield [future.result() for future in futures]
 
 
-def _encode(rendered: Iterator, start: Callable, timer: "StageTimer") -> Iterator[dict]:
+def _encode(rendered: Iterator, start: Callable, timer: StageTimer) -> Iterator[dict]:
     """Yields stored examples in order; the teacher runs PREFETCH batches ahead."""
     batches = iter(lambda: timer.timed("images", next, rendered, None), None)
     in_flight = ((batch, start(np.stack([view.image for view in batch]))) for batch in batches)
@@ -148,7 +144,7 @@ def _encode(rendered: Iterator, start: Callable, timer: "StageTimer") -> Iterato
         yield from _fetch_results(batch, results, timer)
 
 
-def _fetch_results(batch: list[RenderedView], results, timer: "StageTimer") -> Iterator[dict]:
+def _fetch_results(batch: list[RenderedView], results, timer: StageTimer) -> Iterator[dict]:
     tokens, finite = timer.timed("teacher", lambda: [np.asarray(result) for result in results])
     require_finite(finite)
     timer.done(len(batch))
@@ -216,48 +212,3 @@ class _ShardWriter:
         for writing in self._writing:
             writing.result()
         self._threads.shutdown()
-
-
-class StageTimer:
-    """Progress of this process, and the time it waits for each stage after the first batch."""
-
-    def __init__(self, total: int, example_bytes: float, say: Callable[[str], None]):
-        self._total, self._bytes = total, example_bytes
-        self._done = self._first = 0
-        self._start = time.monotonic()
-        self._progress = progress.Progress("examples", SAY_EVERY, say=say)
-        self._waited = {"images": 0.0, "teacher": 0.0, "disk": 0.0}
-
-    def timed(self, stage: str, function: Callable, *args) -> Any:
-        """Returns function(*args); adds its time to a stage."""
-        start = time.monotonic()
-        result = function(*args)
-        self._waited[stage] += time.monotonic() - start
-        return result
-
-    def done(self, examples: int):
-        """Counts examples; logs the progress every SAY_EVERY seconds."""
-        self._done += examples
-        if not self._first:  # the time so far was the compile
-            self._first, self._start = examples, time.monotonic()
-            self._waited = dict.fromkeys(self._waited, 0.0)
-        if self._done == self._total or self._progress.is_due():
-            shares = self.summary()
-            rate = shares.pop("images_per_second")
-            remaining = (self._total - self._done) / rate if rate else math.inf
-            self._progress.show(
-                self._done,
-                self._total,
-                f"({self._done / self._total:.1%}), "
-                f"{self._done * self._bytes / 1e9:.2f} GB, {rate:.0f} img/s, waiting for "
-                f"{', '.join(f'{stage} {share:.0%}' for stage, share in shares.items())}, "
-                f"eta {progress.duration(remaining)}",
-            )
-        if self._done == self._total:
-            self._progress.close()
-
-    def summary(self) -> dict[str, float]:
-        """Returns images_per_second and the fraction of time waited for each stage."""
-        elapsed = max(time.monotonic() - self._start, 1e-9)
-        shares = {stage: seconds / elapsed for stage, seconds in self._waited.items()}
-        return {"images_per_second": (self._done - self._first) / elapsed} | shares
