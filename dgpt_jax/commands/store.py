@@ -83,12 +83,12 @@ def parse() -> argparse.Namespace:
 
 def _check_selection(args: argparse.Namespace) -> None:
     """Raises UserError unless an action has the flags that it needs."""
-    given = [name for name in SELECTIONS if getattr(args, name) is not None]
-    if args.action == "extract" and len(given) != 1:
+    selections = [name for name in SELECTIONS if getattr(args, name) is not None]
+    if args.action == "extract" and len(selections) != 1:
         flags = ", ".join(f"--{name}" for name in SELECTIONS)
-        raise UserError(f"extract takes one of {flags}, not {len(given)} of them")
-    if args.action == "extract" and args.seed is not None and given[0] in ("ids", "labels"):
-        raise UserError(f"--seed has no effect with --{given[0]}: leave it out")
+        raise UserError(f"extract takes one of {flags}, not {len(selections)} of them")
+    if args.action == "extract" and args.seed is not None and selections[0] in ("ids", "labels"):
+        raise UserError(f"--seed has no effect with --{selections[0]}: leave it out")
     if args.action == "split" and args.fraction is None:
         raise UserError("split needs --fraction, as --fraction=0.1 for the second store")
     if args.fraction is not None and not 0 < args.fraction < 1:

@@ -134,15 +134,15 @@ def _same_or_new(target: Derived) -> Derived:
         if other := [n for n in names if "array_record" in n or n == "dataset_info.json"]:
             raise UserError(f"{out} already contains a dataset ({other[0]}): choose another OUT")
         return target
-    begun = StoreInfo.load(out)
+    stored = StoreInfo.load(out)
     free = {"name": "", "command": "", "code_version": ""}
-    saved, new = (dataclasses.asdict(i) | free for i in (begun, target.info))
+    saved, new = (dataclasses.asdict(i) | free for i in (stored, target.info))
     if saved != new:
         raise UserError(
-            f"{out} holds a store of another selection or of other sources, by {begun.command}: "
+            f"{out} holds a store of another selection or of other sources, by {stored.command}: "
             f"repeat that, or choose another OUT"
         )
-    return dataclasses.replace(target, info=begun)
+    return dataclasses.replace(target, info=stored)
 
 
 def _plan_view(target: Derived, view: int) -> list[Shard]:

@@ -23,7 +23,9 @@ def fractions(index: Index, seed: int) -> np.ndarray:
     """Returns a uniform number in [0, 1) per example, (n,) float64: a function of its id and the
     seed, so that it does not change when the store grows."""
     salt = hashlib.blake2b(str(seed).encode()).digest()
-    hashes = b"".join(hashlib.blake2b(key, digest_size=8, key=salt).digest() for key in index.keys)
+    hashes = bytearray()  # joined one by one: a list of them would take 60 bytes each
+    for key in index.keys:
+        hashes += hashlib.blake2b(key, digest_size=8, key=salt).digest()
     return (np.frombuffer(hashes, "<u8") >> np.uint64(11)) * 2.0**-53
 
 

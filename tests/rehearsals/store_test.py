@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 RECORDS = int(os.environ.get("REHEARSAL_RECORDS", 40_000))
 FEW, VIEWS, SHARD = 2_000, 2, 8192
 MEMORY = 60e6, 100  # bytes beyond the command on FEW records: constant, and per record
-FILES = 60  # open at a time, beyond those of FEW
+FILES = 70  # open at a time, beyond those of FEW: `info` samples 64 records
 CODE = """
 from dgpt_jax.commands import store
 sys.argv = ["store.py", *sys.argv[1:]]
@@ -30,7 +30,9 @@ store.main()
 def write_store(directory, first: int, count: int):
     """Writes a store whose records have the ids first, first + 1, … and are otherwise equal."""
     info = stores.store_info(grid=(1, 1), cls=False, image_size=8)
-    stores.write_ids(directory / "one", ["123456789"], views=1, classes=(), info=info)
+    stores.write_ids(
+        directory / "one", ["123456789"], views=1, shard_size=SHARD, classes=(), info=info
+    )
     template = tfds_dataset.Split(directory / "one", "view000").raw(0)
     before, after = template.split(b"123456789")
     out = directory / "store"

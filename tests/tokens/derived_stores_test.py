@@ -18,6 +18,8 @@ from dgpt_jax.tokens import build, verify
 from tests.support import data
 from tests.training import loop_test
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
