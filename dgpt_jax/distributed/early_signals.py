@@ -16,8 +16,8 @@ import sys
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again"
 # Commands that call preemption.raise_on_sigterm; others leave SIGTERM to the system.
 RESUMABLE = (
-    "ablate", "build_tokens", "checkpoint", "continued", "convert", "pretrain", "quickstart",
-    "train",
+    "ablate", "build_tokens", "checkpoint", "continued", "convert", "embed", "pretrain",
+    "quickstart", "store", "train",
 )  # fmt: skip
 
 PARENT = "DGPT_JAX_PARENT"

@@ -49,7 +49,8 @@ def test_every_config_shrinks(name, tmp_path):
     kind = schema_of(Path(name.partition(":")[0]))
     if kind is roots.TrainConfig:
         flags = ["config.data.path=somewhere"]
-        if cli.load_config(name).task == "classify":
+        config = cli.load_config(name)
+        if config.task == "classify" or config.init.weights:
             flags.append(run_of_smoke(tmp_path))
         before, small = shrunk(name, *flags)
         assert small.model.width == 32 and small.model.depth == 8 and small.batch_size == 16

@@ -116,6 +116,7 @@ def test_a_head_is_loaded_only_for_its_own_classes(tmp_path):
     assert "head" in initial_weights.for_classifier(config).params
 
 
+@pytest.mark.slow
 def test_training_keeps_class_names(tmp_path):
     dataset = data.image_dataset(tmp_path, per_class=4, classes=("west", "east"))
     run = classifying.settings(

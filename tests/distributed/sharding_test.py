@@ -40,9 +40,10 @@ def one_device(store, tmp_path_factory):
     return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layouts",
-    [("2x2x2",), pytest.param(("8x1x1", "1x8x1", "2x4x1", "2x1x1:2"), marks=pytest.mark.slow)],
+    [("2x2x2",), ("8x1x1", "1x8x1", "2x4x1", "2x1x1:2")],
     ids=["all_axes", "others"],
 )
 def test_every_layout_gives_the_same_numbers(one_device, store, tmp_path, layouts):

@@ -118,6 +118,7 @@ def test_two_processes():
     in_processes(2, 2, two_processes)
 
 
+@pytest.mark.slow
 def test_many_devices():
     on_devices(8, many_devices)
 

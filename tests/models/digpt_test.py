@@ -94,6 +94,7 @@ def test_official_layout_round_trip(golden):
 
 # Trainable parameters of the encoder and of the full pretraining model with C = 1024.
 PARAMETERS = {
+    "Ti/16": (5_486_208, 77_937_024),
     "S/16": (21_589_248, 97_186_560),
     "B/16": (85_645_824, 167_536_128),
     "L/16": (303_097_856, 389_183_488),

@@ -69,10 +69,8 @@ def test_all_formats_are_read_as_before(directory):
         assert_close(actual[name], expected[name], f"/{name}/")
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("run", "tuned")]
-
-
-@pytest.mark.parametrize("name", ["ema", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run", "ema", "tuned"])
 def test_a_run_resumes_with_the_same_losses(directory, name, capsys):
     """From the checkpoint of step 3, against the run's own log, which goes to step 6."""
     expected = formats.curves(directory / name)["loss"]

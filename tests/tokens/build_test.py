@@ -52,6 +52,7 @@ def run(command, out, **kwargs) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_build_the_same_store(built, tmp_path):
     _, command, store = built
     port = portpicker.pick_unused_port()

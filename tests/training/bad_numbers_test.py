@@ -245,6 +245,7 @@ def test_two_processes_dump_one_step(store, tmp_path):
     assert now == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_replay_of_a_good_step_returns_its_loss(store, tmp_path):
     """Without dataset and run."""
     config = settings(store)

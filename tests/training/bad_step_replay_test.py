@@ -127,7 +127,8 @@ def check_layouts(directory, task: str):
         assert_same(replayed.now, expected)
 
 
-@pytest.mark.parametrize("task", [pytest.param("pretrain", marks=pytest.mark.slow), "classify"])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pretrain", "classify"])
 def test_splits_equal_the_unsplit_computation(tmp_path, task):
     processes.on_devices(8, check_layouts, str(tmp_path), task)
 
@@ -229,6 +230,7 @@ def test_tokens_are_dumped_as_stored(tmp_path):
         np.testing.assert_array_equal(file["tokens"], batch["tokens"])
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_train_step():
     """With 16 micro-batches; compiled, not run."""
     config = settings(accum_steps=16, batch_size=256)

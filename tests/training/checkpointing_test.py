@@ -136,6 +136,7 @@ def test_errors_wait_for_the_save_in_flight(tmp_path, monkeypatch, error):
     assert closed and not checkpoints._manager.is_saving_in_progress() and steps_in(tmp_path) == [1]
 
 
+@pytest.mark.slow
 def test_the_loop_retries_failed_saves(store, tmp_path, failures, monkeypatch, capfd):
     """One during the run, and that of the last step, with its evaluation results."""
     saved, save = [], checkpointing.Checkpoints.save

@@ -122,6 +122,7 @@ def test_a_resumed_run_never_reads_the_weights(store, tmp_path, monkeypatch, cap
         train.train(run, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_frozen_parameters_move_after_their_steps(store, tmp_path):
     """Moving averages would follow, so there are none here; step 0 has a learning rate of 0."""
     (tmp_path / "source").mkdir()

@@ -161,6 +161,7 @@ def test_errors_precede_all_other_lines(inputs, full_run, tmp_path, capsys, chan
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_configured_values_are_printed(inputs, tmp_path, capsys):
     """Those that differ from the defaults; config.json has all."""
     run = settings(inputs[2], total="2 steps", optim={"warmup": "1 steps"})
@@ -181,7 +182,9 @@ def test_ctrl_c_saves(inputs, tmp_path, monkeypatch):
     assert traces(tmp_path) == ["step_1"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_in_the_last_step_does_not_resume(inputs, tmp_path, monkeypatch, number, capsys):
     """The run is finished: its results are saved and the command succeeds."""
     stop_after(monkeypatch, 2, number)
@@ -192,6 +195,7 @@ def test_a_signal_in_the_last_step_does_not_resume(inputs, tmp_path, monkeypatch
     assert f"finished: {tmp_path} holds step 2, the last" in lines
 
 
+@pytest.mark.slow
 def test_an_implicit_transfer_in_the_loop_is_an_error(inputs, tmp_path, monkeypatch):
     make_train_step = train.make_train_step
 

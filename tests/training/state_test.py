@@ -1,6 +1,7 @@
 """The initial state is created sharded."""
 
 import jax
+import pytest
 
 from dgpt_jax.config import MeshConfig, roots
 from dgpt_jax.distributed import sharding
@@ -38,5 +39,6 @@ def on_eight_devices():
     )  # the measurement does detect full copies
 
 
+@pytest.mark.slow
 def test_no_device_holds_an_unsharded_copy():
     on_devices(8, on_eight_devices)

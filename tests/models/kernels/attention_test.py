@@ -67,7 +67,9 @@ def test_gpu_kernels_compute_attention(stacks, queries, keys, heads, head_width,
     check_on_gpu(projections, gradient, head_width, mask)
 
 
-@pytest.mark.parametrize("cls_mask", ["official", "self", "all"])
+@pytest.mark.parametrize(
+    "cls_mask", ["all", *(pytest.param(x, marks=pytest.mark.slow) for x in ("official", "self"))]
+)
 def test_gpu_kernels_over_several_tiles_and_blocks(cls_mask):
     """The mask of pretraining: 148 tokens are 3 tiles, and blocks of 128 and 32, or 5 of 32."""
     mask = segments.attention_mask(3, 49, cls_mask)
