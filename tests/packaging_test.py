@@ -124,6 +124,22 @@ def test_own_images(installed):
         assert (root / name).stat().st_size > 1000
 
 
+def test_pretrain_from_the_wheel(installed):
+    run, root = installed
+    tower = dataclasses.replace(data.TOWER, image_size=32, patch=8)
+    (root / "clip").mkdir()
+    data.random_teacher(root / "clip", tower=tower)
+    data.write_folder(root / "photos", 40, split="", seed=2)
+    output = run(
+        "dgpt", "pretrain", "photos", "--teacher=clip", "--out=PRETRAINED", "--size=Ti/8",
+        "--epochs=2", "--views=1",
+    )  # fmt: skip
+    assert output.strip().splitlines()[-1].startswith("next: ")
+    assert not re.search(r"tools/|python -m dgpt_jax|configs/\w", output), output
+    for name in ("timm/model.safetensors", "report/index.html"):
+        assert (root / "PRETRAINED" / name).stat().st_size > 1000
+
+
 def test_other_forms(installed):
     run, _ = installed
     assert run("dgpt") == run("dgpt", "help")

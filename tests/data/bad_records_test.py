@@ -205,6 +205,7 @@ def test_only_bad_records(tmp_path):
         batches(opened_images(path, max_bad_fraction=1.0), 1)
 
 
+@pytest.mark.slow
 def test_training_logs_bad_records(spotted, tmp_path, capfd):
     settings = dict(
         total="10 steps", batch_size=8, log_every=1,

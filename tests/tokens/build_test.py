@@ -74,6 +74,7 @@ def test_two_processes_of_four_devices_build_the_same_store(built, tmp_path):
     assert expected.splits["view001"].shard_lengths == actual.splits["view001"].shard_lengths
 
 
+@pytest.mark.slow
 def test_a_killed_build_resumes(built, tmp_path):
     _, command, store = built
     out = tmp_path / "tokens"

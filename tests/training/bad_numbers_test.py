@@ -153,6 +153,7 @@ def lines_of(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_batches_with_a_bad_example_are_skipped(store, tmp_path):
     poisoned(store, [5])
     config = settings(store)

@@ -151,6 +151,7 @@ def as_of_devices(path, devices: int):
     (path / "step.json").write_text(json.dumps(metadata | {"batch_shards": devices}))
 
 
+@pytest.mark.slow
 def test_a_microbatch_has_the_size_of_one_device(tmp_path, monkeypatch):
     path, _, _ = dump(tmp_path, task_of(settings(accum_steps=4)))
     as_of_devices(path, 2)

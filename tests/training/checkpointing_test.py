@@ -169,6 +169,7 @@ def test_the_loop_retries_failed_saves(store, tmp_path, failures, monkeypatch, c
     assert "the last checkpoint could not be written" in log
 
 
+@pytest.mark.slow
 def test_a_retry_at_a_due_step_saves_once(store, tmp_path, failures, monkeypatch):
     """The save of step 2 fails, which is detected at step 4, where one is due."""
     saved, save = [], checkpointing.Checkpoints.save

@@ -233,6 +233,7 @@ def test_positions_of_another_grid(store, tmp_path):
     assert set(start.params) == {"encoder"}
 
 
+@pytest.mark.slow
 def test_layer_decay_of_pretraining(store):
     """Decoders have the full rate, positions no weight decay."""
     run = settings(

@@ -119,6 +119,7 @@ def test_unrolled_blocks_recompute_under_memory_saving_policies(remat, barriers,
     assert ("optimization_barrier" in step.lower(params).as_text()) == barriers
 
 
+@pytest.mark.slow
 def test_the_check_detects_wrong_kernels(small_check, monkeypatch):
     """As tools/doctor.py runs it on an accelerator."""
     rows = kernel_check.deviations()
