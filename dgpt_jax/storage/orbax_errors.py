@@ -31,6 +31,7 @@ def translate_damage(item: AnyPath) -> Iterator[None]:
         raise
     except Exception as e:
         sys.unraisablehook = _without_late_operations
+        logging.getLogger("asyncio").addFilter(_is_no_other_array)
         reason = one_line(e)
         missing = isinstance(e, (FileNotFoundError, NotADirectoryError))
         if (isinstance(e, OSError) and not missing) or UNREACHABLE.search(reason):
@@ -54,6 +55,11 @@ def hide_repeated_errors() -> None:
 
 def _is_no_thread(record: logging.LogRecord) -> bool:
     return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+
+def _is_no_other_array(record: logging.LogRecord) -> bool:
+    """False for errors of further arrays: asyncio logs those that nobody has awaited."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _without_late_operations(unraisable, before=sys.unraisablehook):
