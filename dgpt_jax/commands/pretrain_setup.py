@@ -13,11 +13,11 @@ from dgpt_jax.errors import UserError, counted
 from dgpt_jax.planning import training_choice
 from dgpt_jax.planning.training_choice import BatchChoice, Devices
 from dgpt_jax.storage import disk_space
+from dgpt_jax.tokens import writer
 
 IMAGE_SIZE = 224
 FEW_IMAGES = 10_000  # below which a store has 8 views instead of 4
 JPEG_BYTES = 0.55  # of a stored image, per pixel (JPEG, quality 95)
-RECORD_BYTES = 250  # of an example besides image and tokens
 CHECKPOINT_BYTES = 12  # per parameter: with both moments of AdamW
 CHECKPOINTS = 3  # two are kept, while a third is written
 LETTERS = tuple(dict.fromkeys(size.partition("/")[0] for size in SIZES))
@@ -166,7 +166,7 @@ class Setup:
     def bytes_needed(self) -> dict[str, int]:
         """Returns the bytes that each part of the result will take on the disk."""
         teacher, division = self.teacher, self.division
-        record = teacher["tokens"] * (teacher["width"] + 2) + RECORD_BYTES
+        record = teacher["tokens"] * teacher["width"] + writer.OVERHEAD  # int8
         record += JPEG_BYTES * self.model.image_size**2
         views = self.views * division.train_images + division.heldout_images
         encoder, decoders = training_choice.parameters(self.model, teacher["width"])

@@ -50,14 +50,13 @@ class Session:
 @dataclass(frozen=True)
 class TimeUse:
     """Sums in seconds. wall: from the first start to the last line. steps: of all logged intervals,
-    waiting for data included; waiting: of these. between: from the last line of a session to the
+    waiting for data included. between: from the last line of a session to the
     start of the next; steps after that line, which a kill lost, are in it. sessions: of which there
     are lines."""
 
     wall: float
     startup: float
     steps: float
-    waiting: float
     evaluations: float
     checkpoints: float
     between: float
@@ -68,7 +67,7 @@ class Reader:
     """Sums the times of the lines of a log, in the order of the file."""
 
     def __init__(self):
-        self._sums = dict.fromkeys(("startup", "steps", "waiting", "evaluation", "checkpoint"), 0.0)
+        self._sums = dict.fromkeys(("startup", "steps", "evaluation", "checkpoint"), 0.0)
         self._first = self._last = math.nan
         self._between, self._sessions, self._complete = 0.0, 0, True
 
@@ -81,9 +80,7 @@ class Reader:
             self._complete = False  # of a version that did not log them, or damaged
             return
         self._last = times["time"]
-        steps = values.get("step_seconds", 0.0)
-        self._sums["steps"] += steps
-        self._sums["waiting"] += steps * values.get("data_wait", 0.0)
+        self._sums["steps"] += values.get("step_seconds", 0.0)
         for name in ("startup", "evaluation", "checkpoint"):
             self._sums[name] += times.get(f"{name}_seconds", 0.0)
 
@@ -99,15 +96,13 @@ class Reader:
     def result(self) -> TimeUse | None:
         """Returns the sums; None if a line lacks times, or clocks of sessions contradict."""
         sums, wall = self._sums, self._last - self._first
-        known = sum(sums[x] for x in ("startup", "steps", "evaluation", "checkpoint"))
-        known += self._between
+        known = sum(sums.values()) + self._between
         if not self._complete or not self._sessions or not known <= wall + MAX_CLOCK_ERROR:
             return None
         return TimeUse(
             wall=wall,
             startup=sums["startup"],
             steps=sums["steps"],
-            waiting=sums["waiting"],
             evaluations=sums["evaluation"],
             checkpoints=sums["checkpoint"],
             between=self._between,

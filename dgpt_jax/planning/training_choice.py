@@ -2,7 +2,7 @@
 
 Memory of a step is computed from the model, not compiled: 16 bytes per parameter (parameter,
 gradient, both moments of AdamW) and bytes per activation that were fitted to the peak memory of
-B/16, S/16 and L/14 on a GPU (docs/results/gpu.md: within 5 %).
+B/16, S/16 and L/14 on a GPU (docs/results/gpu.md: within 6 %).
 """
 
 import math
