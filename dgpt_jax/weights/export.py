@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dgpt_jax.errors import UserError, counted
-from dgpt_jax.storage import disk_space, output_paths
+from dgpt_jax.storage import disk_space, output_paths, scratch_dir
 from dgpt_jax.weights import card, parity, registry
 from dgpt_jax.weights.types import WeightLayout, Weights, encoder
 
@@ -60,11 +60,9 @@ def write(
     needed = sum(x.nbytes for x in weights.params.values())
     disk_space.require(dst, needed, "free some, or write to another disk")
     with _writing(dst):  # on the same file system, to be moved, not copied
-        scratch = tempfile.TemporaryDirectory(
-            prefix=f".{target.name}.", dir=parent, ignore_cleanup_errors=True
-        )
-    with scratch:
-        staging = Path(scratch.name) / "export"
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    with scratch_dir.removed(scratch):
+        staging = scratch / "export"
         written = staging / target.name if layout.suffixes else staging
         with _writing(dst):
             staging.mkdir()
