@@ -1,11 +1,13 @@
-"""Vision towers of teachers: CLIP's, SigLIP's and DINOv2's in one module.
+"""Vision towers of teachers in one module.
 
-Sources: CLIP is `clip.py` of the official D-iGPT, after OpenAI's; SigLIP (arXiv 2303.15343) and
-DINOv2 (arXiv 2304.07193, registers 2309.16588) are Hugging Face's SiglipVisionModel, Dinov2Model
-and Dinov2WithRegistersModel.
+Sources: CLIP is `clip.py` of the official D-iGPT, after OpenAI's; SigLIP (arXiv 2303.15343),
+DINOv2 (2304.07193, registers 2309.16588), DINOv3 (2508.10104), AIMv2 (2411.14402), TIPSv2 and
+C-RADIO (2412.07679) are Hugging Face's classes; EVA-02-CLIP (2303.15389), the Perception Encoder
+(2504.13181) and other towers of OpenCLIP are timm's.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 
 from dgpt_jax.data.normalization import CLIP_MEAN, CLIP_STD
 from dgpt_jax.models import transformer, vit
+from dgpt_jax.models.rope import Rope
+from dgpt_jax.models.teacher_block import NORMS, TeacherBlock
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,10 @@ class TeacherArchitecture:
 
     Sizes in pixels, widths in channels. `out_width`: None for a tower without a projection.
     `activation`: a name of transformer.ACTIVATIONS. `registers`: tokens that are dropped after the
-    blocks.
+    blocks; other class tokens than the first are among them. `norm`: of teacher_block.NORMS.
+    `embed_norm`: a norm of the patches before their positions; `pre_norm`: of all tokens before the
+    blocks; `attn_norm`, `mlp_norm`: within the blocks; `post_norm`: after them. `positions`: False
+    without learned ones.
     """
 
     image_size: int
@@ -41,6 +48,14 @@ class TeacherArchitecture:
     pre_norm: bool = True
     patch_bias: bool = False
     layer_scale: bool = False
+    positions: bool = True
+    rope: Rope | None = None
+    norm: str = "layer"
+    embed_norm: bool = False
+    attn_norm: bool = False
+    mlp_norm: bool = False
+    post_norm: bool = True
+    proj_bias: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -52,6 +67,15 @@ class TeacherArchitecture:
     def token_width(self) -> int:
         """C, the width of the output tokens."""
         return self.width if self.out_width is None else self.out_width
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the fields as JSON values, for metadata: those that CLIP, SigLIP and DINOv2 need,
+        which the metadata of older stores have, and others where they are not the default."""
+        values = asdict(self)
+        names = [field.name for field in fields(self)]
+        newer = names[names.index("positions") :]
+        default = {field.name: field.default for field in fields(self)}
+        return {k: v for k, v in values.items() if k not in newer or v != default[k]}
 
 
 class TeacherViT(nn.Module):
@@ -65,6 +89,7 @@ class TeacherViT(nn.Module):
         """Tokens (B, cls+N, C) float32, CLS first, of normalized images (B, size, size, 3)."""
         tower, batch = self.tower, len(images)
         normal = nn.initializers.normal(tower.width**-0.5)
+        norm = partial(NORMS[tower.norm], tower.eps)
         covered = tower.grid[0] * tower.patch
         if covered != tower.image_size:  # like a convolution, which ignores incomplete patches
             images = images[:, :covered, :covered]
@@ -73,33 +98,43 @@ class TeacherViT(nn.Module):
             tower.width, use_bias=tower.patch_bias, dtype=self.dtype, name="patch_embed"
         )
         x = embed(patches.reshape(batch, -1, patches.shape[-1]))
+        if tower.embed_norm:
+            x = norm(name="embed_norm")(x)
         if tower.cls:
             cls = self.param("class_embedding", normal, (tower.width,))
             cls = jnp.broadcast_to(cls, (batch, 1, tower.width))
             x = jnp.concatenate([cls, x], axis=1)
-        x = x + self.param("positions", normal, (x.shape[1], tower.width))
+        if tower.positions:
+            x = x + self.param("positions", normal, (x.shape[1], tower.width))
         if tower.registers:
             registers = self.param("registers", normal, (tower.registers, tower.width))
             registers = jnp.broadcast_to(registers, (batch, tower.registers, tower.width))
             x = jnp.concatenate([x[:, : tower.cls], registers, x[:, tower.cls :]], axis=1)
         if tower.pre_norm:
-            x = transformer.LayerNorm(tower.eps, name="ln_pre")(x)
-        block = transformer.Block(
+            x = norm(name="ln_pre")(x)
+        x = x.astype(jnp.float32)
+        block = TeacherBlock(
             tower.heads,
+            mlp_width=tower.mlp_width,
             activation=tower.activation,
             eps=tower.eps,
             dtype=self.dtype,
-            mlp_width=tower.mlp_width,
             layer_scale=tower.layer_scale,
+            norm=tower.norm,
+            rope=tower.rope,
+            grid=tower.grid,
+            attn_norm=tower.attn_norm,
+            mlp_norm=tower.mlp_norm,
             name="blocks",
         )
         x, _ = transformer.scan_blocks(block, tower.depth, x, None, trained=False)
         if tower.registers:
             x = jnp.concatenate([x[:, : tower.cls], x[:, tower.cls + tower.registers :]], axis=1)
-        x = transformer.LayerNorm(tower.eps, name="ln_post")(x)
+        if tower.post_norm:
+            x = norm(name="ln_post")(x)
         if tower.out_width is None:
             return x
-        proj = nn.Dense(tower.out_width, use_bias=False, dtype=self.dtype, name="proj")
+        proj = nn.Dense(tower.out_width, use_bias=tower.proj_bias, dtype=self.dtype, name="proj")
         return proj(x.astype(self.dtype)).astype(jnp.float32)
 
 

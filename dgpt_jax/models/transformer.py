@@ -1,4 +1,4 @@
-"""Pre-LN transformer blocks, shared by the encoder, the decoders and the teachers.
+"""Pre-LN transformer blocks of the encoder and the decoders, and what the teachers share with them.
 
 Blocks are scanned: their parameters are stacked along a leading layer axis, and the scan returns
 the residual stream before every block, for callers that tap it. Parameter names are timm's, so that
@@ -151,29 +151,25 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """MLP of `hidden` units, or width · ratio; twice as many before a gated activation."""
+    """MLP of width · ratio units."""
 
     ratio: float
     activation: str
     dtype: Any
-    hidden: int | None = None
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         width = x_BND.shape[-1]
-        units = int(width * self.ratio) if self.hidden is None else self.hidden
-        units *= 2 if self.activation == "swiglu" else 1
+        units = int(width * self.ratio)
         dense = {"kernel_init": xavier, "dtype": self.dtype}
         hidden = save_for_backward(nn.Dense(units, name="fc1", **dense)(x_BND))
         return nn.Dense(width, name="fc2", **dense)(ACTIVATIONS[self.activation](hidden))
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block: x += ls1 · attn(norm1 x); x += ls2 · mlp(norm2 x).
+    """Pre-LN transformer block: x += attn(norm1 x); x += mlp(norm2 x).
 
-    drop_path_scale_B2 scales the two branches of each example (vit.sample_drop_path). ls1 and ls2
-    (D,) exist if `layer_scale`. `mlp_width` replaces mlp_ratio where a ratio is inexact:
-    int(width * (mlp_width / width)) may be one less.
+    drop_path_scale_B2 scales the two branches of each example (vit.sample_drop_path).
     """
 
     heads: int
@@ -181,23 +177,16 @@ class Block(nn.Module):
     activation: str = "gelu"
     eps: float = 1e-6
     dtype: Any = jnp.float32
-    mlp_width: int | None = None
-    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, mask_NM=None, drop_path_scale_B2=None) -> jax.Array:
         def scaled(branch, y_BND):
-            if self.layer_scale:
-                name = f"ls{branch + 1}"
-                y_BND = y_BND * self.param(name, nn.initializers.ones, y_BND.shape[-1:])
-            return (
-                y_BND
-                if drop_path_scale_B2 is None
-                else y_BND * drop_path_scale_B2[:, branch, None, None]
-            )
+            if drop_path_scale_B2 is None:
+                return y_BND
+            return y_BND * drop_path_scale_B2[:, branch, None, None]
 
         attn = Attention(self.heads, self.dtype, name="attn")
-        mlp = Mlp(self.mlp_ratio, self.activation, self.dtype, self.mlp_width, name="mlp")
+        mlp = Mlp(self.mlp_ratio, self.activation, self.dtype, name="mlp")
         y = LayerNorm(self.eps, self.dtype, name="norm1")(x_BND)
         x_BND = x_BND + scaled(0, save_for_backward(attn(y, mask_NM)))
         y = LayerNorm(self.eps, self.dtype, name="norm2")(x_BND)

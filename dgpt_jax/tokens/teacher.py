@@ -1,6 +1,5 @@
 """Teacher inference outside of training, on the devices of this process."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -74,11 +73,10 @@ class Teacher:
 
     def describe(self) -> dict:
         """Returns the metadata that a token store records."""
-        tower = dataclasses.asdict(self.tower)
         return {
             "name": self.name,
             "hash": self.hash,
             "dtype": self.dtype,
             "width": self.tower.token_width,
-            "tower": tower,
+            "tower": self.tower.describe(),
         }

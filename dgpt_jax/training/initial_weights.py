@@ -14,7 +14,7 @@ from dgpt_jax.data import class_names, segments
 from dgpt_jax.errors import MissingHeads, UserError
 from dgpt_jax.weights import files, mapping, mean_std, registry
 from dgpt_jax.weights import types as weights_lib
-from dgpt_jax.weights.teacher_loading import interpolate_positions
+from dgpt_jax.weights.positions import bicubic
 from dgpt_jax.weights.types import Weights
 
 # Fields that an encoder and config.model must have in common; of mlp_ratio the MLP's width.
@@ -141,9 +141,7 @@ def _resized_positions(weights: Weights, model: ModelConfig) -> tuple[np.ndarray
     positions = weights.params["pos_embed"]
     if weights.model.grid == model.grid:
         return positions, []
-    resized = interpolate_positions(
-        positions[0], (model.grid, model.grid), cls=True, antialias=False
-    )
+    resized = bicubic(positions[0], (model.grid, model.grid), True)
     return resized[None], [f"positions resized from {weights.model.grid}² to {model.grid}² patches"]
 
 

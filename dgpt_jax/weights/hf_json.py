@@ -5,8 +5,9 @@ have one supported value each. IGNORED are attributes of all configs, and keys t
 the text tower or a head reads; names that start with _ are private. Other keys are errors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dgpt_jax.errors import UserError
@@ -31,8 +32,9 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
     "quick_gelu": "quick_gelu",
+    "silu": "swiglu",  # of gated MLPs; the arrays show whether they are
 }
-READ_KEYS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size")
+READ_KEYS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "rms_norm_eps", "image_size")
 # Sizes that the arrays determine too, by our names.
 SIZE_KEYS = {
     "hidden_size": "width",
@@ -64,13 +66,20 @@ IGNORED = (
 
 
 def config(
-    directory: Path, types: Mapping[str, float], *, activation: str
+    directory: Path,
+    types: Mapping[str, float],
+    *,
+    activation: str,
+    heads: int = 12,
+    values: Mapping[str, Any] = MappingProxyType({}),
+    any_of: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, tuple[Any, str]]]:
     """(`settings`, `expected`) of source.Source; both empty without config.json, or with timm's.
 
     types: {model_type: default eps} of the layout, its default type first. Other defaults are those
-    of the library's classes: 12 heads, and the given activation (by its name). Raises UserError on
-    a key that changes the outputs in an unsupported way.
+    of the library's classes: the given heads and activation (by its name). values, any_of: keys of
+    the layout with one supported value, and with any, besides those above. Raises UserError on a
+    key that changes the outputs in an unsupported way.
     """
     file = directory / "config.json"
     content = read_json(file) if file.is_file() else {}
@@ -86,21 +95,28 @@ def config(
         )
     require_values(content, FILE_VALUES, file)
     eps = types[kinds[1] if vision.get("model_type") else kinds[0]]
-    defaults = {"num_attention_heads": 12, "hidden_act": activation, "layer_norm_eps": eps}
+    defaults = {"num_attention_heads": heads, "hidden_act": activation, "layer_norm_eps": eps}
     expected, vision = {}, _vision_config(content, defaults, file)
     width = content.get("projection_dim")
     if width is not None and "clip" in types:
         expected["out_width"] = (width, f"projection_dim in {file}")
     private = {name for name in vision if name.startswith("_")}
-    known = {*READ_KEYS, *SIZE_KEYS, *SUPPORTED_VALUES, *IGNORED, *private}
+    supported = {**SUPPORTED_VALUES, **values}
+    known = {*READ_KEYS, *SIZE_KEYS, *supported, *IGNORED, *any_of, *private}
     refuse_unknown_keys(vision, known, file)
-    require_values(vision, SUPPORTED_VALUES, file)
+    require_values(vision, supported, file)
     expected |= {
         name: (_single(vision[key]), f"{key} in {file}")
         for key, name in SIZE_KEYS.items()
         if vision.get(key) is not None
     }
     return _settings(defaults | vision, file), expected
+
+
+def model_type(directory: Path) -> str | None:
+    """The kind of model that config.json names, None without it."""
+    file = directory / "config.json"
+    return read_json(file).get("model_type") if file.is_file() else None
 
 
 def _vision_config(content: Mapping, defaults: Mapping, file: Path) -> dict:
@@ -131,6 +147,7 @@ def _single(value: Any) -> Any:
 def _settings(vision: Mapping, file: Path) -> dict[str, Any]:
     """heads, activation, eps and image_size."""
     activation = vision["hidden_act"]
+    eps = "rms_norm_eps" if "rms_norm_eps" in vision else "layer_norm_eps"
     if activation not in ACTIVATIONS:
         raise UserError(
             f"{file}: hidden_act {format_value(activation)} is none of {', '.join(ACTIVATIONS)}"
@@ -138,7 +155,7 @@ def _settings(vision: Mapping, file: Path) -> dict[str, Any]:
     settings = {
         "heads": positive_int(vision["num_attention_heads"], f"{file}: num_attention_heads"),
         "activation": ACTIVATIONS[activation],
-        "eps": fraction(vision["layer_norm_eps"], f"{file}: layer_norm_eps"),
+        "eps": fraction(vision[eps], f"{file}: {eps}"),
     }
     if vision.get("image_size") is not None:
         settings["image_size"] = positive_int(vision["image_size"], f"{file}: image_size")

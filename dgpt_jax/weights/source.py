@@ -12,22 +12,26 @@ from typing import Any
 import numpy as np
 
 from dgpt_jax.errors import UserError, printable
+from dgpt_jax.weights import positions
 from dgpt_jax.weights.mapping import ArrayEntry
+from dgpt_jax.weights.positions import Resize
 
 SUPPORTED = (
-    "CLIP ViT of OpenAI and OpenCLIP (visual.*); Hugging Face's CLIPModel, "
-    "CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel, Dinov2Model and "
-    "Dinov2WithRegistersModel"
+    "CLIP ViT of OpenAI and OpenCLIP (visual.*); EVA-02-CLIP, Perception Encoder (core) and plain "
+    "ViTs of timm, alone or in OpenCLIP's files; DINOv3 of Meta and timm; AIMv2 of Apple; Hugging "
+    "Face's CLIPModel, CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel, "
+    "Siglip2VisionModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, Aimv2VisionModel, "
+    "RadioModel and Tipsv2VisionModel"
 )
 MAX_NAMES = 5  # array names in a message
 
 
 @dataclass(frozen=True)
 class Source:
-    """A teacher's vision tower in a published layout (layouts/{clip,siglip,dinov2}.py).
+    """A teacher's vision tower in a published layout (layouts/).
 
-    state: the tower's arrays. entries: table of names for a depth. antialias: True if the layout's
-    own code resizes positions with antialiasing.
+    state: the tower's arrays. entries: table of names for a depth. resize: of positions, as the
+    layout's own code does it.
 
     The rest are settings by the field names of teacher_vit.TeacherArchitecture:
     defaults: of the layout. settings: heads, activation, eps, mean, std and image_size as the JSON
@@ -41,7 +45,7 @@ class Source:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     expected: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
-    antialias: bool = False
+    resize: Resize = positions.bicubic
 
 
 def unsupported(path: Path | str, reason: str) -> UserError:

@@ -15,7 +15,16 @@ from dgpt_jax.models.teacher_vit import TeacherArchitecture, TeacherViT
 from dgpt_jax.models.transformer import ACTIVATIONS
 from dgpt_jax.weights import files, hub, mapping, mean_std, open_clip_json
 from dgpt_jax.weights.config_json import check_sizes, is_timm, read_json
-from dgpt_jax.weights.layouts import clip, dinov2, siglip
+from dgpt_jax.weights.layouts import (
+    aimv2,
+    clip,
+    dinov2,
+    dinov3,
+    eva,
+    radio,
+    siglip,
+    timm_vit,
+)
 from dgpt_jax.weights.source import Source, first_names, unsupported
 
 FILES = (
@@ -27,7 +36,11 @@ FILES = (
     "pytorch_model.bin.index.json",
 )
 # Each returns None for other layouts; in this order, since names of CLIP and SigLIP overlap.
-LAYOUTS = (clip.openclip, clip.hf, siglip.source, dinov2.source)
+LAYOUTS = (
+    radio.tips, eva.eva02, eva.perception_encoder, timm_vit.source, clip.openclip, clip.hf,
+    siglip.source, dinov2.source, dinov3.hugging_face, dinov3.original, dinov3.timm, aimv2.source,
+    radio.radio,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,12 +95,11 @@ def load(
                     f"config.teacher.image_size {image_size} is not a multiple of the patch size "
                     f"{tower.patch}"
                 )
-            flat["positions"] = interpolate_positions(
-                flat["positions"], tower.grid, cls=tower.cls, antialias=source.antialias
-            )
-            notes += (
-                f"{path}: positions interpolated from {old.image_size} to {image_size} pixels",
-            )
+            if tower.positions:
+                flat["positions"] = source.resize(flat["positions"], tower.grid, tower.cls)
+                notes += (
+                    f"{path}: positions interpolated from {old.image_size} to {image_size} pixels",
+                )
     file, _ = files.split(path)
     name = file.parent.name if file.name in FILES else file.stem
     name = named.name if named else name
@@ -111,21 +123,6 @@ def parameter_shapes(tower: TeacherArchitecture) -> dict[str, tuple[int, ...]]:
     images = np.zeros((1, tower.image_size, tower.image_size, 3), np.float32)
     params = jax.eval_shape(TeacherViT(tower).init, jax.random.key(0), images)["params"]
     return {name: leaf.shape for name, leaf in mapping.flatten(params).items()}
-
-
-def interpolate_positions(
-    positions: np.ndarray, grid: tuple[int, int], *, cls: bool, antialias: bool
-) -> np.ndarray:
-    """(cls+N, D) to (cls+rows·cols, D) like torch's bicubic with align_corners=False.
-
-    CLS is unchanged. With antialiasing torch uses another bicubic kernel.
-    """
-    side = round((len(positions) - cls) ** 0.5)
-    width = positions.shape[1]
-    table = positions[int(cls) :].reshape(side, side, width)
-    kernel = "cubic" if antialias else "cubic-pytorch"
-    table = jax.image.resize(table, (*grid, width), kernel, antialias=antialias)
-    return np.concatenate([positions[: int(cls)], np.asarray(table).reshape(-1, width)])
 
 
 def _find(path: Path) -> Path:
@@ -161,26 +158,37 @@ def _tower(
     """Architecture by arrays, JSON and config; image_size: the requested one."""
     settings = _settings(source, overrides, path)
     table = {entry.path: entry for entry in reversed(source.entries(1))}
-    leaves = ("patch_embed/kernel", "positions", "blocks/mlp/fc1/bias", "proj/kernel")
-    names = [table[leaf].name for leaf in leaves if leaf in table]
-    missing = [name for name in names if name not in source.state]
+    leaves = ("patch_embed/kernel", "blocks/mlp/fc1/bias", "positions", "proj/kernel")
+    required = [leaf for leaf in leaves if leaf in table or leaf in leaves[:2]]
+    names = {leaf: table[leaf].name for leaf in required if leaf in table}
+    missing = [names.get(leaf, leaf) for leaf in required if names.get(leaf) not in source.state]
     if missing:
         raise UserError(f"{path}: missing {', '.join(missing)}")
-    kernel, positions, hidden, *proj = (source.state[name] for name in names)
-    width, _, patch, _ = kernel.shape
-    out_axis = 0 if proj and table["proj/kernel"].kind == "linear" else 1
-    side = round((positions.shape[-2] - settings.get("cls", True)) ** 0.5)
-    prefix, suffix = names[2].split(".0.")
+    arrays = {leaf: source.state[name] for leaf, name in names.items()}
+    width, _, patch, _ = arrays["patch_embed/kernel"].shape
+    prefix, suffix = names["blocks/mlp/fc1/bias"].split(".0.")
     depth = sum(n.startswith(f"{prefix}.") and n.endswith(f".{suffix}") for n in source.state)
     if width % settings["heads"]:
         raise UserError(f"{path}: {settings['heads']} heads do not divide the width {width}")
+    projection = arrays.get("proj/kernel")
+    out_axis = 0 if projection is not None and table["proj/kernel"].kind == "linear" else 1
+    stated = settings.pop("image_size", None)
+    if "positions" in arrays:
+        side = round((arrays["positions"].shape[-2] - settings.get("cls", True)) ** 0.5)
+        size = _image_size(stated, patch, side, image_size, path)
+    elif (size := stated or image_size) is None:
+        raise UserError(
+            f"{path} has rotary positions alone, for any size of images, and no JSON beside it "
+            f"states one: set {_config_keys(['image_size'])}"
+        )
+    hidden = len(arrays["blocks/mlp/fc1/bias"])
     tower = TeacherArchitecture(
-        image_size=_image_size(settings.pop("image_size", None), patch, side, image_size, path),
+        image_size=size,
         patch=patch,
         width=width,
         depth=depth,
-        out_width=proj[0].shape[out_axis] if proj else None,
-        mlp_width=len(hidden) // (2 if settings["activation"] == "swiglu" else 1),
+        out_width=None if projection is None else projection.shape[out_axis],
+        mlp_width=hidden // (2 if settings["activation"] == "swiglu" else 1),
         **settings,
     )
     check_sizes(source.expected, vars(tower), path)

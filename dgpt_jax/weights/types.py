@@ -20,7 +20,7 @@ from dgpt_jax.errors import UserError
 from dgpt_jax.models import classifier, digpt
 from dgpt_jax.weights import mapping
 from dgpt_jax.weights.mapping import ArrayEntry
-from dgpt_jax.weights.teacher_loading import interpolate_positions
+from dgpt_jax.weights.positions import bicubic_antialiased
 
 DECODERS = ("next", "visible", "direct")
 
@@ -240,10 +240,8 @@ def adapt(
     model = dataclasses.replace(old, **changes).resolved()
     params, notes = dict(weights.params), []
     if "pos_embed" in params and model.grid != old.grid:
-        positions = interpolate_positions(
-            params["pos_embed"][0], (model.grid, model.grid), cls=True, antialias=True
-        )
-        params["pos_embed"] = positions[None]
+        grid = (model.grid, model.grid)
+        params["pos_embed"] = bicubic_antialiased(params["pos_embed"][0], grid, True)[None]
     for name, value in changes.items():
         notes.append(f"{name} changed from {getattr(old, name)} to {value}: outputs differ")
     return dataclasses.replace(weights, model=model, params=params, notes=(*weights.notes, *notes))

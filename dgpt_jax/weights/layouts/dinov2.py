@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgpt_jax.weights import hf_json, mean_std
+from dgpt_jax.weights import hf_json, mean_std, positions
 from dgpt_jax.weights.mapping import ArrayEntry, linear, norm, patch_embed
 from dgpt_jax.weights.source import Source, strip_prefix
 
@@ -47,7 +47,9 @@ def entries(depth: int, *, registers: bool, swiglu: bool) -> list[ArrayEntry]:
 def source(state: Mapping[str, np.ndarray], path: Path) -> Source | None:
     """Tower of a Dinov2Model, or of a model that contains one; None for other arrays."""
     vision = strip_prefix(state, *PREFIXES) or dict(state)
-    if not any(n.startswith("encoder.layer.") and ".layer_scale" in n for n in vision):
+    if not any(".attention.attention." in n for n in vision) or not any(
+        ".layer_scale" in n for n in vision
+    ):
         return None
     vision.pop("embeddings.mask_token", None)  # of its own pretraining
     registers = vision[REGISTERS].shape[-2] if REGISTERS in vision else 0
@@ -68,5 +70,5 @@ def source(state: Mapping[str, np.ndarray], path: Path) -> Source | None:
         },
         settings=settings | mean_std.read(path.parent),
         expected=expected,
-        antialias=bool(registers),
+        resize=positions.bicubic_antialiased if registers else positions.bicubic,
     )
