@@ -33,12 +33,13 @@ def main():
     preemption.raise_on_sigterm()
     kernel_check.select(config.kernels, cli.say)
     info = build.build(config, args.out, check=args.check)
-    least, mean = info.cosine
-    variance = f", {info.variance:.2%} of their variance" if info.is_reduced else ""
+    teacher = info.teacher
+    least, mean = teacher.cosine
+    variance = f", {teacher.variance:.2%} of their variance" if teacher.is_reduced else ""
     print(
         f"{args.out}: {counted(config.views, 'view')} of "
-        f"{counted(info.source['examples'], 'image')}, {info.codec} "
-        f"tokens {info.tokens}×{info.width}{variance}, cosine to exact tokens {mean:.5f} "
+        f"{counted(info.source['examples'], 'image')}, {teacher.codec} "
+        f"tokens {teacher.tokens}×{teacher.width}{variance}, cosine to exact tokens {mean:.5f} "
         f"(least {least:.5f})"
     )
     print(f"next: {next_commands.verify_tokens(args.out, config.teacher)}")

@@ -28,9 +28,9 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="examples per shard")
     args = parser.parse_args()
     info = token_store.StoreInfo.load(args.store)
-    tower = info.teacher.get("tower", {})
+    tower = info.teacher.weights.get("tower", {})
     stored = {name: tower[name] for name in ("mean", "std") if name in tower}
-    teacher = flags.teacher_config(args, dtype=info.teacher["dtype"], **stored)
+    teacher = flags.teacher_config(args, dtype=info.teacher.weights["dtype"], **stored)
     least, median = verify.thresholds(info)
     damaged = []
     kernel_check.select("auto", cli.say)

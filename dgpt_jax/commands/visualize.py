@@ -125,8 +125,8 @@ def store_examples(
         tokens.append(record["tokens"])
         rng = transforms.generator(args.seed, transforms.ORDER, index)
         orders.append(segments.sample_order(rng, model.segments))
-    decoded = np.asarray(info.load_codec(args.store).decode(np.stack(tokens)), np.float32)
-    return np.stack(images), decoded, np.stack(orders), info.cls
+    decoded = np.asarray(info.teacher.load_codec(args.store).decode(np.stack(tokens)), np.float32)
+    return np.stack(images), decoded, np.stack(orders), info.teacher.cls
 
 
 def show_predictions(args: argparse.Namespace) -> Figure:

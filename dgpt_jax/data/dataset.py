@@ -43,7 +43,7 @@ class ExampleDataset:
         identity = {"examples": len(self), "views": [split.digest for split in splits]}
         if token_store.exists(self.data.path):
             teacher = token_store.StoreInfo.load(self.data.path).teacher
-            identity["teacher"] = teacher.get("hash", "")
+            identity["teacher"] = teacher.weights.get("hash", "")
         elif splits[0].label is not None:
             identity["classes"] = list(splits[0].label.names)
         return identity

@@ -16,58 +16,64 @@ from etils import epath
 
 from dgpt_jax.config import check_choice, renamed_keys
 from dgpt_jax.config.schema import parse
-from dgpt_jax.data import token_codec
-from dgpt_jax.data.token_codec import Codec
+from dgpt_jax.data.teacher_info import FIRST, TeacherInfo
 from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.storage import atomic, gcs
+from dgpt_jax.storage import atomic
 
 STORE_FILE = "token_store.json"
-BASIS_FILE = "basis.npy"
-FORMAT = 2
+FORMAT, OLDEST = 3, 2
+# Keys of format 2 that were moved, by their group in format 3.
+MOVED = ("codec", "grid", "cls", "width", "channel_scale", "cosine", "variance")
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """The images of a token store: pixels, and encoding (image_ops.ENCODINGS)."""
+
+    height: int
+    width: int
+    encoding: str
+    channels: int = 3
+    dtype: str = "uint8"
+
+    def resolved(self) -> "StoredImages":
+        """Returns the images themselves. Raises UserError on kinds that this version lacks."""
+        check_choice("channels", self.channels, (3,))
+        check_choice("dtype", self.dtype, ("uint8",))
+        if self.height != self.width:
+            raise UserError(f"images of {self.height} x {self.width} pixels: square ones are read")
+        return self
 
 
 @dataclass(frozen=True)
 class StoreInfo:
     """Metadata of a token store; compared with the training config at start.
 
-    name: prefix of its file names. codec: one of token_codec.CODECS. grid: the teacher's (rows,
-    columns). cls: True if its CLS token comes first. width: stored channels, the teacher's C, or C′
-    after PCA. channel_scale: one per channel, empty for float16. cosine: measured (minimum, mean)
-    of decoded to exact tokens. variance: fraction kept by PCA; 1 without. example_bytes: mean size
-    of a stored example, measured on the sample. command: builds the store, and resumes it.
+    name: prefix of its file names. layout: "crop", a rendered crop per view. teacher: of the
+    tokens in the records. example_bytes: mean size of a stored example, measured on the sample.
+    command: builds the store, and resumes it.
     """
 
     name: str
-    codec: str
-    grid: tuple[int, int]
-    cls: bool
-    width: int
-    channel_scale: tuple[float, ...]
-    cosine: tuple[float, float]
-    variance: float
-    example_bytes: float
-    image_size: int
-    image_encoding: str
-    teacher: dict
+    image: StoredImages
+    teacher: TeacherInfo
     source: dict
     views: dict
+    example_bytes: float
     command: str
     code_version: str
+    layout: str = "crop"
     format: int = FORMAT
 
-    @property
-    def tokens(self) -> int:
-        """Number of stored tokens per example."""
-        return self.grid[0] * self.grid[1] + self.cls
-
-    @property
-    def is_reduced(self) -> bool:
-        """True if tokens were projected by PCA."""
-        return self.width != self.teacher["width"]
+    def resolved(self) -> "StoreInfo":
+        """Returns the metadata themselves. Raises UserError on layouts that this version lacks."""
+        check_choice("layout", self.layout, ("crop",))
+        return self
 
     def save(self, directory: epath.PathLike):
-        """Writes the JSON atomically."""
-        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """Writes the JSON atomically, in today's format."""
+        values = dataclasses.asdict(self) | {"format": FORMAT}
+        text = json.dumps(values, indent=1) + "\n"
         atomic.write_text(epath.Path(directory) / STORE_FILE, text)
 
     @classmethod
@@ -79,45 +85,27 @@ class StoreInfo:
         try:
             values = json.loads(path.read_text())
             format = values["format"]
-            if format == FORMAT:
-                info = parse(cls, renamed_keys.translate(values), str(path))
-                check_choice(f"{path}: codec", info.codec, token_codec.CODECS)
-                return info
+            if format == OLDEST:
+                values = _of_format_2(renamed_keys.translate(values))
+            if format in (OLDEST, FORMAT):
+                return parse(cls, values, str(path))
         except UserError as e:
             raise UserError(f"{path} is damaged, or written by a newer version: {e}") from None
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{path} is damaged: {type(e).__name__}: {one_line(e)}") from None
         raise UserError(
-            f"{path} has format {format}, this code reads format {FORMAT}: build the store again"
+            f"{path} has format {format}, this code reads formats {OLDEST} and {FORMAT}: build the "
+            f"store again, or use the version that wrote it"
         )
 
-    def load_codec(self, directory: epath.PathLike) -> Codec:
-        """Returns the codec, with its PCA basis if the store has one. Raises UserError."""
-        basis = None
-        if self.is_reduced:
-            basis = _load_basis(epath.Path(directory) / BASIS_FILE)
-            if basis.shape != (self.teacher["width"], self.width):
-                raise UserError(
-                    f"{directory}/{BASIS_FILE} has shape {basis.shape}, but by {STORE_FILE} "
-                    f"{(self.teacher['width'], self.width)}"
-                )
-        return Codec(self.codec, np.asarray(self.channel_scale, np.float32), basis)
 
-
-def _load_basis(path: epath.Path) -> np.ndarray:
-    try:
-        with path.open("rb") as file:
-            return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path} is not a readable array: {one_line(e)}") from None
-
-
-def copy_basis(store: epath.PathLike, out: epath.PathLike):
-    """Copies the PCA basis of a store into the directory of another. Raises UserError."""
-    path = epath.Path(store) / BASIS_FILE
-    with gcs.failures(f"{path} cannot be read"):
-        data = path.read_bytes()
-    atomic.write_bytes(epath.Path(out) / BASIS_FILE, data)
+def _of_format_2(values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a store of format 2 in today's form. `format` says what it was."""
+    size, encoding = values.pop("image_size"), values.pop("image_encoding")
+    teacher = {key: values.pop(key) for key in MOVED}
+    teacher |= {"name": FIRST, "weights": values.pop("teacher")}
+    image = {"height": size, "width": size, "encoding": encoding}
+    return values | {"teacher": teacher, "image": image}
 
 
 def exists(directory: epath.PathLike) -> bool:
@@ -132,16 +120,10 @@ def view_split(view: int) -> str:
 
 def features(info: StoreInfo, label: tfds.features.ClassLabel | None) -> tfds.features.FeaturesDict:
     """Returns the TFDS features of a token store; `label` is the source's ClassLabel or None."""
-    size = info.image_size
     schema = {
         "id": tfds.features.Text(),
-        "image": tfds.features.Image(shape=(size, size, 3)),
-        # Bytes, not a list of integers: a sixth of the size and 40 times as fast to parse.
-        "tokens": tfds.features.Tensor(
-            shape=(info.tokens, token_codec.stored_width(info.codec, info.width)),
-            dtype=token_codec.CODECS[info.codec],
-            encoding=tfds.features.Encoding.BYTES,
-        ),
+        "image": tfds.features.Image(shape=(info.image.height, info.image.width, 3)),
+        "tokens": info.teacher.feature(),
         "box": tfds.features.Tensor(shape=(4,), dtype=np.int32),
         "flip": tfds.features.Scalar(dtype=np.int32),
     }
@@ -159,11 +141,7 @@ def check_features(directory: epath.PathLike, stored: Any):
                 f"{directory} is damaged: by {STORE_FILE} its {name} are "
                 f"{_shape_and_dtype(expected[name])}, by features.json {actual}"
             )
-    if len(info.channel_scale) != (0 if info.codec == "float16" else info.width):
-        raise UserError(
-            f"{directory}/{STORE_FILE} is damaged: {len(info.channel_scale)} scales for "
-            f"{info.width} channels"
-        )
+    info.teacher.require_scales(f"{directory}/{STORE_FILE}")
 
 
 def _shape_and_dtype(feature: tfds.features.FeatureConnector) -> str:

@@ -162,9 +162,10 @@ def data(path: str) -> list[Finding]:
         size = f"{sum(opened.sizes.values()) / 1e9:.2f} GB"
         if stored:
             store = token_store.StoreInfo.load(path)
-            store.load_codec(path)
-            teacher = store.teacher.get("name", "a teacher without a name")
-            tokens = f"{store.codec}, {store.tokens} × {store.width} of {teacher}"
+            store.teacher.load_codec(path)
+            teacher = store.teacher
+            name = teacher.weights.get("name", "a teacher without a name")
+            tokens = f"{teacher.codec}, {teacher.tokens} × {teacher.width} of {name}"
             counts = f"{counted(len(splits), 'view')} of {counted(len(splits[0]), 'example')}"
             return [Finding("ok", f"{path}: token store, {counts}, {tokens}, {size}")]
     except UserError as e:

@@ -17,9 +17,10 @@ from etils import epath
 from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.config import TokensConfig
-from dgpt_jax.data import token_codec, token_store
+from dgpt_jax.data import teacher_info, token_codec, token_store
+from dgpt_jax.data.teacher_info import FIRST, TeacherInfo
 from dgpt_jax.data.token_codec import Codec
-from dgpt_jax.data.token_store import StoreInfo
+from dgpt_jax.data.token_store import StoredImages, StoreInfo
 from dgpt_jax.distributed import multihost
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.monitoring import progress
@@ -56,7 +57,7 @@ def build(config: TokensConfig, out: epath.PathLike, *, check: bool = False) -> 
         say(f"complete: {complete} of {counted(len(source) * config.views, 'example')}")
         _check_disk_space(directory, info, todo, say)
         mine = todo[jax.process_index() :: jax.process_count()]
-        codec = info.load_codec(directory)
+        codec = info.teacher.load_codec(directory)
         writer.write(config, source, teacher, info, codec, mine, pool, say)
     multihost.barrier("written")
     if jax.process_index() == 0:
@@ -85,8 +86,7 @@ def _check_or_create(config: TokensConfig, out: epath.Path, source, teacher: Tea
     if not token_store.exists(out):
         info, basis = _describe(config, out, source, teacher, pool)
         if basis is not None:
-            with (out / token_store.BASIS_FILE).open("wb") as file:
-                np.save(file, basis)
+            teacher_info.save_basis(out, basis)
         info.save(out)  # before the shards: another config must not be mixed in
         return
     old = StoreInfo.load(out)
@@ -97,28 +97,28 @@ def _check_or_create(config: TokensConfig, out: epath.Path, source, teacher: Tea
     if "digest" not in old.source:  # of an earlier version: assume the present source
         old = dataclasses.replace(old, source=old.source | {"digest": source.digest})
     fixed = {
-        "codec": config.codec,
-        "image_size": config.image_size,
-        "image_encoding": config.image_encoding,
-        "source": _source(config, source),
-        "views": _views(config),
+        "codec": (old.teacher.codec, config.codec),
+        "image_size": (old.image.height, config.image_size),
+        "image_encoding": (old.image.encoding, config.image_encoding),
+        "source": (old.source, _source(config, source)),
+        "views": (old.views, _views(config)),
     }
-    for name, value in fixed.items():
-        if getattr(old, name) != value:
+    for name, (stored, value) in fixed.items():
+        if stored != value:
             raise UserError(
-                f"{out} was built with {name} {getattr(old, name)}, not {value}: choose another "
-                f"--out"
+                f"{out} was built with {name} {stored}, not {value}: choose another --out"
             )
-    if config.pca != (old.width if old.is_reduced else None):
+    tokens, weights = old.teacher, old.teacher.weights
+    if config.pca != (tokens.width if tokens.is_reduced else None):
         raise UserError(
-            f"{out} has tokens of width {old.width}, but config.pca={config.pca}: choose another "
-            f"--out"
+            f"{out} has tokens of width {tokens.width}, but config.pca={config.pca}: choose "
+            f"another --out"
         )
     for name in ("hash", "dtype", "tower"):
-        if old.teacher[name] != (new := _json(teacher.describe()))[name]:
+        if weights[name] != (new := _json(teacher.describe()))[name]:
             raise UserError(
-                f"{out} was built with the teacher {old.teacher['name']} ({name} "
-                f"{old.teacher[name]}), not {new['name']} ({name} {new[name]})"
+                f"{out} was built with the teacher {weights['name']} ({name} {weights[name]}), not "
+                f"{new['name']} ({name} {new[name]})"
             )
 
 
@@ -135,19 +135,21 @@ def _describe(
     cosine = token_codec.cosines(codec.decode(stored), codec.project(tokens))
     info = StoreInfo(
         name=tfds_dataset.dataset_name(out),
-        codec=config.codec,
-        grid=teacher.tower.grid,
-        cls=teacher.tower.cls,
-        width=config.pca or teacher.tower.token_width,
-        channel_scale=tuple(float(s) for s in codec.scale),
-        cosine=(float(cosine.min()), float(cosine.mean())),
-        variance=variance,
+        image=StoredImages(config.image_size, config.image_size, config.image_encoding),
+        teacher=TeacherInfo(
+            name=FIRST,
+            weights=_json(teacher.describe()),
+            codec=config.codec,
+            grid=teacher.tower.grid,
+            cls=teacher.tower.cls,
+            width=config.pca or teacher.tower.token_width,
+            channel_scale=tuple(float(s) for s in codec.scale),
+            cosine=(float(cosine.min()), float(cosine.mean())),
+            variance=variance,
+        ),
         example_bytes=stored[0].nbytes
         + float(np.mean([len(r.encoded) for r in rendered]))
         + writer.OVERHEAD,
-        image_size=config.image_size,
-        image_encoding=config.image_encoding,
-        teacher=_json(teacher.describe()),
         source=_source(config, source),
         views=_views(config),
         command=invocation.command_line(),
@@ -160,8 +162,8 @@ def _fit_codec(config: TokensConfig, tokens: np.ndarray) -> tuple[Codec, float]:
     """Returns (codec, fraction of variance kept), fitted to tokens or that of config.codec_from."""
     if not config.codec_from:
         return token_codec.fit(tokens, config.codec, config.pca)
-    other = StoreInfo.load(config.codec_from)
-    actual = (other.codec, other.width if other.is_reduced else None, other.teacher["width"])
+    other = StoreInfo.load(config.codec_from).teacher
+    actual = (other.codec, other.width if other.is_reduced else None, other.weights["width"])
     expected = (config.codec, config.pca, tokens.shape[-1])
     if actual != expected:
         raise UserError(

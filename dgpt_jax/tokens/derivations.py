@@ -58,16 +58,20 @@ def union(stores: Sequence[SourceStore], indices: Sequence[Index], out: AnyPath)
         for store, index in zip(stores, indices, strict=True)
     )
     infos, counts = [store.info for store in stores], [len(store) for store in stores]
-    least, mean = zip(*(info.cosine for info in infos), strict=True)
+    least, mean = zip(*(info.teacher.cosine for info in infos), strict=True)
     seeds = [info.views.get("seed") for info in infos]
     joined = {
         key: "+".join(dict.fromkeys(str(info.source.get(key, "?")) for info in infos))
         for key in ("name", "version", "split")
     }
+    teacher = dataclasses.replace(
+        infos[0].teacher,
+        cosine=(min(least), float(np.average(mean, weights=counts))),
+        variance=float(np.average([info.teacher.variance for info in infos], weights=counts)),
+    )
     info = dataclasses.replace(
         infos[0],
-        cosine=(min(least), float(np.average(mean, weights=counts))),
-        variance=float(np.average([info.variance for info in infos], weights=counts)),
+        teacher=teacher,
         views=infos[0].views | ({} if len(set(seeds)) == 1 else {"seed": seeds}),
     )
     return Derived(epath.Path(out), derive.describe(info, out, parts, joined, merged=True), parts)
@@ -81,11 +85,14 @@ def _origin(source: dict) -> dict:
 def require_same_kind(first: SourceStore, other: SourceStore) -> None:
     """Raises UserError unless tokens, images, views and labels of two stores have one meaning."""
     a, b = first.info, other.info
-    pairs = {f"teacher's {key}": (a.teacher.get(key), b.teacher.get(key)) for key in TEACHER}
+    of_a, of_b = a.teacher.weights, b.teacher.weights
+    pairs = {f"teacher's {key}": (of_a.get(key), of_b.get(key)) for key in TEACHER}
     pairs |= {
-        name: (getattr(a, name), getattr(b, name))
-        for name in ("codec", "grid", "cls", "width", "image_size", "image_encoding")
+        name: (getattr(a.teacher, name), getattr(b.teacher, name))
+        for name in ("codec", "grid", "cls", "width")
     }
+    pairs["size of images"] = (a.image.height, b.image.height)
+    pairs["encoding of images"] = (a.image.encoding, b.image.encoding)
     pairs["number of views"] = (len(first.splits), len(other.splits))
     pairs |= {f"views' {key}": (a.views.get(key), b.views.get(key)) for key in VIEWS}
     for name, (expected, actual) in pairs.items():
@@ -104,7 +111,7 @@ def require_same_kind(first: SourceStore, other: SourceStore) -> None:
 
 
 def _require_same_codec(first: SourceStore, other: SourceStore) -> None:
-    a, b = (store.info.load_codec(store.path) for store in (first, other))
+    a, b = (store.info.teacher.load_codec(store.path) for store in (first, other))
     if not a.equals(b):
         raise UserError(
             f"{other.path} has other scales or another PCA basis of codec {b.name} than "

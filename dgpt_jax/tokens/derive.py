@@ -16,7 +16,7 @@ from etils import epath
 
 from dgpt_jax import invocation
 from dgpt_jax._version import __version__
-from dgpt_jax.data import token_store
+from dgpt_jax.data import teacher_info, token_store
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.monitoring import progress
@@ -135,7 +135,7 @@ def _same_or_new(target: Derived) -> Derived:
             raise UserError(f"{out} already contains a dataset ({other[0]}): choose another OUT")
         return target
     stored = StoreInfo.load(out)
-    free = {"name": "", "command": "", "code_version": ""}
+    free = {"name": "", "command": "", "code_version": "", "format": 0}
     saved, new = (dataclasses.asdict(i) | free for i in (stored, target.info))
     if saved != new:
         raise UserError(
@@ -191,8 +191,8 @@ def _begin(target: Derived) -> None:
     target.out.mkdir(parents=True, exist_ok=True)
     array_record_shards.remove_partial_files(target.out)
     if not token_store.exists(target.out):
-        if target.info.is_reduced:
-            token_store.copy_basis(target.parts[0].store.path, target.out)
+        if target.info.teacher.is_reduced:
+            teacher_info.copy_basis(target.parts[0].store.path, target.out)
         target.info.save(target.out)
 
 

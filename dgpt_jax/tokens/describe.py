@@ -55,24 +55,25 @@ def describe(path: AnyPath, *, check: bool = False) -> dict[str, Any]:
 
 
 def _store(info: StoreInfo) -> dict[str, Any]:
-    tower = info.teacher.get("tower") or {}
-    item = np.dtype(token_codec.CODECS[info.codec]).itemsize
-    tokens = info.tokens * token_codec.stored_width(info.codec, info.width) * item
+    teacher, weights = info.teacher, info.teacher.weights
+    tower = weights.get("tower") or {}
+    item = np.dtype(token_codec.CODECS[teacher.codec]).itemsize
+    tokens = teacher.tokens * token_codec.stored_width(teacher.codec, teacher.width) * item
     return {
-        "teacher": {key: info.teacher.get(key) for key in ("name", "hash", "dtype", "width")}
+        "teacher": {key: weights.get(key) for key in ("name", "hash", "dtype", "width")}
         | {key: tower.get(key) for key in PREPROCESSING},
         "tokens": {
-            "codec": info.codec,
-            "count": info.tokens,
-            "cls": info.cls,
-            "grid": list(info.grid),
-            "width": info.width,
-            "pca": info.is_reduced,
-            "cosine": {"least": info.cosine[0], "mean": info.cosine[1]},
-            "variance": info.variance,
+            "codec": teacher.codec,
+            "count": teacher.tokens,
+            "cls": teacher.cls,
+            "grid": list(teacher.grid),
+            "width": teacher.width,
+            "pca": teacher.is_reduced,
+            "cosine": {"least": teacher.cosine[0], "mean": teacher.cosine[1]},
+            "variance": teacher.variance,
             "bytes": tokens,
         },
-        "image": {"size": info.image_size, "encoding": info.image_encoding},
+        "image": {"size": info.image.height, "encoding": info.image.encoding},
         "views": info.views,
         "source": info.source,
         "format": info.format,
@@ -89,7 +90,7 @@ def _state(path: AnyPath, opened: tfds_dataset.Opened, stored: bool, check: bool
     try:
         if stored:
             token_store.check_features(path, opened.builder.info.features)
-            StoreInfo.load(path).load_codec(path)
+            StoreInfo.load(path).teacher.load_codec(path)
         for name in opened.builder.info.splits:
             opened.check(name)
     except UserError as e:

@@ -75,7 +75,7 @@ def open_store(path: AnyPath) -> SourceStore:
     token_store.require_finished(path)
     opened = tfds_dataset.Opened(path)
     token_store.check_features(path, opened.builder.info.features)
-    info.load_codec(path)
+    info.teacher.load_codec(path)
     names = list(opened.builder.info.splits)
     if names != [token_store.view_split(view) for view in range(len(names))]:
         raise UserError(f"{path} has splits {', '.join(names)}, not those of views")

@@ -56,8 +56,8 @@ class ShardReport:
 def thresholds(info: StoreInfo) -> tuple[float, float]:
     """Returns the minimum (least, median) cosine of a sound example, from the codec's measured loss
     and the teacher's dtype."""
-    slack = SLACK[info.teacher["dtype"]]
-    least, mean = info.cosine
+    slack = SLACK[info.teacher.weights["dtype"]]
+    least, mean = info.teacher.cosine
     return 1 - 4 * (1 - least) - slack, 1 - 2 * (1 - mean) - slack
 
 
@@ -76,11 +76,11 @@ def verify(
     """
     token_store.require_finished(store)
     info = StoreInfo.load(store)
-    codec = info.load_codec(store)
+    codec = info.teacher.load_codec(store)
     teacher = Teacher(settings, batch_size)
-    if teacher.hash != info.teacher["hash"]:
+    if teacher.hash != info.teacher.weights["hash"]:
         raise UserError(
-            f"{store} was built with the teacher {info.teacher['hash']}, these weights are "
+            f"{store} was built with the teacher {info.teacher.weights['hash']}, these weights are "
             f"{teacher.hash}"
         )
     original = _open_source(store, info, source) if source else None
@@ -150,8 +150,8 @@ def _difference(
     drawn = writer.draw(SimpleNamespace(**info.views), index, view, *image.shape[:2])
     if drawn != box:
         return f"box: redrawn as {drawn.box} flip {int(drawn.flip)}"
-    crop = image_ops.render(image, drawn, info.image_size)
-    rendered = image_ops.decode_image(image_ops.encode_image(crop, info.image_encoding))
+    crop = image_ops.render(image, drawn, info.image.height)
+    rendered = image_ops.decode_image(image_ops.encode_image(crop, info.image.encoding))
     stored = image_ops.decode_image(example["image"])
     difference = np.abs(rendered.astype(int) - stored.astype(int)).mean()
     if difference > MAX_PIXEL_DIFFERENCE:

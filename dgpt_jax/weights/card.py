@@ -1,7 +1,6 @@
 """Model card of an export in Markdown: model, origin, metrics and how to load it."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from etils import epath
 
 from dgpt_jax.config import schema
 from dgpt_jax.data import class_names
+from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.monitoring import markdown, metrics_log
 from dgpt_jax.weights.types import Weights
 
@@ -86,9 +86,9 @@ def _training(run: Mapping[str, Any]) -> dict[str, Any]:
     }
     store = Path(str(data.get("path"))) / "token_store.json"
     if store.is_file():
-        info = json.loads(store.read_text())
-        rows["teacher"] = ", ".join(f"{k} {v}" for k, v in info["teacher"].items())
-        rows["source images"] = ", ".join(f"{k} {v}" for k, v in info["source"].items())
+        info = StoreInfo.load(store.parent)
+        rows["teacher"] = ", ".join(f"{k} {v}" for k, v in info.teacher.weights.items())
+        rows["source images"] = ", ".join(f"{k} {v}" for k, v in info.source.items())
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgpt_jax.data import token_store
+from dgpt_jax.data import teacher_info
 from dgpt_jax.data.ingest import discovery, importer, tar_index
 from dgpt_jax.errors import UserError
 from dgpt_jax.storage import byte_ranges, tfds_dataset
@@ -81,19 +81,19 @@ def test_code_in_a_pca_basis_is_an_error(tmp_path):
     store = tmp_path / "tokens"
     store.mkdir()
     info = stores.store_info(width=4)
-    info.teacher["width"] = 8
-    np.save(store / token_store.BASIS_FILE, np.array([Touch(tmp_path / "made")], object))
+    info.teacher.weights["width"] = 8
+    np.save(store / teacher_info.BASIS_FILE, np.array([Touch(tmp_path / "made")], object))
     with pytest.raises(UserError, match="basis.npy.*Object arrays"):
-        info.load_codec(store)
-    (store / token_store.BASIS_FILE).write_bytes(pickle.dumps(Touch(tmp_path / "made")))
+        info.teacher.load_codec(store)
+    (store / teacher_info.BASIS_FILE).write_bytes(pickle.dumps(Touch(tmp_path / "made")))
     with pytest.raises(UserError, match=r"basis.npy"):
-        info.load_codec(store)
+        info.teacher.load_codec(store)
     assert not (tmp_path / "made").exists()
-    np.save(store / token_store.BASIS_FILE, np.ones((8, 3), np.float32))
-    with pytest.raises(UserError, match=r"basis.npy.*\(8, 3\).*token_store.json"):
-        info.load_codec(store)
-    np.save(store / token_store.BASIS_FILE, np.ones((8, 4), np.float32))
-    assert info.load_codec(store).basis.shape == (8, 4)
+    np.save(store / teacher_info.BASIS_FILE, np.ones((8, 3), np.float32))
+    with pytest.raises(UserError, match=r"basis.npy.*\(8, 3\).*metadata of the store"):
+        info.teacher.load_codec(store)
+    np.save(store / teacher_info.BASIS_FILE, np.ones((8, 4), np.float32))
+    assert info.teacher.load_codec(store).basis.shape == (8, 4)
 
 
 def calls(path: Path):

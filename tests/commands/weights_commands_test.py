@@ -113,7 +113,7 @@ def test_mean_and_std_by_the_config(root, tmp_path, monkeypatch, capsys):
         shard_size=16, batch_size=8, threads=2,
     )  # fmt: skip
     build.build(parse(roots.TokensConfig, settings), tmp_path / "tokens")
-    tower = token_store.StoreInfo.load(tmp_path / "tokens").teacher["tower"]
+    tower = token_store.StoreInfo.load(tmp_path / "tokens").teacher.weights["tower"]
     assert (tower["mean"], tower["std"]) == (list(MEAN), list(STD))
     words = [str(tmp_path / "tokens"), f"--weights={root / 'unspecified'}"]
     monkeypatch.setattr(sys, "argv", ["verify_tokens", *words])

@@ -138,6 +138,10 @@ def lengths(change):
     return edited
 
 
+def teacher(**changes):
+    return lambda content: content["teacher"].update(changes)
+
+
 # File of a store, its change, the error message.
 METADATA = [
     ("dataset_info.json", lengths(lambda _: ["29", "30"]), "30 records.* 29"),
@@ -146,15 +150,40 @@ METADATA = [
     ("features.json", "[]", "dataset_info.json or features.json cannot be read"),
     ("token_store.json", "{", "token_store.json is damaged: JSONDecodeError"),
     ("token_store.json", "[]", "token_store.json is damaged"),
-    ("token_store.json", lambda c: c.pop("grid"), "token_store.json is damaged"),
+    ("token_store.json", lambda c: c["teacher"].pop("grid"), "token_store.json is damaged"),
     ("token_store.json", lambda c: c.update(x=1), "token_store.json is damaged.*json.x"),
-    ("token_store.json", lambda c: c.update(codec="int2"), "codec.*float16"),
-    ("token_store.json", lambda c: c.update(width="wide"), "width.*'wide'"),
-    ("token_store.json", lambda c: c.update(width=32), r"tokens are \(65, 32\) int8, by features"),
-    ("token_store.json", lambda c: c.update(grid=[7, 7]), r"tokens are \(50, 64\) int8, by featu"),
-    ("token_store.json", lambda c: c.update(codec="float16"), r"float16, by features.*64\) int8"),
-    ("token_store.json", lambda c: c.update(channel_scale=[1]), "1 scales for 64 channels"),
-    ("token_store.json", lambda c: c.update(image_size=9), r"image are \(9, 9, 3\) uint8"),
+    ("token_store.json", teacher(codec="int2"), "codec.*float16"),
+    ("token_store.json", teacher(width="wide"), "width.*'wide'"),
+    (
+        "token_store.json",
+        lambda c: c["teacher"].update(width=32),
+        r"tokens are \(65, 32\) int8, by features",
+    ),
+    (
+        "token_store.json",
+        lambda c: c["teacher"].update(grid=[7, 7]),
+        r"tokens are \(50, 64\) int8, by featu",
+    ),
+    (
+        "token_store.json",
+        lambda c: c["teacher"].update(codec="float16"),
+        r"float16, by features.*64\) int8",
+    ),
+    (
+        "token_store.json",
+        lambda c: c["teacher"].update(channel_scale=[1]),
+        "1 scales for 64 channels",
+    ),
+    (
+        "token_store.json",
+        lambda c: c["image"].update(height=9, width=9),
+        r"image are \(9, 9, 3\) uint8",
+    ),
+    ("token_store.json", lambda c: c["image"].update(height=9), "9 x .* square"),
+    ("token_store.json", lambda c: c["image"].update(channels=4), "channels must be one of 3"),
+    ("token_store.json", lambda c: c["image"].update(dtype="uint16"), "dtype must be one of uint8"),
+    ("token_store.json", lambda c: c.update(layout="map"), "layout must be one of crop"),
+    ("token_store.json", lambda c: c.update(format=4), "format 4.* reads formats 2 and 3"),
     ("manifest.json", "{", "manifest.json is damaged: JSONDecodeError"),
     ("manifest.json", '{"tokens": {}}', "manifest.json is damaged"),
     ("manifest.json", "[1]", "manifest.json is damaged"),

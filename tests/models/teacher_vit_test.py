@@ -232,7 +232,7 @@ def test_training_on_a_teacher_without_cls(tmp_path):
     dataset = image_dataset(tmp_path, per_class=8)
     weights = random_siglip(tmp_path / "siglip")
     store = token_store(tmp_path, dataset, weights)
-    info = StoreInfo.load(store)
+    info = StoreInfo.load(store).teacher
     assert (info.cls, info.tokens, info.width) == (False, 16, 32)
     settings = dict(
         total="2 steps", batch_size=8, dtype="float32", log_every=1, model=TINY,

@@ -71,7 +71,9 @@ def test_data_is_opened_and_counted(tmp_path):
     assert finding.level == "fail" and str(store) in finding.text
     shard.write_bytes(content)
     info = json.loads((store / "token_store.json").read_text())
-    (store / "token_store.json").write_text(json.dumps(info | {"codec": "int3"}))
+    (store / "token_store.json").write_text(
+        json.dumps(info | {"teacher": info["teacher"] | {"codec": "int3"}})
+    )
     (finding,) = doctor.data(str(store))
     assert finding.level == "fail" and "token_store.json" in finding.text
     (store / "token_store.json").write_text(json.dumps(info))

@@ -10,8 +10,10 @@ import pytest
 from dgpt_jax import train
 from dgpt_jax.config import roots as config_lib
 from dgpt_jax.config.schema import parse
+from dgpt_jax.data import token_store
 from dgpt_jax.evals import report
 from dgpt_jax.training import bad_step_replay
+from dgpt_jax.training.tasks import pretrain
 from tests.support import formats
 from tests.support.data import TINY
 from tests.support.paths import GOLDEN
@@ -97,3 +99,24 @@ def test_results_and_configs_are_read(directory):
     assert len(files) == 2
     text = report.report(files)
     assert all(name in text for name in ("run, step 3", "tuned, step 6"))
+
+
+def test_a_store_of_format_2_gives_the_same_training_in_format_3(directory):
+    """The same examples and targets, byte for byte: its metadata are written again."""
+    stored = json.loads((directory / "tokens/token_store.json").read_text())
+    if stored["format"] != token_store.OLDEST:
+        pytest.skip("a store of format 3")
+    config = parse(config_lib.TrainConfig, TRAIN)
+    before = pretrain.open_pretrain(config)
+    token_store.StoreInfo.load("tokens").save("tokens")
+    assert json.loads((directory / "tokens/token_store.json").read_text())["format"] == 3
+    after = pretrain.open_pretrain(config)
+    assert before.abstract_example() == after.abstract_example()
+    assert before.examples.identity() == after.examples.identity()
+    assert before.target.codec is not None and after.target.codec is not None
+    assert before.target.codec.equals(after.target.codec)
+    assert (before.target.grid, before.target.cls) == (after.target.grid, after.target.cls)
+    for position in range(2 * len(before.examples)):
+        old, new = (x.examples(position, position % len(x.examples)) for x in (before, after))
+        assert old.keys() == new.keys()
+        assert all(old[name].tobytes() == new[name].tobytes() for name in old)

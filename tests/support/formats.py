@@ -59,7 +59,7 @@ def dataset(path: Path) -> dict:
 def store(path: Path) -> dict:
     """Ids and digests of a token store's views, and its metadata."""
     info = token_store.StoreInfo.load(path)
-    codec = info.load_codec(path)
+    codec = info.teacher.load_codec(path)
     views = {}
     for name in tfds_dataset.open_builder(path).info.splits:
         examples = list(tfds_dataset.Split(path, name))
@@ -68,11 +68,12 @@ def store(path: Path) -> dict:
             "images": digest(*(np.frombuffer(x["image"], np.uint8) for x in examples)),
             "stored": digest(*(example["tokens"] for example in examples)),
         }
-    first = codec.decode(examples[0]["tokens"][None])
+    teacher, first = info.teacher, codec.decode(examples[0]["tokens"][None])
     return {
         "views": views,
         "decoded": np.asarray(first, float)[0, :2, :4].tolist(),
-        "codec": info.codec, "grid": list(info.grid), "width": info.width, "cls": info.cls,
+        "codec": teacher.codec, "grid": list(teacher.grid), "width": teacher.width,
+        "cls": teacher.cls,
     }  # fmt: skip
 
 

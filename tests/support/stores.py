@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dgpt_jax.data import image_ops, token_codec, token_store
+from dgpt_jax.data import image_ops, teacher_info, token_codec, token_store
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 
 
@@ -17,17 +17,19 @@ def store_info(
 ) -> token_store.StoreInfo:
     return token_store.StoreInfo(
         name="store",
-        codec=codec,
-        grid=grid,
-        cls=cls,
-        width=width,
-        channel_scale=() if codec == "float16" else (1.0,) * width,
-        cosine=(1.0, 1.0),
-        variance=1.0,
+        image=token_store.StoredImages(image_size, image_size, "jpeg95"),
+        teacher=teacher_info.TeacherInfo(
+            name=teacher_info.FIRST,
+            weights={"width": width},
+            codec=codec,
+            grid=grid,
+            cls=cls,
+            width=width,
+            channel_scale=() if codec == "float16" else (1.0,) * width,
+            cosine=(1.0, 1.0),
+            variance=1.0,
+        ),
         example_bytes=100.0,
-        image_size=image_size,
-        image_encoding="jpeg95",
-        teacher={"width": width},
         source={},
         views={},
         command="python tools/build_tokens.py --out=HERE",
@@ -38,17 +40,17 @@ def store_info(
 def serialized(info: token_store.StoreInfo, names, seed: int = 0):
     """Yields a record per name with random tokens and a random image, reproducible by position."""
     features = token_store.features(info, None)
-    shape = (info.tokens, token_codec.stored_width(info.codec, info.width))
-    size = info.image_size
+    shape = info.teacher.feature().shape
+    size = info.image.height
     for number, name in enumerate(names):
         rng = np.random.default_rng((seed, number))
         coarse = rng.integers(0, 256, (size // 8 or 1, size // 8 or 1, 3), np.uint8)
-        tokens = rng.integers(0, 100, shape).astype(token_codec.CODECS[info.codec])
+        tokens = rng.integers(0, 100, shape).astype(token_codec.CODECS[info.teacher.codec])
         yield features.serialize_example(
             {
                 "id": name,
                 "image": image_ops.encode_image(
-                    image_ops.resize(coarse, size, size), info.image_encoding
+                    image_ops.resize(coarse, size, size), info.image.encoding
                 ),
                 "tokens": tokens,
                 "box": np.zeros(4, np.int32),
@@ -134,12 +136,12 @@ def write_ids(directory, ids, *, views=2, shard_size=4, classes=("a", "b"), info
     info.save(directory)
     features = token_store.features(info, label)
     serialize = tfds_dataset.serializer(features)
-    shape = (info.tokens, token_codec.stored_width(info.codec, info.width))
-    encoded = image_ops.encode_image(np.zeros((info.image_size,) * 2 + (3,), np.uint8), "jpeg95")
+    shape = info.teacher.feature().shape
+    encoded = image_ops.encode_image(np.zeros((info.image.height,) * 2 + (3,), np.uint8), "jpeg95")
 
     def record(view: int, i: int) -> bytes:
         rng = np.random.default_rng((view, *ids[i].encode()))
-        tokens = rng.integers(0, 100, shape).astype(token_codec.CODECS[info.codec])
+        tokens = rng.integers(0, 100, shape).astype(token_codec.CODECS[info.teacher.codec])
         box = np.array([view, i, 8, 8], np.int32)
         example = {"id": ids[i], "image": encoded, "tokens": tokens, "box": box, "flip": 0}
         return serialize(example | ({"label": i % len(classes)} if classes else {}))

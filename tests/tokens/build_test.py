@@ -195,7 +195,8 @@ def test_a_rerun_uses_the_codec_of_the_store(built, tmp_path):
     root, _, store = built
     out = shutil.copytree(store, tmp_path / "tokens")
     info = token_store.StoreInfo.load(out)
-    changed = dataclasses.replace(info, channel_scale=(1.0,) * info.width)
+    teacher = dataclasses.replace(info.teacher, channel_scale=(1.0,) * info.teacher.width)
+    changed = dataclasses.replace(info, teacher=teacher)
     changed.save(out)
     data.token_store(tmp_path, root / "images", root / "teacher", **SETTINGS | {"views": VIEWS + 1})
     assert token_store.StoreInfo.load(out) == changed

@@ -83,7 +83,7 @@ def test_extract(root, run, flags, expected):
         assert copied == [records(root / "A")[view][row] for row in rows]
     info, parent = (token_store.StoreInfo.load(root / name) for name in ("out", "A"))
     assert info.source["examples"] == len(expected)
-    for name in ("teacher", "codec", "channel_scale", "image_size", "views", "grid", "cosine"):
+    for name in ("teacher", "image", "views", "layout"):
         assert getattr(info, name) == getattr(parent, name)
     lengths = tfds_dataset.open_builder(root / "out").info.splits["view001"].shard_lengths
     assert lengths == [4] * (len(rows) // 4) + [len(rows) % 4] * (len(rows) % 4 > 0)
@@ -208,13 +208,15 @@ def test_damaged_shards_are_written_again(root, run, check):
 
 
 def rewrite(path, **changes):
-    token_store.StoreInfo.load(path)
     file = path / token_store.STORE_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    content = json.loads(file.read_text())
+    for key, value in changes.items():
+        content[key] = content[key] | value if isinstance(content[key], dict) else value
+    file.write_text(json.dumps(content))
 
 
 def teacher(path):
-    rewrite(path, teacher={"width": 4, "hash": "other"})
+    rewrite(path, teacher={"weights": {"width": 4, "hash": "other"}})
 
 
 def crops(path):
@@ -224,8 +226,8 @@ def crops(path):
 OTHER_SETTINGS = {
     "teacher": teacher,
     "crops": crops,
-    "encoding": functools.partial(rewrite, image_encoding="png"),
-    "scales": functools.partial(rewrite, channel_scale=[2.0] * 4),
+    "encoding": functools.partial(rewrite, image={"encoding": "png"}),
+    "scales": functools.partial(rewrite, teacher={"channel_scale": [2.0] * 4}),
 }
 OTHER_STORES = {
     "labels": {"classes": ("a", "c")},

@@ -96,7 +96,7 @@ def test_records_are_those_of_the_originals(root):
             assert {split.raw(i) for i in range(len(split))} <= expected
             assert abs(len(split) / len(expected) - share) < 0.3 * (share < 1) + 1e-9
     cosines = [
-        token_store.StoreInfo.load(root / name).cosine
+        token_store.StoreInfo.load(root / name).teacher.cosine
         for name in ("merged", "tokens", "other/tokens")
     ]
     assert cosines[0][0] == min(cosines[1][0], cosines[2][0])

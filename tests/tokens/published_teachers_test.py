@@ -99,7 +99,8 @@ def test_stored_tokens_are_those_of_the_reference(source, tmp_path, case):
     build.build(parse(TokensConfig, settings), store, check=False)
     info, split = StoreInfo.load(store), tfds_dataset.Split(store, "view000")
     examples = [split[i] for i in range(6)]
-    stored = np.stack([np.asarray(info.load_codec(store).decode(e["tokens"])) for e in examples])
+    codec = info.teacher.load_codec(store)
+    stored = np.stack([np.asarray(codec.decode(e["tokens"])) for e in examples])
     images = np.stack([image_ops.decode_image(e["image"]) for e in examples])
     tower = teacher_loading.load_configured(parse(TokensConfig, settings).teacher).tower
     expected = reference(np.asarray(vit.normalize(images, tower.mean, tower.std)))
@@ -107,4 +108,4 @@ def test_stored_tokens_are_those_of_the_reference(source, tmp_path, case):
     cosine = token_codec.cosines(stored, expected)
     print(f"{case}: width {tower.width}, {stored.shape[1]} tokens, least cosine {cosine.min():.7f}")
     assert cosine.min() > 0.9999
-    assert info.teacher["tower"] == json.loads(json.dumps(tower.describe()))
+    assert info.teacher.weights["tower"] == json.loads(json.dumps(tower.describe()))

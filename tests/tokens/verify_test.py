@@ -38,7 +38,7 @@ def live_tokens(weights, images):
 
 
 def decoded_tokens(store, view=0):
-    codec = StoreInfo.load(store).load_codec(store)
+    codec = StoreInfo.load(store).teacher.load_codec(store)
     examples = tfds_dataset.Split(store, token_store.view_split(view))
     return codec.decode(np.stack([example["tokens"] for example in examples]))
 
@@ -63,9 +63,9 @@ def test_tokens_of_the_largest_principal_axes(built, tmp_path):
     _, dataset, teacher, _ = built
     store = data.token_store(tmp_path, dataset, teacher, pca=8)
     info = StoreInfo.load(store)
-    assert info.width == 8 and info.is_reduced and 0.5 < info.variance < 1
+    assert info.teacher.width == 8 and info.teacher.is_reduced and 0.5 < info.teacher.variance < 1
     images = [image_ops.decode_image(e["image"]) for e in tfds_dataset.Split(store, "view000")]
-    live = live_tokens(teacher, images) @ info.load_codec(store).basis
+    live = live_tokens(teacher, images) @ info.teacher.load_codec(store).basis
     assert token_codec.cosines(decoded_tokens(store), live).min() > 0.999
     with pytest.raises(UserError, match="config.pca=None"):
         data.token_store(tmp_path, dataset, teacher)
@@ -203,9 +203,13 @@ def test_training_reads_stored_examples(built):
 def test_store_metadata(built):
     _, _, teacher, store = built
     info = StoreInfo.load(store)
-    assert info.teacher["hash"] == teacher_weights.load(str(teacher)).hash
-    assert info.source["examples"] == 20 and info.grid == (4, 4) and info.width == 24
-    assert len(info.channel_scale) == 24 and 0.999 < info.cosine[0] <= info.cosine[1]
+    tokens = info.teacher
+    assert tokens.weights["hash"] == teacher_weights.load(str(teacher)).hash
+    assert info.source["examples"] == 20 and tokens.grid == (4, 4) and tokens.width == 24
+    assert (
+        len(info.teacher.channel_scale) == 24
+        and 0.999 < info.teacher.cosine[0] <= info.teacher.cosine[1]
+    )
     assert json.loads((store / "dataset_info.json").read_text())["fileFormat"] == "array_record"
 
 

@@ -29,6 +29,7 @@ from dgpt_jax.config import DataConfig, HostsConfig, ModelConfig
 from dgpt_jax.config.schema import parse
 from dgpt_jax.data import dataset, image_ops, loader, token_codec, token_store
 from dgpt_jax.data.ingest import importer
+from dgpt_jax.data.teacher_info import TeacherInfo
 from dgpt_jax.distributed import multihost
 from dgpt_jax.storage import array_record_shards, output_paths, tfds_dataset
 from tools.benchmarks.bench import measure_rate
@@ -41,18 +42,21 @@ def write_store(path: Path, codec: str, examples: int, shard_size: int = 512) ->
     """Writes a store of one view with random tokens and smooth images."""
     width, size = 1024, 224
     info = token_store.StoreInfo(
-        name="", codec=codec, grid=(16, 16), cls=True, width=width,
-        channel_scale=() if codec == "float16" else (1.0,) * width, cosine=(1.0, 1.0),
-        variance=1.0, example_bytes=0.0, image_size=size, image_encoding="jpeg95",
-        teacher={"width": width}, source={}, views={}, command="", code_version="",
+        name="", image=token_store.StoredImages(size, size, "jpeg95"),
+        teacher=TeacherInfo(
+            name="", weights={"width": width}, codec=codec, grid=(16, 16), cls=True, width=width,
+            channel_scale=() if codec == "float16" else (1.0,) * width, cosine=(1.0, 1.0),
+            variance=1.0,
+        ),
+        source={}, views={}, example_bytes=0.0, command="", code_version="",
     )  # fmt: skip
     features = token_store.features(info, None)
-    token_shape = (info.tokens, token_codec.stored_width(codec, width))
+    token_shape: Any = info.teacher.feature().shape
     rng = np.random.default_rng(0)
 
     def record(index: int) -> bytes:
         coarse = rng.integers(0, 256, (size // 8, size // 8, 3), np.uint8)
-        image = image_ops.encode_image(image_ops.resize(coarse, size, size), info.image_encoding)
+        image = image_ops.encode_image(image_ops.resize(coarse, size, size), info.image.encoding)
         tokens = rng.integers(0, 100, token_shape, np.uint8).astype(token_codec.CODECS[codec])
         box = np.zeros(4, np.int32)
         return features.serialize_example(

@@ -47,7 +47,7 @@ def measure(args: Namespace):
         info = build.build(config, scratch / "tokens")
         teacher = Teacher(config.teacher, config.batch_size)
         peak = matmul_rate(args.dtype, args.seconds) * len(devices)
-        codec = info.load_codec(scratch / "tokens")
+        codec = info.teacher.load_codec(scratch / "tokens")
         encode = teacher.encoder(codec)
         images = np.random.default_rng(0).integers(
             0, 256, (teacher.batch_size, 224, 224, 3), np.uint8

@@ -167,7 +167,7 @@ def open_pretrain(config: TrainConfig) -> PretrainTask:
     teacher = load_teacher(config)
     if config.data.targets == "stored":
         target = stored_target(config)
-        size = token_store.StoreInfo.load(config.data.path).image_size
+        size = token_store.StoreInfo.load(config.data.path).image.height
         if size != config.model.image_size:
             to = config.model.image_size
             notes = (f"{config.data.path}: images of {size} px are resized to {to}",)

@@ -49,12 +49,13 @@ def stored_target(config: TrainConfig, expected: Target | None = None) -> Target
                 f"{config.data.source} (config.data.source)"
             )
     for name, stored, value in (
-        ("width", info.width, expected.width if expected else config.teacher.width),
-        ("grid", info.grid[0], expected.grid[0] if expected else config.teacher.grid),
+        ("width", info.teacher.width, expected.width if expected else config.teacher.width),
+        ("grid", info.teacher.grid[0], expected.grid[0] if expected else config.teacher.grid),
     ):
         if value is not None and value != stored:
             raise UserError(
                 f"{path} holds teacher tokens of {name} {stored}, the config expects {value} "
                 f"(config.teacher.{name})"
             )
-    return Target(info.width, info.grid, info.cls, info.load_codec(path))
+    teacher = info.teacher
+    return Target(teacher.width, teacher.grid, teacher.cls, teacher.load_codec(path))
