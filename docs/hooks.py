@@ -8,6 +8,7 @@ from mkdocs.structure.files import File
 
 from dgpt_jax import cli, invocation
 from dgpt_jax.config import EvaluateConfig, TokensConfig, TrainConfig
+from dgpt_jax.config import schema as schema_lib
 
 SCHEMAS = {TrainConfig: "train", TokensConfig: "tokens", EvaluateConfig: "evaluate"}
 CONFIG_INTRODUCTION = (
@@ -41,6 +42,12 @@ def _table(schema, prefix: str) -> str:
         if dataclasses.is_dataclass(field.type):
             path = f"{prefix}.{field.name}"
             groups.append(f"### {path}\n\n{_table(field.type, path)}")
+            continue
+        if named := schema_lib.named_schema(field):
+            path = f"{prefix}.{field.name}.NAME"
+            groups.append(
+                f"### {path}\n\nA group: {field.metadata['doc']}\n\n{_table(named, path)}"
+            )
             continue
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         within = field.metadata["within"]

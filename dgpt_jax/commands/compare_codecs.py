@@ -20,7 +20,7 @@ from dgpt_jax.config.schema import parse
 from dgpt_jax.data import image_ops, token_codec
 from dgpt_jax.monitoring import markdown
 from dgpt_jax.storage import tfds_dataset
-from dgpt_jax.tokens import writer
+from dgpt_jax.tokens import views, writer
 from dgpt_jax.tokens.teacher import Teacher
 from dgpt_jax.weights import flags
 
@@ -108,7 +108,7 @@ def draw_crops(settings: roots.TokensConfig, examples: int) -> np.ndarray:
     crops = []
     for index in np.unique(np.linspace(0, len(source) - 1, examples).astype(int)):
         image = image_ops.decode_image(source[index]["image"])
-        view = writer.draw(settings, int(index), 0, *image.shape[:2])
+        view = views.draw(settings, int(index), 0, *image.shape[:2])
         crops.append(image_ops.render(image, view, settings.image_size))
     return np.stack(crops)
 

@@ -32,9 +32,11 @@ def store_examples(store: AnyPath) -> int:
     return len(tfds_dataset.Split(store, token_store.view_split(0)))
 
 
-def verify_tokens(store: AnyPath, teacher: Any) -> str:
-    """Returns the command that verifies a token store built with a TeacherConfig."""
+def verify_tokens(store: AnyPath, teacher: Any, further: str | None = None) -> str:
+    """Returns the command that verifies a token store built with a TeacherConfig, or the tokens of
+    a further teacher."""
     names = ("weights", "heads", "activation", "image_size")
     values = {name: getattr(teacher, name) for name in names}
     flags = [f"--{name}={value}" for name, value in values.items() if value]
+    flags += [f"--teacher={further}"] if further else []
     return f"{invocation.command('verify')} {shlex.join([str(store), *flags])}"

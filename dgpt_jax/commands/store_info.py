@@ -47,19 +47,15 @@ def _contents(d: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _store(d: Mapping[str, Any]) -> Iterator[str]:
-    tokens, teacher, source = d["tokens"], d["teacher"], d["source"]
-    cosine, pca = tokens["cosine"], f", PCA ({tokens['variance']:.2%})" * tokens["pca"]
-    yield (
-        f"tokens       {tokens['count']} × {tokens['width']}, {tokens['codec']}{pca}, cosine to "
-        f"exact tokens {cosine['mean']:.5f} (least {cosine['least']:.5f})"
-    )
+    source = d["source"]
     yield f"images       {d['image']['size']} × {d['image']['size']}, {d['image']['encoding']}"
-    settings = ", ".join(
-        f"{key} {teacher[key]}"
-        for key in ("dtype", "image_size", "mean", "std")
-        if teacher.get(key)
-    )
-    yield f"teacher      {teacher['name']}, weights {teacher['hash']}, {settings}"
+    yield f"tokens       {_tokens(d['tokens'])}"
+    yield f"teacher      {_teacher(d['teacher'])}"
+    for other in d["further_teachers"]:
+        yield f"{other['name']:12} {_tokens(other['tokens'])}, {disk_space.size(other['bytes'])}"
+        yield f"{'':12} {_teacher(other['teacher'])}"
+        if not other["complete"]:
+            yield f"{'':12} unfinished; finish it with: {other['command']}"
     views = ", ".join(f"{key} {value}" for key, value in d["views"].items())
     yield f"crops        {views}"
     shown = {key: value for key, value in source.items() if key != "derived"}
@@ -69,6 +65,20 @@ def _store(d: Mapping[str, Any]) -> Iterator[str]:
         parts = [f"{p['source'].get('name', '?')} ({p['examples']})" for p in derived["from"]]
         yield f"derived      {how}, from {', '.join(parts)}"
     yield f"format       {d['format']}, written by version {d['code_version']}"
+
+
+def _tokens(tokens: Mapping[str, Any]) -> str:
+    cosine, pca = tokens["cosine"], f", PCA ({tokens['variance']:.2%})" * tokens["pca"]
+    return (
+        f"{tokens['count']} × {tokens['width']}, {tokens['codec']}{pca}, cosine to exact tokens "
+        f"{cosine['mean']:.5f} (least {cosine['least']:.5f})"
+    )
+
+
+def _teacher(teacher: Mapping[str, Any]) -> str:
+    names = ("dtype", "image_size", "mean", "std")
+    settings = ", ".join(f"{key} {teacher[key]}" for key in names if teacher.get(key))
+    return f"{teacher['name']}, weights {teacher['hash']}, {settings}"
 
 
 def _state(d: Mapping[str, Any]) -> str:

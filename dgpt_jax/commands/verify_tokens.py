@@ -10,7 +10,7 @@ import itertools
 
 from dgpt_jax import cli
 from dgpt_jax.commands import next_commands
-from dgpt_jax.data import token_store
+from dgpt_jax.data import further_teachers, token_store
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.models.kernels import kernel_check
 from dgpt_jax.tokens import verify
@@ -25,16 +25,24 @@ def main():
     parser.add_argument(
         "--source", type=cli.path, default="", help="image dataset that the store was built from"
     )
+    parser.add_argument(
+        "--teacher", metavar="NAME", help="the further teacher to verify; default: the first"
+    )
     parser.add_argument("--samples", type=int, default=4, help="examples per shard")
     args = parser.parse_args()
-    info = token_store.StoreInfo.load(args.store)
-    tower = info.teacher.weights.get("tower", {})
-    stored = {name: tower[name] for name in ("mean", "std") if name in tower}
-    teacher = flags.teacher_config(args, dtype=info.teacher.weights["dtype"], **stored)
-    least, median = verify.thresholds(info)
+    stated = token_store.StoreInfo.load(args.store).teacher
+    if args.teacher is not None:
+        stated = further_teachers.load(args.store, args.teacher).teacher
+    tower = stated.weights.get("tower", {})
+    names = ("mean", "std") if args.teacher is None else ("mean", "std", "image_size")
+    stored = {name: tower[name] for name in names if name in tower}
+    teacher = flags.teacher_config(args, dtype=stated.weights["dtype"], **stored)
+    least, median = verify.thresholds(stated)
     damaged = []
     kernel_check.select("auto", cli.say)
-    reports = verify.verify(args.store, teacher, samples=args.samples, source=args.source)
+    reports = verify.verify(
+        args.store, teacher, samples=args.samples, source=args.source, further=args.teacher
+    )
     print(f"{'split':8} {'shards':>6} {'examples':>8} {'least':>9} {'median':>9}  worst example")
     for split, group in itertools.groupby(reports, key=lambda report: report.split):
         shards = list(group)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from dgpt_jax.config.ranges import COUNT, NATURAL, POSITIVE, SHARE, Range
-from dgpt_jax.config.schema import field
+from dgpt_jax.config.schema import check_choice, field
 from dgpt_jax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -13,6 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MEAN = Range(least=0, most=1)
 STD = Range(above=0, most=10)
 AREA = Range(above=0, most=1)
+CODECS = ("float16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,18 @@ class TeacherConfig:
                 )
             channels[name] = value * 3 if value is not None and len(value) == 1 else value
         return dataclasses.replace(self, **channels)
+
+
+@dataclass(frozen=True)
+class FurtherTeacherConfig(TeacherConfig):
+    """A group of section `teachers`: a teacher beside the first, `config.teachers.NAME`."""
+
+    codec: str = field("int8", "encoding of its stored tokens: float16, int8 or int4")
+    pca: int | None = field(
+        None, "number of principal components of its tokens to store; default: all", COUNT
+    )
+
+    def resolved(self) -> "FurtherTeacherConfig":
+        """Returns the config as TeacherConfig does. Raises UserError."""
+        check_choice("codec of a teacher in config.teachers", self.codec, CODECS)
+        return super().resolved()  # pyright: ignore[reportReturnType]  # replace keeps the class

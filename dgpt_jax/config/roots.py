@@ -8,13 +8,19 @@ from dataclasses import dataclass
 
 from dgpt_jax.config import classification, durations, initialization, pretraining
 from dgpt_jax.config.classification import ClassificationConfig
-from dgpt_jax.config.data import AREA, DataConfig, TeacherConfig
+from dgpt_jax.config.data import (
+    AREA,
+    CODECS,
+    DataConfig,
+    FurtherTeacherConfig,
+    TeacherConfig,
+)
 from dgpt_jax.config.initialization import InitConfig
 from dgpt_jax.config.model import ModelConfig
 from dgpt_jax.config.optimization import LossConfig, OptimConfig
 from dgpt_jax.config.ranges import COUNT, NATURAL, POSITIVE
 from dgpt_jax.config.run import CheckpointConfig, EvalsConfig, HostsConfig, MeshConfig
-from dgpt_jax.config.schema import check_choice, field
+from dgpt_jax.config.schema import check_choice, field, named_group
 from dgpt_jax.errors import UserError
 
 PLATFORM = "cpu, gpu or tpu, an error if unavailable; empty: JAX's default"
@@ -148,17 +154,27 @@ class TokensConfig:
     kernels: str = field("auto", KERNELS_HELP)
     hosts: HostsConfig = HostsConfig()
     teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[str, FurtherTeacherConfig] = named_group(
+        FurtherTeacherConfig,
+        "a further teacher, whose tokens lie beside those of config.teacher; its keys are those of "
+        "config.teacher, codec and pca",
+    )
 
     def resolved(self) -> "TokensConfig":
         """Returns the config itself. Raises UserError on invalid values."""
         _check_platform(self.platform, self.kernels)
-        check_choice("config.codec", self.codec, ("float16", "int8", "int4"))
+        check_choice("config.codec", self.codec, CODECS)
         check_choice(
             "config.image_encoding", self.image_encoding, ("jpeg95", "webp-lossless", "png")
         )
         if not self.source:
             raise UserError("config.source is empty: set it to a TFDS image dataset")
         _check_crops("config", self.crop_scale, self.crop_ratio)
+        for name, teacher in self.teachers.items():
+            if name == "teacher":
+                raise UserError("config.teachers.teacher: that is the name of config.teacher")
+            if not teacher.weights:
+                raise UserError(f"config.teachers.{name}.weights is empty")
         return self
 
 

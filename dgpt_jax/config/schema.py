@@ -6,6 +6,7 @@ Its optional method `resolved` checks values together and fills in defaults that
 
 import dataclasses
 import difflib
+import re
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
@@ -29,6 +30,14 @@ def field(default: Any, doc: str, within: Range | None = None, path: bool = Fals
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def named_group(schema: type, doc: str) -> Any:
+    """Defines a field {name: schema} of any number of groups, whose names the user chooses.
+
+    Their keys are `FIELD.NAME.KEY`; a name is a Python identifier.
+    """
+    return dataclasses.field(default_factory=dict, metadata={"doc": doc, "named": schema})
+
+
 def _fields(schema: Any) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(schema)
 
@@ -36,6 +45,11 @@ def _fields(schema: Any) -> tuple[dataclasses.Field, ...]:
 def _group(annotation: Any) -> Any:
     """The annotation if it is the schema of a group of keys, else None."""
     return annotation if dataclasses.is_dataclass(annotation) else None
+
+
+def named_schema(field: dataclasses.Field) -> Any:
+    """Returns the schema of the groups of a field by `named_group`, else None."""
+    return field.metadata.get("named")
 
 
 def check_choice(path: str, value: object, allowed: Collection[Any]) -> None:
@@ -51,11 +65,17 @@ def default_config(schema: type) -> ConfigDict:
     for field in _fields(schema):
         if group := _group(field.type):
             config[field.name] = default_config(group)
+        elif named_schema(field):
+            config[field.name] = ConfigDict()
         elif field.default is None:  # a plain None could not be overridden
             config[field.name] = config_dict.placeholder(field_values.runtime_type(field.type))
         else:
             config[field.name] = field.default
-    return config.lock()
+    config.lock()
+    for field in filter(named_schema, _fields(schema)):
+        named: Any = config[field.name]
+        named.unlock()
+    return config
 
 
 def parse(schema: type[T], config: Mapping[str, Any] | ConfigDict, prefix: str = "config") -> T:
@@ -75,11 +95,31 @@ def parse(schema: type[T], config: Mapping[str, Any] | ConfigDict, prefix: str =
             if not hasattr(value, "items"):
                 raise UserError(f"{path} is a group of keys, not a value: got {value!r}")
             values[name] = parse(group, value, path)
+        elif group := named_schema(fields[name]):
+            values[name] = _parse_named(group, value, path)
         else:
             values[name] = field_values.check(fields[name], value, path)
     parsed = schema(**values)
     resolved = getattr(parsed, "resolved", None)
     return resolved() if resolved else parsed
+
+
+def _parse_named(schema: type, value: Any, path: str) -> dict[str, Any]:
+    if not hasattr(value, "items"):
+        raise UserError(f"{path} is a group of named groups, not a value: got {value!r}")
+    for name, group in value.items():
+        _check_name(name, path)
+        if not hasattr(group, "items"):
+            raise UserError(f"{path}.{name} is a group of keys, not a value: got {group!r}")
+    return {name: parse(schema, group, f"{path}.{name}") for name, group in value.items()}
+
+
+def _check_name(name: str, path: str) -> None:
+    if not re.fullmatch(r"[A-Za-z]\w{0,39}", name, re.ASCII):
+        raise UserError(
+            f"{path}.{name}: a name has letters, digits and underscores, 40 at most, and begins "
+            f"with a letter"
+        )
 
 
 def override(config: ConfigDict, schema: type, path: str, text: str) -> None:
@@ -95,6 +135,9 @@ def override(config: ConfigDict, schema: type, path: str, text: str) -> None:
         if field is None:
             raise UserError(_unknown_key(f"{parent}.{name}", section_schema, schema))
         parent, last = f"{parent}.{name}", i == len(names) - 1
+        if group := named_schema(field):
+            _override_named(section[name], group, parent, names[i + 1 :], text)
+            return
         if bool(_group(field.type)) == last:
             raise UserError(f"{parent} is {'a group of keys' if last else 'a value, not a group'}")
         if last:
@@ -105,6 +148,19 @@ def override(config: ConfigDict, schema: type, path: str, text: str) -> None:
             section, section_schema = section[name], _group(field.type)
 
 
+def _override_named(section: Any, schema: type, path: str, names: list[str], text: str) -> None:
+    """Sets a key of a named group, which is created if there is none of the name."""
+    if len(names) < 2:
+        raise UserError(f"{path} is a group of named groups: set {path}.NAME.KEY")
+    _check_name(names[0], path)
+    if names[0] not in section:
+        section[names[0]] = default_config(schema)
+    try:
+        override(section[names[0]], schema, ".".join(["config", *names[1:]]), text)
+    except UserError as e:
+        raise UserError(str(e).replace("config.", f"{path}.{names[0]}.", 1)) from None
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns a parsed config as nested dicts, for JSON."""
     return dataclasses.asdict(config)
@@ -113,7 +169,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def set_values(config: Any) -> dict[str, Any]:
     """Returns {"model.width": 96} of the values of a parsed config that are not defaults."""
     values, defaults = (flatten(to_dict(x)) for x in (config, type(config)()))
-    return {name: value for name, value in values.items() if value != defaults[name]}
+    absent = object()  # keys of named groups have no default
+    return {k: value for k, value in values.items() if value != defaults.get(k, absent)}
 
 
 def flatten(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
@@ -135,7 +192,8 @@ def keys(schema: type, prefix: str = "") -> list[str]:
     """Returns the paths of all fields that are not groups: `model.width`."""
     paths = []
     for field in _fields(schema):
-        path, group = f"{prefix}{field.name}", _group(field.type)
+        path, group = f"{prefix}{field.name}", _group(field.type) or named_schema(field)
+        path += ".NAME" if named_schema(field) else ""
         paths += keys(group, f"{path}.") if group else [path]
     return paths
 
@@ -146,6 +204,10 @@ def describe(schema: type, prefix: str = "--config.") -> str:
     for field in _fields(schema):
         if group := _group(field.type):
             paragraphs.append(describe(group, f"{prefix}{field.name}."))
+        elif group := named_schema(field):
+            about = f"{prefix}{field.name}.NAME.KEY: {field.metadata['doc']}"
+            paragraphs.append(_WRAPPER.fill(about))
+            paragraphs.append(describe(group, f"{prefix}{field.name}.NAME."))
         else:
             kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
             within = field.metadata["within"]

@@ -1,6 +1,7 @@
 """What a token store says of one teacher: its weights, its tokens and how they are encoded."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -81,6 +82,13 @@ class TeacherInfo:
             raise UserError(
                 f"{file} is damaged: {len(self.channel_scale)} scales for {self.width} channels"
             )
+
+
+def as_json(value: Any) -> Any:
+    """Returns a value as it is after a JSON round trip."""
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    return [as_json(inner) for inner in value] if isinstance(value, (tuple, list)) else value
 
 
 def _load_basis(path: epath.Path) -> np.ndarray:

@@ -6,9 +6,8 @@ devices and waits for the others only before the first and after the last.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,16 +17,16 @@ from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.data import teacher_info, token_codec, token_store
-from dgpt_jax.data.teacher_info import FIRST, TeacherInfo
+from dgpt_jax.data.teacher_info import FIRST, TeacherInfo, as_json
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.data.token_store import StoredImages, StoreInfo
 from dgpt_jax.distributed import multihost
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.monitoring import progress
-from dgpt_jax.storage import array_record_shards, disk_space, tfds_dataset
-from dgpt_jax.tokens import writer
+from dgpt_jax.storage import array_record_shards, tfds_dataset
+from dgpt_jax.tokens import shard_plan, views, writer
+from dgpt_jax.tokens.shard_plan import plan_view
 from dgpt_jax.tokens.teacher import Teacher
-from dgpt_jax.tokens.writer import ShardPlan
 
 SAMPLE = 256  # images on which the codec and the stored cosine are measured
 
@@ -51,34 +50,31 @@ def build(config: TokensConfig, out: epath.PathLike, *, check: bool = False) -> 
             _check_or_create(config, directory, source, teacher, pool)
         multihost.barrier("begun")
         info = StoreInfo.load(directory)
-        planned = [s for v in range(config.views) for s in _plan_view(config, directory, info, v)]
-        todo = _unfinished(directory, planned, pool, say, check=check)
+        planned = [
+            shard
+            for view in range(config.views)
+            for shard in plan_view(directory, info.name, view, len(source), config.shard_size)
+        ]
+        todo = shard_plan.unfinished(directory, planned, pool, say, check=check)
         complete = sum(len(s.indices) for s in planned) - sum(len(s.indices) for s in todo)
         say(f"complete: {complete} of {counted(len(source) * config.views, 'example')}")
-        _check_disk_space(directory, info, todo, say)
-        mine = todo[jax.process_index() :: jax.process_count()]
-        codec = info.teacher.load_codec(directory)
-        writer.write(config, source, teacher, info, codec, mine, pool, say)
+        remedy = "choose another --out, fewer config.views, or a smaller config.codec"
+        shard_plan.require_disk_space(directory, info.example_bytes, todo, say, remedy)
+        writer.write(
+            partial(views.render, config, source),
+            tfds_dataset.serializer(token_store.features(info, source.label)),
+            teacher,
+            info.teacher.load_codec(directory),
+            info.example_bytes,
+            todo[jax.process_index() :: jax.process_count()],
+            pool,
+            say,
+        )
     multihost.barrier("written")
     if jax.process_index() == 0:
         _finish(config, directory, info, source)
     multihost.barrier("finished")
     return info
-
-
-def _plan_view(
-    config: TokensConfig, out: epath.Path, info: StoreInfo, view: int
-) -> list[ShardPlan]:
-    examples = info.source["examples"]
-    starts = range(0, examples, config.shard_size)
-    return [
-        ShardPlan(
-            tfds_dataset.shard_path(out, token_store.view_split(view), i, len(starts), info.name),
-            view,
-            range(start, min(start + config.shard_size, examples)),
-        )
-        for i, start in enumerate(starts)
-    ]
 
 
 def _check_or_create(config: TokensConfig, out: epath.Path, source, teacher: Teacher, pool):
@@ -115,7 +111,7 @@ def _check_or_create(config: TokensConfig, out: epath.Path, source, teacher: Tea
             f"another --out"
         )
     for name in ("hash", "dtype", "tower"):
-        if weights[name] != (new := _json(teacher.describe()))[name]:
+        if weights[name] != (new := as_json(teacher.describe()))[name]:
             raise UserError(
                 f"{out} was built with the teacher {weights['name']} ({name} {weights[name]}), not "
                 f"{new['name']} ({name} {new[name]})"
@@ -127,7 +123,7 @@ def _describe(
 ) -> tuple[StoreInfo, np.ndarray | None]:
     """Returns (StoreInfo, PCA basis or None), measured on a sample of view 0."""
     sample = range(0, len(source), max(1, len(source) // SAMPLE))[:SAMPLE]
-    rendered = list(pool.map(lambda i: writer.render(config, source, 0, i), sample))
+    rendered = list(pool.map(partial(views.render, config, source, 0), sample))
     tokens = teacher(np.stack([r.image for r in rendered]))
     writer.require_finite(np.isfinite(tokens).all())
     codec, variance = _fit_codec(config, tokens)
@@ -138,7 +134,7 @@ def _describe(
         image=StoredImages(config.image_size, config.image_size, config.image_encoding),
         teacher=TeacherInfo(
             name=FIRST,
-            weights=_json(teacher.describe()),
+            weights=as_json(teacher.describe()),
             codec=config.codec,
             grid=teacher.tower.grid,
             cls=teacher.tower.cls,
@@ -175,13 +171,6 @@ def _fit_codec(config: TokensConfig, tokens: np.ndarray) -> tuple[Codec, float]:
     return codec, float(variance / np.square(tokens, dtype=np.float64).sum())
 
 
-def _json(value: Any) -> Any:
-    """Returns a value as it is after a JSON round trip."""
-    if isinstance(value, dict):
-        return {key: _json(inner) for key, inner in value.items()}
-    return [_json(inner) for inner in value] if isinstance(value, (tuple, list)) else value
-
-
 def _source(config: TokensConfig, source: tfds_dataset.Split) -> dict:
     info = tfds_dataset.open_builder(config.source).info
     identity = {"name": info.name, "version": str(info.version), "split": config.split}
@@ -190,40 +179,7 @@ def _source(config: TokensConfig, source: tfds_dataset.Split) -> dict:
 
 def _views(config: TokensConfig) -> dict:
     names = ("seed", "crop_scale", "crop_ratio", "flip", "shard_size")
-    return {name: _json(getattr(config, name)) for name in names}
-
-
-def _unfinished(out, planned: Sequence[ShardPlan], pool, say, *, check: bool) -> list[ShardPlan]:
-    """Returns the missing and the damaged shards, the same list on every process; each process
-    verifies its share of the existing ones."""
-    infos = array_record_shards.shard_infos(out)
-    existing = [shard for shard in planned if shard.path.name in infos]
-    mine = {s.path.name: s for s in existing[jax.process_index() :: jax.process_count()]}
-    if check and mine:
-        say(f"reading {len(existing)} existing shards …")
-    damaged = array_record_shards.damaged(
-        out, {name: infos[name] for name in mine}, pool, check=check
-    )
-    for name, shard in mine.items():
-        if name in damaged or infos[name].records != len(shard.indices):
-            say(f"{name} is damaged and will be rebuilt")
-            array_record_shards.invalidate(shard.path)
-    multihost.barrier("checked")
-    infos = array_record_shards.shard_infos(out)
-    multihost.barrier("listed")
-    return [shard for shard in planned if shard.path.name not in infos]
-
-
-def _check_disk_space(
-    out: epath.Path, info: StoreInfo, todo: Sequence[ShardPlan], say: Callable[[str], None]
-):
-    """Logs the size of the missing shards. Raises UserError if the disk has less free."""
-    needed = round(info.example_bytes * sum(len(shard.indices) for shard in todo))
-    free = disk_space.free_bytes(out)
-    room = "" if free is None else f", {disk_space.size(free)} free"
-    say(f"{disk_space.size(needed)} to write{room}")
-    remedy = "choose another --out, fewer config.views, or a smaller config.codec"
-    disk_space.require(out, needed, remedy)
+    return {name: as_json(getattr(config, name)) for name in names}
 
 
 def _finish(config: TokensConfig, out: epath.Path, info: StoreInfo, source: tfds_dataset.Split):
@@ -234,7 +190,8 @@ def _finish(config: TokensConfig, out: epath.Path, info: StoreInfo, source: tfds
     infos = array_record_shards.shard_infos(out)
     written = {
         token_store.view_split(view): [
-            infos[shard.path.name] for shard in _plan_view(config, out, info, view)
+            infos[shard.path.name]
+            for shard in plan_view(out, info.name, view, len(source), config.shard_size)
         ]
         for view in range(max(earlier, config.views))
     }

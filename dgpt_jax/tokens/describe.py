@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dgpt_jax.data import bad_records, token_codec, token_store
+from dgpt_jax.data import bad_records, further_teachers, token_codec, token_store
+from dgpt_jax.data.teacher_info import TeacherInfo
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.errors import UserError
 from dgpt_jax.storage import array_record_shards, gcs, tfds_dataset
@@ -31,6 +32,9 @@ def describe(path: AnyPath, *, check: bool = False) -> dict[str, Any]:
     info = StoreInfo.load(path) if stored else None
     kind = "token store" if stored else "image dataset"
     result: dict[str, Any] = {"path": str(path), "kind": kind} | (_store(info) if info else {})
+    if info:
+        names = further_teachers.names(path)
+        result["further_teachers"] = [_further(path, name) for name in names]
     if info and not (directory / "dataset_info.json").exists():
         infos = array_record_shards.shard_infos(path)
         return result | {
@@ -55,10 +59,21 @@ def describe(path: AnyPath, *, check: bool = False) -> dict[str, Any]:
 
 
 def _store(info: StoreInfo) -> dict[str, Any]:
-    teacher, weights = info.teacher, info.teacher.weights
+    return {
+        **_teacher(info.teacher),
+        "image": {"size": info.image.height, "encoding": info.image.encoding},
+        "views": info.views,
+        "source": info.source,
+        "format": info.format,
+        "code_version": info.code_version,
+        "command": info.command,
+    }
+
+
+def _teacher(teacher: TeacherInfo) -> dict[str, Any]:
+    weights = teacher.weights
     tower = weights.get("tower") or {}
     item = np.dtype(token_codec.CODECS[teacher.codec]).itemsize
-    tokens = teacher.tokens * token_codec.stored_width(teacher.codec, teacher.width) * item
     return {
         "teacher": {key: weights.get(key) for key in ("name", "hash", "dtype", "width")}
         | {key: tower.get(key) for key in PREPROCESSING},
@@ -71,13 +86,21 @@ def _store(info: StoreInfo) -> dict[str, Any]:
             "pca": teacher.is_reduced,
             "cosine": {"least": teacher.cosine[0], "mean": teacher.cosine[1]},
             "variance": teacher.variance,
-            "bytes": tokens,
+            "bytes": teacher.tokens * token_codec.stored_width(teacher.codec, teacher.width) * item,
         },
-        "image": {"size": info.image.height, "encoding": info.image.encoding},
-        "views": info.views,
-        "source": info.source,
-        "format": info.format,
-        "code_version": info.code_version,
+    }
+
+
+def _further(store: AnyPath, name: str) -> dict[str, Any]:
+    """Description of a further teacher: as of the first, size on disk, and its state."""
+    info, directory = further_teachers.load(store, name), further_teachers.path_of(store, name)
+    sizes = array_record_shards.sizes(directory)
+    complete = (directory / "dataset_info.json").exists()
+    return {
+        "name": name,
+        **_teacher(info.teacher),
+        "bytes": sum(size for file, size in sizes.items() if "array_record" in file),
+        "complete": complete,
         "command": info.command,
     }
 

@@ -9,8 +9,6 @@ from dgpt_jax.monitoring import progress
 
 SAY_EVERY = 10  # seconds
 
-SAY_EVERY = 10  # seconds
-
 
 class StageTimer:
     """Progress of this process, and the time it waits for each stage after the first batch."""

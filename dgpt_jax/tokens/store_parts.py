@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dgpt_jax.data import token_store
+from dgpt_jax import invocation
+from dgpt_jax.data import further_teachers, token_store
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.errors import BadRecord, UserError, bad_record, counted
 from dgpt_jax.storage import record_stream, tfds_dataset
@@ -76,6 +77,12 @@ def open_store(path: AnyPath) -> SourceStore:
     opened = tfds_dataset.Opened(path)
     token_store.check_features(path, opened.builder.info.features)
     info.teacher.load_codec(path)
+    if others := further_teachers.names(path):
+        raise UserError(
+            f"{path} has the tokens of further teachers ({', '.join(others)}), which would be "
+            f"left out: add them to the new stores instead, by `{invocation.command('tokens')} "
+            f"--only=NAME`, from a copy of {path} without {further_teachers.DIRECTORY}/"
+        )
     names = list(opened.builder.info.splits)
     if names != [token_store.view_split(view) for view in range(len(names))]:
         raise UserError(f"{path} has splits {', '.join(names)}, not those of views")

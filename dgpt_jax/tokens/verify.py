@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from dgpt_jax.config import roots
-from dgpt_jax.data import bad_records, image_ops, token_codec, token_store
+from dgpt_jax.data import bad_records, further_teachers, image_ops, token_codec, token_store
+from dgpt_jax.data.teacher_info import TeacherInfo
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import tfds_dataset
-from dgpt_jax.tokens import writer
+from dgpt_jax.tokens import views
 from dgpt_jax.tokens.teacher import Teacher
 
 # Loss of cosine beyond the codec's: matmuls sum in another order on other hardware.
@@ -53,11 +54,11 @@ class ShardReport:
         )
 
 
-def thresholds(info: StoreInfo) -> tuple[float, float]:
+def thresholds(teacher: TeacherInfo) -> tuple[float, float]:
     """Returns the minimum (least, median) cosine of a sound example, from the codec's measured loss
     and the teacher's dtype."""
-    slack = SLACK[info.teacher.weights["dtype"]]
-    least, mean = info.teacher.cosine
+    slack = SLACK[teacher.weights["dtype"]]
+    least, mean = teacher.cosine
     return 1 - 4 * (1 - least) - slack, 1 - 2 * (1 - mean) - slack
 
 
@@ -68,24 +69,30 @@ def verify(
     samples: int = 4,
     batch_size: int = 16,
     source: str = "",
+    further: str | None = None,
 ) -> Iterator[ShardReport]:
     """Re-runs the teacher on `samples` examples of every shard; yields a report per shard.
 
-    `source`: the image dataset; its views are drawn and rendered again, too. Raises UserError if
-    the weights or the source are not those of the store.
+    `source`: the image dataset; its views are drawn and rendered again, too. `further`: name of the
+    further teacher whose tokens are verified, of the same examples; default: the first. Raises
+    UserError if the weights or the source are not those of the store.
     """
     token_store.require_finished(store)
-    info = StoreInfo.load(store)
-    codec = info.teacher.load_codec(store)
+    info, directory = StoreInfo.load(store), store
+    stated = info.teacher
+    if further is not None:
+        stated, directory = further_teachers.open_directory(store, further)
+    codec = stated.load_codec(directory)
     teacher = Teacher(settings, batch_size)
-    if teacher.hash != info.teacher.weights["hash"]:
+    if teacher.hash != stated.weights["hash"]:
         raise UserError(
-            f"{store} was built with the teacher {info.teacher.weights['hash']}, these weights are "
+            f"{directory} was built with the teacher {stated.weights['hash']}, these weights are "
             f"{teacher.hash}"
         )
     original = _open_source(store, info, source) if source else None
     for view, (name, split) in enumerate(tfds_dataset.open_builder(store).info.splits.items()):
         examples = tfds_dataset.Split(store, name)
+        tokens = examples if further is None else tfds_dataset.Split(directory, name)
         start = 0
         for shard, length in enumerate(split.shard_lengths):
             indices = start + np.unique(np.linspace(0, length - 1, samples).astype(int))
@@ -98,15 +105,18 @@ def verify(
                 ]
             )
             live = codec.project(teacher(images))
-            decoded = codec.decode(np.stack([example["tokens"] for example in stored]))
+            targets = stored if further is None else [tokens[i] for i in indices]
+            decoded = codec.decode(np.stack([target["tokens"] for target in targets]))
             reports = []
-            for i, example, cosines in zip(
-                indices, stored, token_codec.cosines(decoded, live), strict=True
+            for i, example, target, cosines in zip(
+                indices, stored, targets, token_codec.cosines(decoded, live), strict=True
             ):
                 top, left, height, width = map(int, example["box"])
                 box = image_ops.View(top, left, height, width, bool(example["flip"]))
                 differs = ""
-                if original:
+                if target["id"] != example["id"]:
+                    differs = f"id: the tokens are of {target['id']}"
+                elif original:
                     differs = _difference(info, original, view, int(i), example, box)
                 least, median = float(cosines.min()), float(np.median(cosines))
                 reports.append(TokenReport(example["id"], box, least, median, differs))
@@ -147,7 +157,7 @@ def _difference(
     if record["id"] != example["id"]:
         return f"id: the source has {record['id']}"
     image = bad_records.decode_image(source, index, record)
-    drawn = writer.draw(SimpleNamespace(**info.views), index, view, *image.shape[:2])
+    drawn = views.draw(SimpleNamespace(**info.views), index, view, *image.shape[:2])
     if drawn != box:
         return f"box: redrawn as {drawn.box} flip {int(drawn.flip)}"
     crop = image_ops.render(image, drawn, info.image.height)

@@ -1,8 +1,8 @@
-"""Writes the shards of a token store as a pipeline of rendering, teacher and disk.
+"""Writes shards of tokens as a pipeline of images, teacher and disk.
 
-Threads decode, crop and encode the images of the next batches; the devices compute two batches and
-transfer the tokens to the host; another thread serializes and writes the finished examples, while
-the checksum of the previous shard is computed.
+Threads make the images of the next batches (decode, crop and encode them, or read them from a
+store); the devices compute two batches and transfer the tokens to the host; another thread
+serializes and writes the finished examples, while the checksum of the previous shard is computed.
 """
 
 import contextlib
@@ -10,98 +10,47 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
-from types import SimpleNamespace
+from typing import Protocol
 
 import numpy as np
-from etils import epath
 
-from dgpt_jax import invocation
-from dgpt_jax.config import TokensConfig
-from dgpt_jax.data import bad_records, image_ops, token_store, transforms
 from dgpt_jax.data.prefetch import prefetch
 from dgpt_jax.data.token_codec import Codec
-from dgpt_jax.data.token_store import StoreInfo
-from dgpt_jax.errors import BadRecord, UserError
-from dgpt_jax.storage import array_record_shards, tfds_dataset
+from dgpt_jax.errors import UserError
+from dgpt_jax.storage import array_record_shards
+from dgpt_jax.tokens.shard_plan import ShardPlan
 from dgpt_jax.tokens.stage_timer import StageTimer
 from dgpt_jax.tokens.teacher import Teacher
 
-PREFETCH = 2  # batches rendered ahead of the teacher, and encoded ahead of the disk
+PREFETCH = 2  # batches of images ahead of the teacher, and of tokens ahead of the disk
 MAX_QUEUED = 512  # examples waiting for the disk
 OVERHEAD = 250  # bytes of an example besides image and tokens: names, box, ArrayRecord's chunk
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard of the store: a view of a range of examples."""
+class Viewed(Protocol):
+    """An example without its tokens."""
 
-    path: epath.Path
-    view: int
-    indices: range
-
-
-@dataclass(frozen=True)
-class RenderedView:
-    """An example without its tokens; `image` is decoded from `encoded`."""
-
-    id: str
-    label: int | None
-    view: image_ops.View
-    encoded: bytes
-    image: np.ndarray
+    @property
+    def image(self) -> np.ndarray:
+        """Pixels for the teacher, uint8 (height, width, 3)."""
+        ...
 
     def example(self, tokens: np.ndarray) -> dict:
-        """Returns the example with its tokens, in the format of token_store.features."""
-        example = {
-            "id": self.id,
-            "image": self.encoded,
-            "tokens": tokens,
-            "box": np.asarray(self.view.box, np.int32),
-            "flip": np.int32(self.view.flip),
-        }
-        return example if self.label is None else example | {"label": self.label}
+        """Returns the example with its tokens, in the format of the shards."""
+        ...
 
 
-def draw(
-    config: TokensConfig | SimpleNamespace, index: int, view: int, height: int, width: int
-) -> image_ops.View:
-    """Draws view number `view` of example `index`, an image of height×width: a function of these
-    and of the config's seed, crop_scale, crop_ratio and flip."""
-    return image_ops.draw_view(
-        transforms.generator(config.seed, transforms.VIEW, index, view),
-        height,
-        width,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        flip=config.flip,
-    )
-
-
-def render(config: TokensConfig, source: tfds_dataset.Split, view: int, index: int) -> RenderedView:
-    """Renders a view of an example. Raises UserError if its image cannot be decoded."""
-    try:
-        record = source[index]
-        image = bad_records.decode_image(source, index, record)
-    except BadRecord as e:
-        raise UserError(
-            f"{e}. A store needs all examples of its source: import the images with "
-            f"`{invocation.command('import')}`, which skips unreadable files"
-        ) from None
-    drawn = draw(config, index, view, *image.shape[:2])
-    crop = image_ops.render(image, drawn, config.image_size)
-    encoded = image_ops.encode_image(crop, config.image_encoding)
-    decoded = image_ops.decode_image(encoded)
-    return RenderedView(record["id"], record.get("label"), drawn, encoded, decoded)
+# (view, index) to an example without its tokens.
+MakeView = Callable[[int, int], Viewed]
 
 
 def write(
-    config: TokensConfig,
-    source: tfds_dataset.Split,
+    make_view: MakeView,
+    serialize: Callable[[dict], bytes],
     teacher: Teacher,
-    info: StoreInfo,
     codec: Codec,
+    example_bytes: float,
     todo: Sequence[ShardPlan],
     pool: ThreadPoolExecutor,
     say: Callable[[str], None],
@@ -109,10 +58,9 @@ def write(
     """Writes the shards `todo` in order. Returns images_per_second and the fractions of time spent
     waiting for images, teacher and disk, after the first batch, which compiles. Raises
     UserError."""
-    serialize = tfds_dataset.serializer(token_store.features(info, source.label))
-    timer = StageTimer(sum(len(shard.indices) for shard in todo), info.example_bytes, say)
-    rendered = _render_batches(config, source, teacher.batch_size, todo, pool)
-    examples = _encode(rendered, teacher.encoder(codec), timer)
+    timer = StageTimer(sum(len(shard.indices) for shard in todo), example_bytes, say)
+    views = _view_batches(make_view, teacher.batch_size, todo, pool)
+    examples = _encode(views, teacher.encoder(codec), timer)
     with _ShardWriter(serialize) as writer:
         for shard in todo:
             writer.begin(shard)
@@ -122,13 +70,10 @@ def write(
     return timer.summary()
 
 
-def _render_batches(config, source, batch_size: int, todo, pool) -> Iterator[list[RenderedView]]:
-    """Yields batches within each shard, rendered by the pool PREFETCH batches ahead."""
+def _view_batches(make_view, batch_size: int, todo, pool) -> Iterator[list[Viewed]]:
+    """Yields batches within each shard, made by the pool PREFETCH batches ahead."""
     batches = (
-        [
-            pool.submit(render, config, source, shard.view, i)
-            for i in shard.indices[start : start + batch_size]
-        ]
+        [pool.submit(make_view, shard.view, i) for i in shard.indices[start : start + batch_size]]
         for shard in todo
         for start in range(0, len(shard.indices), batch_size)
     )
@@ -136,15 +81,15 @@ def _render_batches(config, source, batch_size: int, todo, pool) -> Iterator[lis
         yield [future.result() for future in futures]
 
 
-def _encode(rendered: Iterator, start: Callable, timer: StageTimer) -> Iterator[dict]:
+def _encode(views: Iterator, start: Callable, timer: StageTimer) -> Iterator[dict]:
     """Yields stored examples in order; the teacher runs PREFETCH batches ahead."""
-    batches = iter(lambda: timer.timed("images", next, rendered, None), None)
+    batches = iter(lambda: timer.timed("images", next, views, None), None)
     in_flight = ((batch, start(np.stack([view.image for view in batch]))) for batch in batches)
     for batch, results in prefetch(in_flight, PREFETCH):
         yield from _fetch_results(batch, results, timer)
 
 
-def _fetch_results(batch: list[RenderedView], results, timer: StageTimer) -> Iterator[dict]:
+def _fetch_results(batch: list[Viewed], results, timer: StageTimer) -> Iterator[dict]:
     tokens, finite = timer.timed("teacher", lambda: [np.asarray(result) for result in results])
     require_finite(finite)
     timer.done(len(batch))

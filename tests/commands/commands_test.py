@@ -10,7 +10,7 @@ import pytest
 
 from dgpt_jax import cli, evaluate, train
 from dgpt_jax.commands import build_tokens
-from dgpt_jax.config import files, roots
+from dgpt_jax.config import files, roots, schema
 from dgpt_jax.distributed import launchers
 from dgpt_jax.errors import UserError
 from tests.support import commands
@@ -222,6 +222,8 @@ def fields(kind, prefix="--config."):
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
             yield from fields(field.type, f"{prefix}{field.name}.")
+        elif named := schema.named_schema(field):
+            yield from fields(named, f"{prefix}{field.name}.NAME.")
         else:
             yield f"{prefix}{field.name}", field
 

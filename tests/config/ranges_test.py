@@ -21,6 +21,8 @@ def fields(kind, prefix=()):
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
             yield from fields(field.type, (*prefix, field.name))
+        elif named := schema.named_schema(field):
+            yield from fields(named, (*prefix, field.name, "other"))
         else:
             yield (*prefix, field.name), field
 

@@ -37,11 +37,12 @@ def test_release_notes_name_the_renamed_keys():
 def test_config_keys_exist():
     keys = set()
     for config in (TrainConfig, TokensConfig, EvaluateConfig):
-        for key in schema.flatten(schema.to_dict(config())):
+        for key in schema.keys(config):
             parts = key.split(".")
             keys |= {".".join(parts[: i + 1]) for i in range(len(parts))}
     files = {"json", "py"}
     for page in documentation():
         named = re.findall(r"(?<![\w./])(?:--)?config\.([a-z]\w*(?:\.[a-z]\w*)*)", page.read_text())
+        named = [re.sub(r"^teachers\.\w+", "teachers.NAME", key) for key in named]
         old = set(RENAMED) if page.name == "release_notes.md" else set()
         assert set(named) - keys - files <= old, page

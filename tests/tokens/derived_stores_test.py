@@ -55,7 +55,7 @@ def run(root, *words):
 @pytest.mark.parametrize("name", ["extracted", "merged", "both/train", "both/heldout"])
 def test_the_teacher_agrees(root, name):
     settings = parse(roots.TeacherConfig, {"weights": str(root / "teacher")})
-    least = verify.thresholds(token_store.StoreInfo.load(root / name))
+    least = verify.thresholds(token_store.StoreInfo.load(root / name).teacher)
     reports = list(verify.verify(root / name, settings, batch_size=8))
     assert reports and all(report.is_sound(*least) for report in reports)
     with pytest.raises(UserError, match="--source"):

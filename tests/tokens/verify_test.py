@@ -119,7 +119,7 @@ def with_fault(store, to, fault: str):
 def test_faults_are_detected(built, tmp_path, fault):
     _, _, teacher, store = built
     weights = roots.TeacherConfig(weights=str(teacher))
-    limits = verify.thresholds(StoreInfo.load(store))
+    limits = verify.thresholds(StoreInfo.load(store).teacher)
     copy, id_ = with_fault(store, tmp_path / "tokens", fault)
     reports = list(verify.verify(copy, weights))
     assert [(report.split, report.shard) for report in reports] == [
@@ -133,7 +133,7 @@ def test_faults_are_detected(built, tmp_path, fault):
 def test_faults_are_detected_with_every_codec(built, tmp_path, codec):
     _, dataset, teacher, _ = built
     store = data.token_store(tmp_path / "sound", dataset, teacher, codec=codec, views=2)
-    limits = verify.thresholds(StoreInfo.load(store))
+    limits = verify.thresholds(StoreInfo.load(store).teacher)
     for fault in FAULTS:
         copy, _ = with_fault(store, tmp_path / fault, fault)
         reports = list(verify.verify(copy, roots.TeacherConfig(weights=str(teacher))))
@@ -144,7 +144,7 @@ def test_views_are_compared_with_their_source(built, tmp_path):
     """An image and its tokens may match each other, but not the view that the store records."""
     _, dataset, teacher, store = built
     weights = roots.TeacherConfig(weights=str(teacher))
-    limits = verify.thresholds(StoreInfo.load(store))
+    limits = verify.thresholds(StoreInfo.load(store).teacher)
     assert all(report.is_sound(*limits) for report in verify.verify(store, weights, source=dataset))
     copy = shutil.copytree(store, tmp_path / "tokens")
     info = json.loads((copy / token_store.STORE_FILE).read_text())

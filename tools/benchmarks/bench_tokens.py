@@ -12,6 +12,7 @@ import os
 import tempfile
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,12 +22,12 @@ from etils import epath
 from dgpt_jax import cli
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.config.schema import parse
-from dgpt_jax.data import token_codec
+from dgpt_jax.data import token_codec, token_store
 from dgpt_jax.models.flops import teacher_flops
 from dgpt_jax.storage import output_paths, tfds_dataset
-from dgpt_jax.tokens import build, writer
+from dgpt_jax.tokens import build, views, writer
+from dgpt_jax.tokens.shard_plan import ShardPlan
 from dgpt_jax.tokens.teacher import Teacher
-from dgpt_jax.tokens.writer import ShardPlan
 from dgpt_jax.weights.layouts import clip as clip_weights
 from tools.benchmarks.bench import TEACHERS, matmul_rate, measure_rate, random_teacher
 from tools.benchmarks.bench_input import write_photographs
@@ -57,9 +58,11 @@ def measure(args: Namespace):
         with ThreadPoolExecutor(config.threads) as pool:
             shard = ShardPlan(epath.Path(scratch) / "tokens" / "again", 1, range(args.examples))
             source = tfds_dataset.Split(config.source, "train")
+            serialize = tfds_dataset.serializer(token_store.features(info, source.label))
             stats = writer.write(
-                config, source, teacher, info, codec, [shard], pool, lambda _: None
-            )
+                partial(views.render, config, source), serialize, teacher, codec,
+                info.example_bytes, [shard], pool, lambda _: None,
+            )  # fmt: skip
     flops = teacher_flops(tower)
     print(
         f"{args.teacher} {args.dtype}, {args.batch_size} images per device, on {len(devices)} × "
