@@ -14,6 +14,7 @@ MEAN = Range(least=0, most=1)
 STD = Range(above=0, most=10)
 AREA = Range(above=0, most=1)
 CODECS = ("float16", "int8", "int4")
+FIRST = "teacher"  # name of the teacher of section `teacher`; others have groups in `teachers`
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,12 @@ class TeacherConfig:
     width: int | None = field(None, "expected token width of a store; default: any", COUNT)
     grid: int | None = field(
         None, "expected tokens along each side of a store's token grid; default: any", COUNT
+    )
+    loss_weight: float = field(
+        1.0,
+        "weight of the losses to this teacher's tokens, relative to the other teachers'; 0 leaves "
+        "it out of the model",
+        NATURAL,
     )
 
     def resolved(self) -> "TeacherConfig":

@@ -48,6 +48,11 @@ class ModelConfig:
     decoder_width: int = field(1024, "width of both decoders", Range(least=4))
     decoder_depth: int = field(2, "number of blocks in each decoder", COUNT)
     decoder_heads: int = field(32, "attention heads of each decoder", COUNT)
+    separate_decoders: bool = field(
+        False,
+        "decoders of its own for each further teacher (config.teachers); false: a prediction head "
+        "each on the same decoders",
+    )
     cls_mask: str = field(
         "official",
         "which tokens attend to CLS besides itself: official (the last visible segment), self "

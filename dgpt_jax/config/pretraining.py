@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
+from dgpt_jax.config.data import FIRST
 from dgpt_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,5 +32,21 @@ def check_pretraining(config: "TrainConfig") -> None:
         )
     if config.model.segments == (1, 1) and config.loss.next:
         raise UserError("config.model.segments (1, 1) has no next segment: set loss.next to 0")
+    _check_teachers(config)
     if config.data.targets == "online" and not config.teacher.weights:
         raise UserError("config.data.targets=online needs config.teacher.weights")
+
+
+def _check_teachers(config: "TrainConfig") -> None:
+    """Raises UserError if config.teachers and the weights of teachers do not fit together."""
+    if config.teachers and config.data.targets != "stored":
+        raise UserError(
+            f"config.teachers needs config.data.targets=stored, got {config.data.targets}"
+        )
+    if FIRST in config.teachers:
+        raise UserError(f"config.teachers.{FIRST}: that is the name of config.teacher")
+    weights = [config.teacher, *config.teachers.values()]
+    if not any(teacher.loss_weight for teacher in weights):
+        raise UserError("all teachers have loss_weight 0: set config.teacher.loss_weight above 0")
+    if config.model.separate_decoders and not config.teachers:
+        raise UserError("config.model.separate_decoders needs config.teachers")

@@ -11,6 +11,7 @@ from dgpt_jax.config.classification import ClassificationConfig
 from dgpt_jax.config.data import (
     AREA,
     CODECS,
+    FIRST,
     DataConfig,
     FurtherTeacherConfig,
     TeacherConfig,
@@ -64,6 +65,11 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[str, FurtherTeacherConfig] = named_group(
+        FurtherTeacherConfig,
+        "a further teacher of the token store, which is trained on too; its loss_weight, width and "
+        "grid are read",
+    )
     init: InitConfig = InitConfig()
     loss: LossConfig = LossConfig()
     classify: ClassificationConfig = ClassificationConfig()
@@ -171,8 +177,8 @@ class TokensConfig:
             raise UserError("config.source is empty: set it to a TFDS image dataset")
         _check_crops("config", self.crop_scale, self.crop_ratio)
         for name, teacher in self.teachers.items():
-            if name == "teacher":
-                raise UserError("config.teachers.teacher: that is the name of config.teacher")
+            if name == FIRST:
+                raise UserError(f"config.teachers.{FIRST}: that is the name of config.teacher")
             if not teacher.weights:
                 raise UserError(f"config.teachers.{name}.weights is empty")
         return self

@@ -60,6 +60,11 @@ def shrink(config: Any, schema: type, explicit: Iterable[str] = ()) -> str:
         value = min(limit if before[key] is None else before[key], limit)
         schema_lib.override(config, schema, f"config.{key}", str(value))
     if schema is TrainConfig:
+        if config.profile is not None:
+            schema_lib.override(config, schema, "config.profile", "1,3")  # of the 4 steps
+        for name in config.teachers:
+            for size in ("width", "grid"):
+                schema_lib.override(config, schema, f"config.teachers.{name}.{size}", "None")
         config.classify.mixup_group_size = config.batch_size
         if config.batch_size % config.accum_steps:
             config.accum_steps = 1

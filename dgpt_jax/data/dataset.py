@@ -5,7 +5,7 @@ segment order, augmentation) are drawn from (seed, i). loader.py makes batches o
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from etils import epath
 from dgpt_jax import invocation
 from dgpt_jax.config import ClassificationConfig, DataConfig, ModelConfig
 from dgpt_jax.data import bad_records, class_names, token_store
+from dgpt_jax.data.further_teachers import feature_name, join_splits
 from dgpt_jax.data.transforms import ClassificationTransform, PretrainTransform
 from dgpt_jax.errors import BadRecord, UserError, counted
 from dgpt_jax.storage import file_limits, gcs, tfds_dataset
@@ -85,8 +86,19 @@ class ExampleDataset:
             return self.transform(record, self.data, self.seed, position)
 
 
-def open_examples(data: DataConfig, model: ModelConfig, seed: int) -> ExampleDataset:
-    """Returns the dataset of a pretraining config. Raises UserError if they do not match."""
+def open_examples(
+    data: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    *,
+    first: bool = True,
+    teachers: Sequence[str] = (),
+) -> ExampleDataset:
+    """Returns the dataset of a pretraining config. Raises UserError if they do not match.
+
+    first: False without the tokens of a store's first teacher. teachers: names of the further ones
+    whose tokens are read too.
+    """
     opened = _open_splits(data)
     stored = token_store.exists(data.path)
     if data.targets == "stored" and not stored:
@@ -98,7 +110,9 @@ def open_examples(data: DataConfig, model: ModelConfig, seed: int) -> ExampleDat
         raise UserError(
             f"config.data.targets=online needs an image dataset, and {data.path} is a token store"
         )
-    return _make_dataset(opened, data, seed, PretrainTransform(stored, model))
+    tokens = ["tokens"] * (stored and first) + [feature_name(name) for name in teachers]
+    transform = PretrainTransform(stored, model, tuple(tokens))
+    return _make_dataset(opened, data, seed, transform, teachers)
 
 
 def open_labelled(
@@ -178,7 +192,11 @@ def _open_splits(data: DataConfig) -> tfds_dataset.Opened:
 
 
 def _make_dataset(
-    opened: tfds_dataset.Opened, data: DataConfig, seed: int, transform: Callable
+    opened: tfds_dataset.Opened,
+    data: DataConfig,
+    seed: int,
+    transform: Callable,
+    teachers: Sequence[str] = (),
 ) -> ExampleDataset:
     stored = token_store.exists(data.path)
     names = [data.split]
@@ -196,6 +214,8 @@ def _make_dataset(
             f"{splits[0]} has {counted(len(splits[0]), 'example')}, the config expects "
             f"{data.examples} (config.data.examples): --config.data.examples=None takes any number"
         )
+    if teachers:
+        splits = join_splits(data.path, splits, teachers)
     default = "error" if stored else "skip"
     policy = bad_records.Policy(
         skip=(data.bad_records or default) == "skip",

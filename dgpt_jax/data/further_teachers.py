@@ -7,7 +7,9 @@ written before its first shard, TFDS's own metadata after the last.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsInt
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -15,7 +17,7 @@ from etils import epath
 from dgpt_jax import invocation
 from dgpt_jax.config.schema import parse
 from dgpt_jax.data.teacher_info import TeacherInfo
-from dgpt_jax.errors import UserError, one_line
+from dgpt_jax.errors import UserError, bad_record, one_line
 from dgpt_jax.storage import atomic, tfds_dataset
 from dgpt_jax.storage.gcs import AnyPath
 
@@ -109,3 +111,66 @@ def open_directory(store: AnyPath, name: str) -> tuple[TeacherInfo, epath.Path]:
                 f"directory, and add the teacher again: {info.command}"
             )
     return info.teacher, directory
+
+
+def feature_name(name: str) -> str:
+    """Returns the name of a further teacher's tokens in a joined example."""
+    return f"tokens_{name}"
+
+
+class JoinedSplit(tfds_dataset.Split):
+    """A split of a local token store with the tokens of further teachers.
+
+    An example has `feature_name(NAME)` besides. Raises UserError if the shards of a teacher are
+    others than the store's, BadRecord if the ids of an example differ.
+    """
+
+    def __init__(self, store: tfds_dataset.Split, teachers: dict[str, tfds_dataset.Split]):
+        self.__dict__.update(store.__dict__)
+        self._teachers = teachers
+        lengths = [shard.take for shard in store.shards]
+        for split in teachers.values():
+            if [shard.take for shard in split.shards] != lengths:
+                raise UserError(f"{split} has shards of other lengths than {store}: build it again")
+        self.digest = " ".join(
+            [store.digest, *(f"{name} {split.digest}" for name, split in sorted(teachers.items()))]
+        )
+
+    def __getitem__(self, index: SupportsInt) -> dict:
+        example = super().__getitem__(index)
+        for name, split in self._teachers.items():
+            other = split[index]
+            if other["id"] != example["id"]:
+                reason = f"the store has {example['id']} there: `dgpt verify --teacher={name}`"
+                raise bad_record(split, int(index), other["id"], reason)
+            example[feature_name(name)] = other["tokens"]
+        return example
+
+    def close(self) -> None:
+        """Closes the files once no thread reads from them; the next read opens them again."""
+        super().close()
+        for split in self._teachers.values():
+            split.close()
+
+
+def join_splits(
+    store: AnyPath, splits: Sequence[tfds_dataset.Split], teachers: Sequence[str]
+) -> list[JoinedSplit]:
+    """Returns the splits (views) of a store with the tokens of further teachers. Raises UserError
+    if one of them is absent, unfinished, of other contents, or of fewer views."""
+    if splits[0].cache is not None:
+        raise UserError(
+            f"{store} is remote: the tokens of further teachers are read from a local store only"
+        )
+    directories = {name: open_directory(store, name)[1] for name in teachers}
+    opened = {name: tfds_dataset.Opened(path) for name, path in directories.items()}
+    return [
+        JoinedSplit(
+            split,
+            {
+                name: tfds_dataset.Split(path, split.split, opened[name])
+                for name, path in directories.items()
+            },
+        )
+        for split in splits
+    ]

@@ -14,7 +14,6 @@ from dgpt_jax.errors import UserError, one_line
 from dgpt_jax.storage import atomic, gcs
 
 BASIS_FILE = "basis.npy"
-FIRST = "teacher"  # name of the teacher whose tokens are in the records, as in config.teacher
 
 
 @dataclass(frozen=True)

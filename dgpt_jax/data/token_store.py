@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dgpt_jax.config import check_choice, renamed_keys
+from dgpt_jax.config.data import FIRST
 from dgpt_jax.config.schema import parse
-from dgpt_jax.data.teacher_info import FIRST, TeacherInfo
+from dgpt_jax.data.teacher_info import TeacherInfo
 from dgpt_jax.errors import UserError, one_line
 from dgpt_jax.storage import atomic
 

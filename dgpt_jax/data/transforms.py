@@ -35,16 +35,21 @@ def live_view(encoded: bytes, data: DataConfig, size: int, seed: int, position: 
 @dataclass(frozen=True)
 class PretrainTransform:
     """Pretraining example of a record: image uint8 (size, size, 3), segment order int32 (S,), and,
-    from a token store, tokens as stored (1+N, C)."""
+    from a token store, the tokens of teachers as stored (1+N, C).
 
-    with_tokens: bool
+    stored: True for records of a token store, whose images are crops already. tokens: names of the
+    features with the tokens.
+    """
+
+    stored: bool
     model: ModelConfig
+    tokens: tuple[str, ...] = ()
 
     def __call__(
         self, record: dict, data: DataConfig, seed: int, position: int
     ) -> dict[str, np.ndarray]:
         size = self.model.image_size
-        if self.with_tokens:
+        if self.stored:
             image = image_ops.resize(image_ops.decode_image(record["image"]), size, size)
         else:
             image = live_view(record["image"], data, size, seed, position)
@@ -52,10 +57,7 @@ class PretrainTransform:
         if data.order == "random":
             rng = generator(seed, ORDER, position)
             order = segments.sample_order(rng, self.model.segments)
-        example = {"image": image, "order": order}
-        if self.with_tokens:
-            example["tokens"] = record["tokens"]
-        return example
+        return {"image": image, "order": order} | {name: record[name] for name in self.tokens}
 
 
 @dataclass(frozen=True)

@@ -172,11 +172,14 @@ def aligned(
     orders: np.ndarray | jax.Array,
     *,
     cls: bool,
+    teacher: str = "",
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """digpt.align of a module's predictions for normalized images (B, size, size, 3), with tokens
-    and orders as of `prediction_maps`; jittable. model: the module's config."""
+    and orders as of `prediction_maps`; jittable. model: the module's config. teacher: whose tokens
+    they are, of the module's teachers."""
     orders = jnp.asarray(orders)
-    predicted: Any = module.apply({"params": params}, jnp.asarray(images), orders)
+    by_name: Any = module.apply({"params": params}, jnp.asarray(images), orders)
+    predicted = {name: by_name[digpt.join(name, teacher)] for name in module.decoders}
     return digpt.align(
         predicted, jnp.asarray(tokens), orders, grid=(model.grid, model.grid),
         segment_grid=model.segments, cls=cls,

@@ -95,10 +95,13 @@ def prediction_figures(
 
     @partial(jax.jit, out_shardings=replicated)
     def predict(params, frozen, batch):
-        tokens, cls = task.tokens(frozen, batch), task.target.cls
+        name, target = next(iter(task.targets.items()))
+        tokens, cls = task.tokens(frozen, batch, name), target.cls
         images = vit.normalize(batch["image"], config.data.mean, config.data.std)
         inputs = images, tokens, batch["order"]
-        return feature_maps.aligned(task.module, config.model, params, *inputs, cls=cls)
+        return feature_maps.aligned(
+            task.module, config.model, params, *inputs, cls=cls, teacher=name
+        )
 
     def draw(pairs):
         maps = feature_maps.in_image_order(pairs, local["order"], shape)

@@ -41,13 +41,20 @@ class DecoderBlock(nn.Module):
         return q_BNE + mlp(norm("norm2", q_BNE))
 
 
+# {name of a prediction head's parameters: its width}, as a hashable tuple of pairs.
+Heads = tuple[tuple[str, int], ...]
+
+
 class Decoder(nn.Module):
-    """Predicts the teacher's tokens at the positions of its queries from tapped features."""
+    """Predicts teachers' tokens at the positions of its queries from tapped features.
+
+    out_widths: a linear head per teacher, on the same decoder.
+    """
 
     width: int
     depth: int
     heads: int
-    out_width: int
+    out_widths: Heads
     mlp_ratio: float
     remat: str
     dtype: Any
@@ -55,8 +62,9 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self, taps: Sequence[jax.Array], positions_BNE: jax.Array, mask_NN: np.ndarray
-    ) -> jax.Array:
-        """Returns (B, N, C) float32, CLS last, from taps, each (B, N, D), and query positions."""
+    ) -> dict[str, jax.Array]:
+        """Returns {head: (B, N, C)} float32, CLS last, from taps, each (B, N, D), and query
+        positions."""
         # One norm for all taps, as in the official code.
         norm = LayerNorm(1e-5, self.dtype, name="enc_norm")
         features = jnp.concatenate([norm(tap) for tap in taps], axis=-1)
@@ -72,19 +80,25 @@ class Decoder(nn.Module):
         )
         queries, _ = scan_blocks(block, self.depth, token + positions_BNE, mask_NN, kv_LBNE)
         queries = LayerNorm(1e-6, self.dtype, name="norm")(queries)
-        pred = nn.Dense(self.out_width, kernel_init=xavier, dtype=self.dtype, name="pred")
-        return pred(queries).astype(jnp.float32)
+        return predict(self.out_widths, queries, self.dtype)
+
+
+def predict(heads: Heads, x_BNE: jax.Array, dtype: Any) -> dict[str, jax.Array]:
+    """Linear heads within a compact module: {head: (B, N, C)} float32."""
+    return {
+        name: nn.Dense(width, kernel_init=xavier, dtype=dtype, name=name)(x_BNE).astype(jnp.float32)
+        for name, width in heads
+    }
 
 
 class DistillationHead(nn.Module):
     """Feature distillation without a decoder: predicts the tokens of the visible segments."""
 
-    out_width: int
+    out_widths: Heads
     dtype: Any
 
     @nn.compact
-    def __call__(self, last_BND: jax.Array) -> jax.Array:
-        """Returns predictions (B, N, C) float32 from the last block's residuals (B, N, D)."""
+    def __call__(self, last_BND: jax.Array) -> dict[str, jax.Array]:
+        """Returns {head: (B, N, C)} float32 from the last block's residuals (B, N, D)."""
         normed = LayerNorm(1e-6, self.dtype, name="norm")(last_BND)
-        pred = nn.Dense(self.out_width, kernel_init=xavier, dtype=self.dtype, name="pred")
-        return pred(normed).astype(jnp.float32)
+        return predict(self.out_widths, normed, self.dtype)

@@ -7,6 +7,7 @@ Source: arXiv 2312.02147 section 3; `models_digpt.py` of the official code, quir
 """
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -17,12 +18,14 @@ import numpy as np
 from dgpt_jax.config import ModelConfig
 from dgpt_jax.data import segments
 from dgpt_jax.models import losses, vit
-from dgpt_jax.models.decoders import Decoder, DistillationHead
+from dgpt_jax.models.decoders import Decoder, DistillationHead, Heads
 
 
 class DiGPT(nn.Module):
     """The pretraining model. `decoders` is a subset of "next", "visible" and "direct".
 
+    teachers: (name, C) of each teacher whose tokens are predicted; the first is named "". With
+    `separate` each has decoders of its own, otherwise a prediction head on the same decoders.
     Learned positions are a parameter `pos_embed` (1, 1+N, D), CLS first, as in Classifier, and
     start as the sin-cos table.
     """
@@ -33,40 +36,61 @@ class DiGPT(nn.Module):
     decoder_width: int
     decoder_depth: int
     decoder_heads: int
-    out_width: int
+    teachers: tuple[tuple[str, int], ...]
     cls_mask: str = "official"
     decoders: tuple[str, ...] = ("next", "visible")
     learned_grid: int | None = None
     """Side of the grid of patches of learned positions; None: positions are fixed, sin-cos."""
+    separate: bool = False
 
     def setup(self):
         if self.learned_grid is not None:
             table = segments.sincos_table(self.encoder.width, self.learned_grid)
             self.pos_embed = self.param("pos_embed", lambda key: jnp.asarray(table))
         for name in self.decoders:
-            if name == "direct":
-                self.direct = DistillationHead(self.out_width, self.encoder.dtype)
-                continue
-            decoder = Decoder(
-                width=self.decoder_width,
-                depth=self.decoder_depth,
-                heads=self.decoder_heads,
-                out_width=self.out_width,
-                mlp_ratio=self.encoder.mlp_ratio,
-                remat=self.encoder.remat,
-                dtype=self.encoder.dtype,
-            )
-            setattr(self, name, decoder)
+            for module, heads in self.modules_of(name).items():
+                setattr(self, module, self._decoder(name, tuple((h, w) for h, _, w in heads)))
+
+    @property
+    def out_width(self) -> int:
+        """Width of the first teacher's tokens."""
+        return dict(self.teachers)[""]
+
+    def modules_of(self, name: str) -> dict[str, list[tuple[str, str, int]]]:
+        """Returns {module: [(its head, prediction, width)]} of a decoder for all teachers."""
+        if self.separate:
+            return {
+                join(name, teacher): [("pred", join(name, teacher), width)]
+                for teacher, width in self.teachers
+            }
+        return {name: [(join("pred", t), join(name, t), width) for t, width in self.teachers]}
+
+    def _decoder(self, name: str, heads: Heads) -> Decoder | DistillationHead:
+        if name == "direct":
+            return DistillationHead(heads, self.encoder.dtype)
+        return Decoder(
+            width=self.decoder_width,
+            depth=self.decoder_depth,
+            heads=self.decoder_heads,
+            out_widths=heads,
+            mlp_ratio=self.encoder.mlp_ratio,
+            remat=self.encoder.remat,
+            dtype=self.encoder.dtype,
+        )
 
     def __call__(self, images: jax.Array, order_BS: jax.Array) -> dict[str, jax.Array]:
-        """{name: (B, V·T+1, C)} of normalized images (B, height, width, 3) and orders, int (B, S).
+        """{prediction: (B, V·T+1, C)} of normalized images (B, height, width, 3) and orders, int
+        (B, S): `join(decoder, teacher)` for every decoder and teacher.
 
         `next` predicts the segments of ranks 1..S-1 in the order, `visible` and `direct` those of
         ranks 0..V-1, patch by patch, then the teacher's CLS token.
         """
         taps, mask_NN = self.encode(images, order_BS)
         positions_BSTE = self.query_positions(order_BS, images.shape[1] // self.encoder.patch)
-        return {name: self.decode(name, taps, positions_BSTE, mask_NN) for name in self.decoders}
+        predictions = {}
+        for name in self.decoders:
+            predictions |= self.decode(name, taps, positions_BSTE, mask_NN)
+        return predictions
 
     def encode(self, images: jax.Array, order_BS: jax.Array) -> tuple[list[jax.Array], np.ndarray]:
         """Returns the tapped features, each (B, V·T+1, D) with CLS last, and the mask."""
@@ -99,13 +123,22 @@ class DiGPT(nn.Module):
 
     def decode(
         self, name: str, taps: list[jax.Array], positions_BSTE: jax.Array, mask_NN: np.ndarray
-    ) -> jax.Array:
-        """One decoder's predictions (B, V·T+1, C) from `encode` and `query_positions`."""
-        if name == "direct":
-            return self.direct(taps[-1])
+    ) -> dict[str, jax.Array]:
+        """One decoder's predictions, as of the module, from `encode` and `query_positions`."""
         ranks = segments.predicted_ranks(name, segments.visible_count(self.segments))
         positions_BNE = append_cls(positions_BSTE[:, ranks], 0.0)
-        return getattr(self, name)(taps, positions_BNE, mask_NN)
+        predictions = {}
+        for module, heads in self.modules_of(name).items():
+            decoder = getattr(self, module)
+            inputs = (taps[-1],) if name == "direct" else (taps, positions_BNE, mask_NN)
+            by_head = decoder(*inputs)
+            predictions |= {prediction: by_head[head] for head, prediction, _ in heads}
+        return predictions
+
+
+def join(name: str, teacher: str) -> str:
+    """Returns `next` for the first teacher (""), `next_NAME` for a further one."""
+    return f"{name}_{teacher}" if teacher else name
 
 
 def take(x_BSTD: np.ndarray | jax.Array, order_BP: jax.Array) -> jax.Array:
@@ -201,11 +234,13 @@ def pixel_losses(
 def build(
     model: ModelConfig,
     *,
-    out_width: int,
+    out_width: int | None = None,
+    further: Mapping[str, int] = MappingProxyType({}),
     decoders: Iterable[str] = ("next", "visible"),
     dtype: Any = jnp.float32,
 ) -> DiGPT:
-    """Returns the DiGPT of a config; `out_width` is the teacher's C, or the values of a patch."""
+    """Returns the DiGPT of a config; `out_width` is the first teacher's C, or the values of a
+    patch; None without the first. further: {name: C} of further teachers."""
     return DiGPT(
         encoder=vit.encoder(model, dtype),
         segments=model.segments,
@@ -213,10 +248,11 @@ def build(
         decoder_width=model.decoder_width,
         decoder_depth=model.decoder_depth,
         decoder_heads=model.decoder_heads,
-        out_width=out_width,
+        teachers=(*([("", out_width)] if out_width else []), *further.items()),
         cls_mask=model.cls_mask,
         decoders=tuple(decoders),
         learned_grid=model.grid if model.positions == "learned" else None,
+        separate=model.separate_decoders,
     )
 
 

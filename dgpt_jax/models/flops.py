@@ -18,23 +18,30 @@ FORMULA = (
 def step_flops(
     model: ModelConfig,
     *,
-    out_width: int,
+    out_width: int | None,
+    further: Sequence[int] = (),
     decoders: Sequence[str],
     teacher: TeacherArchitecture | None,
 ) -> float:
     """FLOPs per image of a training step; `teacher` is given if it runs within the step."""
-    student = 3 * sum(forward_flops(model, out_width=out_width, decoders=decoders).values())
+    forward = forward_flops(model, out_width=out_width, further=further, decoders=decoders)
+    student = 3 * sum(forward.values())
     return student + (teacher_flops(teacher) if teacher else 0)
 
 
 def forward_flops(
-    model: ModelConfig, *, out_width: int, decoders: Sequence[str] = ("next", "visible")
+    model: ModelConfig,
+    *,
+    out_width: int | None,
+    further: Sequence[int] = (),
+    decoders: Sequence[str] = ("next", "visible"),
 ) -> dict[str, float]:
     """FLOPs per image of the pretraining forward pass: {component: FLOPs}.
 
     With N tokens of width D and an MLP of r·D, an encoder block has 2·N·(4 + 2r)·D² in its
     projections and 4·N²·D in its attention, counted in full although half of it is masked.
-    N = (S-1)·T + 1: all segments but the last, and CLS. `out_width` is the width of the targets.
+    N = (S-1)·T + 1: all segments but the last, and CLS. `out_width` and `further` are the widths of
+    the targets, as of digpt.build.
     """
     width, r = model.width, model.mlp_ratio
     all_patches = model.grid**2
@@ -48,9 +55,11 @@ def forward_flops(
     memory = 2 * tokens * len(model.taps) * width * wide * depth
     cross_attention = 8 * tokens * wide**2 + 4 * tokens**2 * wide
     decoder_block = block_flops(tokens, wide, r * wide) + cross_attention
-    decoder = memory + depth * decoder_block + 2 * tokens * wide * out_width
+    widths = [w for w in (out_width, *further) if w]
+    copies = len(widths) if model.separate_decoders else 1
+    decoder = copies * (memory + depth * decoder_block) + 2 * tokens * wide * sum(widths)
     for name in decoders:
-        result[name] = 2 * tokens * width * out_width if name == "direct" else decoder
+        result[name] = 2 * tokens * width * sum(widths) if name == "direct" else decoder
     return result
 
 

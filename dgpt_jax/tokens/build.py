@@ -16,8 +16,9 @@ from etils import epath
 from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.config import TokensConfig
+from dgpt_jax.config.data import FIRST
 from dgpt_jax.data import teacher_info, token_codec, token_store
-from dgpt_jax.data.teacher_info import FIRST, TeacherInfo, as_json
+from dgpt_jax.data.teacher_info import TeacherInfo, as_json
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.data.token_store import StoredImages, StoreInfo
 from dgpt_jax.distributed import multihost

@@ -96,6 +96,11 @@ def for_pretraining(
     if np.any(weights.params["norm/scale"] != 1) or np.any(weights.params["norm/bias"] != 0):
         notes.append(f"{weights.source}: dropped the final norm, which pretraining does not have")
     if original.full and config.init.decoders == "auto":
+        if config.teachers:
+            raise UserError(
+                f"{original.source} has decoders for one teacher, the config has config.teachers: "
+                f"start new decoders with --config.init.decoders=fresh"
+            )
         loaded = [name for name in decoders if name in original.decoders]
         _check_decoders(config, original, out_width)
         prefixes = tuple(f"{name}/" for name in loaded)

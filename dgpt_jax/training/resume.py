@@ -24,7 +24,7 @@ from dgpt_jax.training.tasks.base import Task
 RESUMABLE_FIELDS = re.compile(
     r"(log_every|profile|platform|kernels|wandb|accum_steps|(hosts|mesh|checkpoint|evals)\..*|model\.remat|"
     r"data\.(path|source|examples|views|threads|workers|prefetch_bytes|cache|bad_records|max_bad_fraction)|"
-    r"teacher\.weights|"
+    r"(teacher|teachers\.\w+)\.(weights|width|grid)|"
     r"init\.(weights|decoders)|classify\.resize|optim\.max_skipped_in_a_row)$"
 )
 # Fields that may never differ: the state would have other shapes or another meaning.

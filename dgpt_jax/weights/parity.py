@@ -88,7 +88,7 @@ def _step(block, variables, x, mask):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _decode(module, name, variables, taps, positions, mask):
-    return module.apply(variables, name, taps, positions, mask, method="decode")
+    return module.apply(variables, name, taps, positions, mask, method="decode")[name]
 
 
 def _outer_params(weights: Weights) -> dict[str, Any]:

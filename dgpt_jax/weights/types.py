@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,6 +24,8 @@ from dgpt_jax.weights.mapping import ArrayEntry
 from dgpt_jax.weights.positions import bicubic_antialiased
 
 DECODERS = ("next", "visible", "direct")
+# Parameters of predictions for further teachers, by digpt.join.
+_FURTHER = re.compile(rf"(?:{'|'.join(DECODERS)})(?:/pred)?_(\w+)/")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,13 @@ class Weights:
 
     @property
     def decoders(self) -> tuple[str, ...]:
+        """Decoders of a pretraining model. Raises UserError if it has predictions for further
+        teachers (config.teachers): no layout of complete models stores them."""
+        if names := sorted({m[1] for path in self.params if (m := _FURTHER.match(path))}):
+            raise UserError(
+                f"{self.source} has predictions for further teachers ({', '.join(names)}): only "
+                f"its encoder is read and exported (--part=encoder, load_encoder)"
+            )
         return tuple(name for name in DECODERS if f"{name}/pred/kernel" in self.params)
 
     @property

@@ -21,7 +21,7 @@ VERBS = (
 )  # fmt: skip
 SPACES = "/a b/c"
 CONFIG = schema.parse(TrainConfig, {"model": data.TINY, "data": {"path": "x"}})
-TARGET = Target(24, (4, 4), cls=True)
+TARGET = {"": Target(24, (4, 4), cls=True)}
 TASK = pretrain.PretrainTask(CONFIG, TARGET)
 SPLITS = SimpleNamespace(splits=[SimpleNamespace(label=None)])
 UNLABELLED = pretrain.PretrainTask(CONFIG, TARGET, examples=SimpleNamespace(sources=SPLITS))  # pyright: ignore[reportArgumentType]

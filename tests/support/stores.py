@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from dgpt_jax.config.data import FIRST
 from dgpt_jax.data import image_ops, teacher_info, token_codec, token_store
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 
@@ -19,7 +20,7 @@ def store_info(
         name="store",
         image=token_store.StoredImages(image_size, image_size, "jpeg95"),
         teacher=teacher_info.TeacherInfo(
-            name=teacher_info.FIRST,
+            name=FIRST,
             weights={"width": width},
             codec=codec,
             grid=grid,

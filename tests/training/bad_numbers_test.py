@@ -99,7 +99,7 @@ def add_dtypes(jaxpr, dtypes) -> dict:
 def test_bfloat16_is_used_in_matmuls_only():
     """Norms, softmax, GELU, cosine, loss and gradients are float32."""
     config = parse(TrainConfig, {"model": data.TINY, "data": {"path": "x"}, "dtype": "bfloat16"})
-    task = PretrainTask(config, Target(24, (4, 4), True, Codec("int8", np.ones(24))))
+    task = PretrainTask(config, {"": Target(24, (4, 4), True, Codec("int8", np.ones(24)))})
     params = jax.eval_shape(task.init, jax.random.key(0))
     batch = {n: jnp.zeros((2, *x.shape), x.dtype) for n, x in task.abstract_example().items()}
     step = jax.value_and_grad(task.loss, has_aux=True)

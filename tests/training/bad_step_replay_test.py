@@ -55,7 +55,7 @@ def task_of(config: TrainConfig):
     if config.task == "classify":
         return tasks.task_without_data(config)
     codec = Codec("int8", np.linspace(0.1, 3, 24, dtype=np.float32))
-    return PretrainTask(config, Target(24, (4, 4), True, codec))
+    return PretrainTask(config, {"": Target(24, (4, 4), True, codec)})
 
 
 def random_batch(task) -> dict[str, np.ndarray]:

@@ -96,7 +96,9 @@ class JaxStep:
         width = tower.token_width
         self.codec = Codec("int8", np.linspace(0.5, 2, width, dtype=np.float32))
         self.task = PretrainTask(
-            self.config, Target(width, tower.grid, cls=True, codec=self.codec), teacher=teacher
+            self.config,
+            {"": Target(width, tower.grid, cls=True, codec=self.codec)},
+            teacher=teacher,
         )
         self.mesh = sharding.make_mesh(self.config.mesh)
         self.flops = self.task.model_flops()
@@ -132,7 +134,7 @@ class JaxStep:
 
     def losses(self) -> list[float]:
         """Losses next and visible of the batch in float32; call before the first step."""
-        task = PretrainTask(dataclasses.replace(self.config, dtype="float32"), self.task.target)
+        task = PretrainTask(dataclasses.replace(self.config, dtype="float32"), self.task.targets)
 
         def means(params, batch):
             return {name: x.mean() for name, x in task.loss(params, {}, batch)[1].items()}

@@ -10,13 +10,21 @@ import optax
 
 from dgpt_jax import invocation
 from dgpt_jax.config import TrainConfig
-from dgpt_jax.data import dataset, segments, token_codec, token_store
+from dgpt_jax.config.data import DataConfig
+from dgpt_jax.data import dataset, further_teachers, segments, token_codec, token_store
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.errors import UserError
 from dgpt_jax.models import digpt, flops, teacher_vit, vit
 from dgpt_jax.training import initial_weights, layerwise, optimizer
 from dgpt_jax.training.tasks.base import Batch
-from dgpt_jax.training.tasks.targets import Target, online_target, stored_target
+from dgpt_jax.training.tasks.targets import (
+    Target,
+    absent_targets,
+    active_teachers,
+    loss_weights,
+    online_target,
+    stored_targets,
+)
 from dgpt_jax.weights import teacher_loading
 
 
@@ -33,7 +41,7 @@ class PretrainTask:
     def __init__(
         self,
         config: TrainConfig,
-        target: Target,
+        targets: Mapping[str, Target],
         *,
         examples: dataset.ExampleDataset | None = None,
         teacher: teacher_loading.Loaded | None = None,
@@ -45,34 +53,42 @@ class PretrainTask:
         if examples is not None and examples.sources.splits[0].label is None:  # nothing to score
             export = invocation.command("convert")
             self.next_command = f"{export} {{workdir}} EXPORT --to=timm"
-        self.target = target
+        self.targets = targets
         self.examples: Any = examples
         self.teacher = teacher
         self.notes = notes
         self.frozen: dict[str, Any] = teacher.params if teacher else {}
-        self.weights = config.loss.by_head()
+        self.weights = loss_weights(config)
         self.metric_names: tuple[str, ...] = (*self.weights, "loss", "grad_norm")
+        self.heads: tuple[str, ...] = tuple(config.loss.by_head())
+        widths = {name: target.width for name, target in targets.items()}
+        self.out_width: int | None = widths.pop("", None)
+        self.further_widths: dict[str, int] = widths
         self.module: Any = digpt.build(
-            config.model, out_width=target.width, decoders=tuple(self.weights), dtype=config.dtype
+            config.model,
+            out_width=self.out_width,
+            further=widths,
+            decoders=self.heads,
+            dtype=config.dtype,
         )
 
     @property
-    def codec(self) -> Codec:
-        """The codec of stored tokens."""
-        assert self.target.codec is not None, "there are no stored tokens"
-        return self.target.codec
+    def target(self) -> Target:
+        """The targets of the first teacher that is trained on."""
+        return next(iter(self.targets.values()))
 
     def abstract_example(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of one example."""
-        size, target = self.config.model.image_size, self.target
+        size = self.config.model.image_size
         example = {
             "image": jax.ShapeDtypeStruct((size, size, 3), np.uint8),
             "order": jax.ShapeDtypeStruct((segments.count(self.config.model.segments),), np.int32),
         }
-        if self.config.data.targets == "stored":
-            dtype = token_codec.CODECS[self.codec.name]
-            width = token_codec.stored_width(self.codec.name, target.width)
-            example["tokens"] = jax.ShapeDtypeStruct((target.tokens, width), dtype)
+        for name, target in self.targets.items():
+            if (codec := target.codec) is not None:
+                width = token_codec.stored_width(codec.name, target.width)
+                shape, dtype = (target.tokens, width), token_codec.CODECS[codec.name]
+                example[feature_of(name)] = jax.ShapeDtypeStruct(shape, dtype)
         return example
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -82,7 +98,7 @@ class PretrainTask:
     def initial_weights(self) -> initial_weights.InitialWeights:
         """Reads config.init.weights. Raises UserError."""
         return initial_weights.for_pretraining(
-            self.config, decoders=tuple(self.weights), out_width=self.target.width
+            self.config, decoders=self.heads, out_width=self.out_width or 0
         )
 
     def optimizer(
@@ -98,21 +114,19 @@ class PretrainTask:
         """FLOPs per image of a train step, by flops.FORMULA."""
         return flops.step_flops(
             self.config.model,
-            out_width=self.target.width,
-            decoders=tuple(self.weights),
+            out_width=self.out_width,
+            further=tuple(self.further_widths.values()),
+            decoders=self.heads,
             teacher=self.teacher and self.teacher.tower,
         )
 
     def replay_metadata(self) -> dict[str, Any]:
-        """The Target, for `task_from_dump`."""
-        target, codec = self.target, self.target.codec
-        metadata = {"width": target.width, "grid": target.grid, "cls": target.cls}
-        if codec is not None:
-            metadata["codec"] = {"name": codec.name, "scale": codec.scale.tolist()}
-        return {"target": metadata}
+        """The targets, for `task_from_dump`."""
+        metadata = {name: _target_json(target) for name, target in self.targets.items()}
+        return {"targets": metadata}
 
     def loss(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Batch]:
-        """(weighted sum, {"next", "visible", "direct": (B,)}): the losses by decoder."""
+        """(weighted sum, {prediction: (B,)}): the losses by decoder and teacher."""
         model, order_BS = self.config.model, batch["order"]
         images = vit.normalize(batch["image"], self.config.data.mean, self.config.data.std)
         predictions = self.module.apply({"params": params}, images, order_BS)
@@ -121,23 +135,28 @@ class PretrainTask:
                 predictions, images, order_BS, patch=model.patch, segment_grid=model.segments
             )
         else:
-            losses = digpt.token_losses(
-                predictions,
-                jax.lax.stop_gradient(self.tokens(frozen, batch)),
-                order_BS,
-                grid=(model.grid, model.grid),
-                segment_grid=model.segments,
-                cls=self.target.cls,
-            )
+            losses = {}
+            for name, target in self.targets.items():
+                by_head = digpt.token_losses(
+                    {head: predictions[digpt.join(head, name)] for head in self.heads},
+                    jax.lax.stop_gradient(self.tokens(frozen, batch, name)),
+                    order_BS,
+                    grid=(model.grid, model.grid),
+                    segment_grid=model.segments,
+                    cls=target.cls,
+                )
+                losses |= {digpt.join(head, name): loss for head, loss in by_head.items()}
         total: Any = sum(weight * losses[name].mean() for name, weight in self.weights.items())
         return total, losses
 
-    def tokens(self, frozen: Any, batch: Batch) -> jax.Array:
-        """The teacher's tokens of a batch, (B, [1+]N, C), decoded or computed."""
+    def tokens(self, frozen: Any, batch: Batch, name: str) -> jax.Array:
+        """The tokens of a batch by a teacher, (B, [1+]N, C), decoded or computed."""
         if self.teacher is not None:
             tower, dtype = self.teacher.tower, self.config.teacher.dtype
             return teacher_vit.teacher_tokens(tower, frozen, batch["image"], dtype=dtype)
-        return self.codec.decode(batch["tokens"])
+        codec = self.targets[name].codec
+        assert codec is not None, "there are no stored tokens"
+        return codec.decode(batch[feature_of(name)])
 
     def heldout(self) -> tuple[Callable[[int], Batch], int]:
         """(load, length) of the held-out examples, with one fixed view and order each.
@@ -149,32 +168,55 @@ class PretrainTask:
             config.data, path=config.evals.heldout, split=config.evals.heldout_split, views=None,
             examples=None, workers=0,
         )  # fmt: skip
-        examples = dataset.open_examples(data, config.model, config.seed)
         if data.targets == "stored":
-            heldout = stored_target(replace(config, data=replace(data, source="")), self.target)
-            if heldout.codec is None or not heldout.codec.equals(self.codec):
-                raise UserError(
-                    f"{data.path} (config.evals.heldout) has another codec, scale or basis than "
-                    f"{config.data.path}: build it with --config.codec_from={config.data.path}"
-                )
+            other = replace(config, data=replace(data, source=""))
+            for name, heldout in stored_targets(other, self.targets).items():
+                codec = self.targets[name].codec
+                if heldout.codec is None or codec is None or not heldout.codec.equals(codec):
+                    raise UserError(
+                        f"{data.path} (config.evals.heldout) has another codec, scale or basis "
+                        f"{f'of {name} ' * bool(name)}than {config.data.path}: build it with "
+                        f"--config.codec_from={config.data.path}"
+                    )
+        examples = _open_examples(config, data)
         return lambda index: examples(int(index), int(index)), len(examples)
 
 
 def open_pretrain(config: TrainConfig) -> PretrainTask:
     """The task with its data and its teacher. Raises UserError if they do not match the config."""
-    examples = dataset.open_examples(config.data, config.model, config.seed)
     notes: tuple[str, ...] = ()
     teacher = load_teacher(config)
+    examples = _open_examples(config, config.data)
     if config.data.targets == "stored":
-        target = stored_target(config)
+        targets = stored_targets(config)
         size = token_store.StoreInfo.load(config.data.path).image.height
         if size != config.model.image_size:
             to = config.model.image_size
             notes = (f"{config.data.path}: images of {size} px are resized to {to}",)
     else:
-        target = online_target(config, teacher)
+        targets = {"": online_target(config, teacher)}
     notes += teacher.notes if teacher else ()
-    return PretrainTask(config, target, examples=examples, teacher=teacher, notes=notes)
+    return PretrainTask(config, targets, examples=examples, teacher=teacher, notes=notes)
+
+
+def _open_examples(config: TrainConfig, data: DataConfig) -> dataset.ExampleDataset:
+    """The examples of `data` with the tokens of the config's teachers. Raises UserError."""
+    names = list(active_teachers(config)) if data.targets == "stored" else [""]
+    return dataset.open_examples(
+        data, config.model, config.seed, first="" in names, teachers=[n for n in names if n]
+    )
+
+
+def feature_of(name: str) -> str:
+    """Name of a teacher's tokens in an example; "" is the first teacher."""
+    return further_teachers.feature_name(name) if name else "tokens"
+
+
+def _target_json(target: Target) -> dict[str, Any]:
+    codec = target.codec
+    metadata = {"width": target.width, "grid": target.grid, "cls": target.cls}
+    stored = codec and {"codec": {"name": codec.name, "scale": codec.scale.tolist()}}
+    return metadata | (stored or {})
 
 
 def task_without_data(config: TrainConfig) -> PretrainTask:
@@ -182,26 +224,21 @@ def task_without_data(config: TrainConfig) -> PretrainTask:
     teacher. Raises UserError if config.teacher.width and grid are needed and not set."""
     teacher = load_teacher(config)
     if config.data.targets != "stored":
-        return PretrainTask(config, online_target(config, teacher), teacher=teacher)
-    if token_store.exists(config.data.path):
-        return PretrainTask(config, stored_target(config))
-    width, grid = config.teacher.width, config.teacher.grid
-    if width is None or grid is None:
-        raise UserError(
-            f"{config.data.path} does not exist: set config.teacher.width and config.teacher.grid "
-            f"to those of the tokens that it will hold"
-        )
-    return PretrainTask(config, Target(width, (grid, grid), True, Codec("int8", np.zeros(0))))
+        return PretrainTask(config, {"": online_target(config, teacher)}, teacher=teacher)
+    exists = token_store.exists(config.data.path)
+    return PretrainTask(config, stored_targets(config) if exists else absent_targets(config))
 
 
 def task_from_dump(config: TrainConfig, metadata: dict[str, Any]) -> PretrainTask:
     """The task of a dumped step. Old dumps have no codec: their tokens are decoded floats, which
     the float16 codec passes through."""
-    target = metadata["target"]
-    codec = target.get("codec", {"name": "float16", "scale": []})
-    codec = Codec(codec["name"], np.array(codec["scale"], np.float32))
-    target = Target(target["width"], tuple(target["grid"]), target["cls"], codec)
-    return PretrainTask(config, target, teacher=load_teacher(config))
+    dumped = metadata.get("targets") or {"": metadata["target"]}  # of one teacher, up to 0.2
+    targets = {}
+    for name, target in dumped.items():
+        codec = target.get("codec", {"name": "float16", "scale": []})
+        codec = Codec(codec["name"], np.array(codec["scale"], np.float32))
+        targets[name] = Target(target["width"], tuple(target["grid"]), target["cls"], codec)
+    return PretrainTask(config, targets, teacher=load_teacher(config))
 
 
 def load_teacher(config: TrainConfig) -> teacher_loading.Loaded | None:

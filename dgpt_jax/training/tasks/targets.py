@@ -1,11 +1,17 @@
 """Prediction targets of pretraining: stored tokens, tokens of an online teacher, or pixels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from etils import epath
+
 from dgpt_jax.config import TrainConfig
-from dgpt_jax.data import token_store
+from dgpt_jax.config.data import TeacherConfig
+from dgpt_jax.data import further_teachers, token_store
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.errors import UserError
+from dgpt_jax.models import digpt
 from dgpt_jax.weights import teacher_loading
 
 
@@ -33,11 +39,14 @@ def online_target(config: TrainConfig, teacher: teacher_loading.Loaded | None) -
     return Target(3 * config.model.patch**2, (config.model.grid, config.model.grid), cls=False)
 
 
-def stored_target(config: TrainConfig, expected: Target | None = None) -> Target:
-    """Returns the Target of the token store of a config.
+def stored_targets(
+    config: TrainConfig, expected: Mapping[str, Target] | None = None
+) -> dict[str, Target]:
+    """Returns {teacher: Target} of the teachers with a loss weight, of the token store of a config;
+    the first is named "".
 
-    Raises UserError if its width or grid differ from `expected` (default: config.teacher), or its
-    source from config.data.source.
+    Raises UserError if a width or grid differs from `expected` (default: config.teacher and
+    config.teachers), or the store's source from config.data.source.
     """
     path, info = config.data.path, token_store.StoreInfo.load(config.data.path)
     if config.data.source:
@@ -48,14 +57,56 @@ def stored_target(config: TrainConfig, expected: Target | None = None) -> Target
                 f"{path} is a store of {source['name']}:{source['version']}, the config expects "
                 f"{config.data.source} (config.data.source)"
             )
-    for name, stored, value in (
-        ("width", info.teacher.width, expected.width if expected else config.teacher.width),
-        ("grid", info.teacher.grid[0], expected.grid[0] if expected else config.teacher.grid),
-    ):
-        if value is not None and value != stored:
+    targets = {}
+    for name, settings in active_teachers(config).items():
+        stored, directory = info.teacher, epath.Path(path)
+        if name:
+            stored, directory = further_teachers.open_directory(path, name)
+        key = f"config.teachers.{name}" if name else "config.teacher"
+        told = expected[name] if expected else None
+        for field, value, wanted in (
+            ("width", stored.width, told.width if told else settings.width),
+            ("grid", stored.grid[0], told.grid[0] if told else settings.grid),
+        ):
+            if wanted is not None and wanted != value:
+                raise UserError(
+                    f"{directory} holds teacher tokens of {field} {value}, the config expects "
+                    f"{wanted} ({key}.{field})"
+                )
+        codec = stored.load_codec(directory)
+        targets[name] = Target(stored.width, stored.grid, stored.cls, codec)
+    return targets
+
+
+def absent_targets(config: TrainConfig) -> dict[str, Target]:
+    """Returns the targets of a store that does not exist yet, of int8 tokens. Raises UserError if
+    the width or the grid of a teacher is not set."""
+    targets = {}
+    for name, settings in active_teachers(config).items():
+        key = f"config.teachers.{name}" if name else "config.teacher"
+        if settings.width is None or settings.grid is None:
             raise UserError(
-                f"{path} holds teacher tokens of {name} {stored}, the config expects {value} "
-                f"(config.teacher.{name})"
+                f"{config.data.path} does not exist: set {key}.width and {key}.grid to those of "
+                f"the tokens that it will hold"
             )
-    teacher = info.teacher
-    return Target(teacher.width, teacher.grid, teacher.cls, teacher.load_codec(path))
+        grid = (settings.grid, settings.grid)
+        targets[name] = Target(settings.width, grid, True, Codec("int8", np.zeros(0)))
+    return targets
+
+
+def active_teachers(config: TrainConfig) -> dict[str, TeacherConfig]:
+    """Returns {name: settings} of the teachers with a loss weight; the first is named ""."""
+    teachers: dict[str, TeacherConfig] = {"": config.teacher, **config.teachers}
+    return {name: teacher for name, teacher in teachers.items() if teacher.loss_weight}
+
+
+def loss_weights(config: TrainConfig) -> dict[str, float]:
+    """Returns {prediction: weight} of the enabled losses: those of config.loss, times the share of
+    each teacher, so that losses keep their scale whatever the number of teachers."""
+    teachers = active_teachers(config)
+    total = sum(teacher.loss_weight for teacher in teachers.values())
+    return {
+        digpt.join(head, name): weight * teacher.loss_weight / total
+        for name, teacher in teachers.items()
+        for head, weight in config.loss.by_head().items()
+    }
