@@ -14,6 +14,7 @@ MEAN = Range(least=0, most=1)
 STD = Range(above=0, most=10)
 AREA = Range(above=0, most=1)
 CODECS = ("float16", "int8", "int4")
+NORMALIZE = ("none", "center", "whiten", "pca_whiten")
 FIRST = "teacher"  # name of the teacher of section `teacher`; others have groups in `teachers`
 
 
@@ -118,6 +119,11 @@ class TeacherConfig:
     grid: int | None = field(
         None, "expected tokens along each side of a store's token grid; default: any", COUNT
     )
+    normalize: str = field(
+        "none",
+        "targets in training: none, center (minus their mean), whiten (also over the standard "
+        "deviation of each channel) or pca_whiten (of each principal axis)",
+    )
     loss_weight: float = field(
         1.0,
         "weight of the losses to this teacher's tokens, relative to the other teachers'; 0 leaves "
@@ -128,6 +134,7 @@ class TeacherConfig:
     def resolved(self) -> "TeacherConfig":
         """Returns the config with three values in mean and std. Raises UserError on other lengths
         than 1 or 3."""
+        check_choice("config.teacher.normalize", self.normalize, NORMALIZE)
         channels = {}
         for name in ("mean", "std"):
             value = getattr(self, name)

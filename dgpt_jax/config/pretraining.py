@@ -46,6 +46,10 @@ def _check_teachers(config: "TrainConfig") -> None:
     if FIRST in config.teachers:
         raise UserError(f"config.teachers.{FIRST}: that is the name of config.teacher")
     weights = [config.teacher, *config.teachers.values()]
+    if config.data.targets != "stored" and config.teacher.normalize != "none":
+        raise UserError(
+            f"config.teacher.normalize={config.teacher.normalize} needs config.data.targets=stored"
+        )
     if not any(teacher.loss_weight for teacher in weights):
         raise UserError("all teachers have loss_weight 0: set config.teacher.loss_weight above 0")
     if config.model.separate_decoders and not config.teachers:

@@ -1,10 +1,11 @@
 """Mean and covariance of a teacher's tokens, and targets that are centered or whitened by them.
 
-Measured on the codec's sample when a store is built, over all tokens of all its images, CLS
-included, as training decodes them. `statistics.npz` lies beside the teacher's metadata.
+Measured when a store is finished, over all tokens, CLS included, of a sample of its first view, as
+training decodes them. `statistics.npz` lies beside the teacher's metadata.
 """
 
 import io
+import zipfile
 from dataclasses import dataclass
 
 import jax
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.errors import UserError, one_line
-from dgpt_jax.storage import atomic
+from dgpt_jax.storage import atomic, tfds_dataset
 from dgpt_jax.storage.gcs import AnyPath
 
 FILE = "statistics.npz"
-KINDS = ("none", "center", "whiten", "pca_whiten")
+SAMPLE = 256  # examples
 FLOOR = 1e-3  # of the mean variance: directions that the sample hardly has are not blown up
 
 
@@ -62,10 +64,19 @@ def measure(tokens: np.ndarray) -> TokenStatistics:
     return TokenStatistics(*(np.ascontiguousarray(x, np.float32) for x in arrays))
 
 
-def save(directory: AnyPath, statistics: TokenStatistics) -> None:
-    """Writes the file atomically. Raises UserError."""
+def measure_store(directory: AnyPath, view: str, codec: Codec) -> None:
+    """Writes the statistics of a finished directory of tokens, atomically, unless it has them.
+
+    A function of the stored tokens alone. view: split of the sample. Raises UserError.
+    """
+    if (epath.Path(directory) / FILE).exists():
+        return
+    split = tfds_dataset.Split(directory, view)
+    rows = range(0, len(split), max(1, len(split) // SAMPLE))[:SAMPLE]
+    tokens = codec.decode(np.stack([split[row]["tokens"] for row in rows]))
+    split.close()
     buffer = io.BytesIO()
-    np.savez(buffer, **vars(statistics))
+    np.savez(buffer, **vars(measure(np.asarray(tokens))))
     atomic.write_bytes(epath.Path(directory) / FILE, buffer.getvalue())
 
 
@@ -82,7 +93,7 @@ def load(directory: AnyPath, width: int, command: str) -> TokenStatistics:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             statistics = TokenStatistics(**{name: arrays[name] for name in arrays.files})
         shapes = [x.shape for x in vars(statistics).values()]
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as e:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged: {one_line(e)}") from None
     if shapes != [(width,), (width,), (width, width), (width,)]:
         raise UserError(f"{path} is damaged: shapes {shapes} of tokens of width {width}")

@@ -17,7 +17,7 @@ from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.config.data import FIRST
-from dgpt_jax.data import teacher_info, token_codec, token_store
+from dgpt_jax.data import teacher_info, token_codec, token_statistics, token_store
 from dgpt_jax.data.teacher_info import TeacherInfo, as_json
 from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.data.token_store import StoredImages, StoreInfo
@@ -199,3 +199,4 @@ def _finish(config: TokensConfig, out: epath.Path, info: StoreInfo, source: tfds
     array_record_shards.write_manifest(out, infos)
     features = token_store.features(info, source.label)
     tfds_dataset.write_metadata(out, features, written, info.name)
+    token_statistics.measure_store(out, token_store.view_split(0), info.teacher.load_codec(out))

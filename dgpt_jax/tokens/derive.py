@@ -16,7 +16,7 @@ from etils import epath
 
 from dgpt_jax import invocation
 from dgpt_jax._version import __version__
-from dgpt_jax.data import teacher_info, token_store
+from dgpt_jax.data import teacher_info, token_statistics, token_store
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.errors import UserError, counted
 from dgpt_jax.monitoring import progress
@@ -248,3 +248,5 @@ def _finish(target: Derived) -> None:
     array_record_shards.write_manifest(target.out, infos)
     features = target.parts[0].store.features
     tfds_dataset.write_metadata(target.out, features, written, target.info.name)
+    codec = target.info.teacher.load_codec(target.out)
+    token_statistics.measure_store(target.out, token_store.view_split(0), codec)

@@ -13,7 +13,14 @@ from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.config.data import FurtherTeacherConfig
-from dgpt_jax.data import bad_records, further_teachers, teacher_info, token_codec, token_store
+from dgpt_jax.data import (
+    bad_records,
+    further_teachers,
+    teacher_info,
+    token_codec,
+    token_statistics,
+    token_store,
+)
 from dgpt_jax.data.further_teachers import FurtherTeacher
 from dgpt_jax.data.teacher_info import TeacherInfo
 from dgpt_jax.data.token_store import StoreInfo
@@ -200,3 +207,5 @@ def _finish(
     }
     features = further_teachers.features(info)
     tfds_dataset.write_metadata(directory, features, written, info.teacher.name.lower())
+    codec = info.teacher.load_codec(directory)
+    token_statistics.measure_store(directory, token_store.view_split(0), codec)

@@ -11,8 +11,13 @@ import optax
 from dgpt_jax import invocation
 from dgpt_jax.config import TrainConfig
 from dgpt_jax.config.data import DataConfig
-from dgpt_jax.data import dataset, further_teachers, segments, token_codec, token_store
-from dgpt_jax.data.token_codec import Codec
+from dgpt_jax.data import (
+    dataset,
+    further_teachers,
+    segments,
+    token_codec,
+    token_store,
+)
 from dgpt_jax.errors import UserError
 from dgpt_jax.models import digpt, flops, teacher_vit, vit
 from dgpt_jax.training import initial_weights, layerwise, optimizer
@@ -21,9 +26,11 @@ from dgpt_jax.training.tasks.targets import (
     Target,
     absent_targets,
     active_teachers,
+    from_json,
     loss_weights,
     online_target,
     stored_targets,
+    to_json,
 )
 from dgpt_jax.weights import teacher_loading
 
@@ -122,7 +129,7 @@ class PretrainTask:
 
     def replay_metadata(self) -> dict[str, Any]:
         """The targets, for `task_from_dump`."""
-        metadata = {name: _target_json(target) for name, target in self.targets.items()}
+        metadata = {name: to_json(target) for name, target in self.targets.items()}
         return {"targets": metadata}
 
     def loss(self, params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Batch]:
@@ -154,9 +161,7 @@ class PretrainTask:
         if self.teacher is not None:
             tower, dtype = self.teacher.tower, self.config.teacher.dtype
             return teacher_vit.teacher_tokens(tower, frozen, batch["image"], dtype=dtype)
-        codec = self.targets[name].codec
-        assert codec is not None, "there are no stored tokens"
-        return codec.decode(batch[feature_of(name)])
+        return self.targets[name].decode(batch[feature_of(name)])
 
     def heldout(self) -> tuple[Callable[[int], Batch], int]:
         """(load, length) of the held-out examples, with one fixed view and order each.
@@ -212,13 +217,6 @@ def feature_of(name: str) -> str:
     return further_teachers.feature_name(name) if name else "tokens"
 
 
-def _target_json(target: Target) -> dict[str, Any]:
-    codec = target.codec
-    metadata = {"width": target.width, "grid": target.grid, "cls": target.cls}
-    stored = codec and {"codec": {"name": codec.name, "scale": codec.scale.tolist()}}
-    return metadata | (stored or {})
-
-
 def task_without_data(config: TrainConfig) -> PretrainTask:
     """The task without its data; an absent store is assumed to hold int8 tokens of the config's
     teacher. Raises UserError if config.teacher.width and grid are needed and not set."""
@@ -230,14 +228,9 @@ def task_without_data(config: TrainConfig) -> PretrainTask:
 
 
 def task_from_dump(config: TrainConfig, metadata: dict[str, Any]) -> PretrainTask:
-    """The task of a dumped step. Old dumps have no codec: their tokens are decoded floats, which
-    the float16 codec passes through."""
+    """The task of a dumped step. Raises UserError."""
     dumped = metadata.get("targets") or {"": metadata["target"]}  # of one teacher, up to 0.2
-    targets = {}
-    for name, target in dumped.items():
-        codec = target.get("codec", {"name": "float16", "scale": []})
-        codec = Codec(codec["name"], np.array(codec["scale"], np.float32))
-        targets[name] = Target(target["width"], tuple(target["grid"]), target["cls"], codec)
+    targets = {name: from_json(target) for name, target in dumped.items()}
     return PretrainTask(config, targets, teacher=load_teacher(config))
 
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
 from dgpt_jax.config import TrainConfig
 from dgpt_jax.config.data import TeacherConfig
-from dgpt_jax.data import further_teachers, token_store
+from dgpt_jax.data import further_teachers, token_statistics, token_store
 from dgpt_jax.data.token_codec import Codec
+from dgpt_jax.data.token_statistics import TokenStatistics
 from dgpt_jax.errors import UserError
 from dgpt_jax.models import digpt
 from dgpt_jax.weights import teacher_loading
@@ -18,17 +21,58 @@ from dgpt_jax.weights import teacher_loading
 @dataclass(frozen=True)
 class Target:
     """Prediction targets: width C, the teacher's square grid, with or without its CLS token, and
-    the codec of stored tokens."""
+    the codec of stored tokens.
+
+    normalize: what is done to decoded tokens (config.teacher.normalize), with `statistics` unless
+    it is "none". directory: of the statistics.
+    """
 
     width: int
     grid: tuple[int, int]
     cls: bool
     codec: Codec | None = None
+    normalize: str = "none"
+    statistics: TokenStatistics | None = None
+    directory: str = ""
 
     @property
     def tokens(self) -> int:
         """Tokens per image."""
         return self.grid[0] * self.grid[1] + self.cls
+
+    def decode(self, stored: jax.Array) -> jax.Array:
+        """Returns the targets (…, T, C) float32 of stored tokens."""
+        assert self.codec is not None, "there are no stored tokens"
+        tokens = self.codec.decode(stored)
+        return self.statistics.normalize(tokens, self.normalize) if self.statistics else tokens
+
+
+def to_json(target: Target) -> dict[str, Any]:
+    """Returns a target as JSON, for `from_json`."""
+    codec, values = target.codec, {}
+    if codec is not None:
+        values["codec"] = {"name": codec.name, "scale": codec.scale.tolist()}
+    if target.statistics is not None:
+        values["normalize"] = {"kind": target.normalize, "directory": target.directory}
+    return {"width": target.width, "grid": target.grid, "cls": target.cls} | values
+
+
+def from_json(values: Mapping[str, Any]) -> Target:
+    """Inverse of `to_json`. Old dumps have no codec: their tokens are decoded floats, which the
+    float16 codec passes through. Raises UserError if the statistics are not there any more."""
+    codec = values.get("codec", {"name": "float16", "scale": []})
+    kind, statistics = "none", None
+    if normalize := values.get("normalize"):
+        kind = normalize["kind"]
+        statistics = token_statistics.load(normalize["directory"], values["width"], "dgpt tokens")
+    return Target(
+        values["width"],
+        tuple(values["grid"]),
+        values["cls"],
+        Codec(codec["name"], np.array(codec["scale"], np.float32)),
+        kind,
+        statistics,
+    )
 
 
 def online_target(config: TrainConfig, teacher: teacher_loading.Loaded | None) -> Target:
@@ -63,18 +107,22 @@ def stored_targets(
         if name:
             stored, directory = further_teachers.open_directory(path, name)
         key = f"config.teachers.{name}" if name else "config.teacher"
-        told = expected[name] if expected else None
-        for field, value, wanted in (
-            ("width", stored.width, told.width if told else settings.width),
-            ("grid", stored.grid[0], told.grid[0] if told else settings.grid),
+        known = expected[name] if expected else None
+        for field, value, required in (
+            ("width", stored.width, known.width if known else settings.width),
+            ("grid", stored.grid[0], known.grid[0] if known else settings.grid),
         ):
-            if wanted is not None and wanted != value:
+            if required is not None and required != value:
                 raise UserError(
                     f"{directory} holds teacher tokens of {field} {value}, the config expects "
-                    f"{wanted} ({key}.{field})"
+                    f"{required} ({key}.{field})"
                 )
-        codec = stored.load_codec(directory)
-        targets[name] = Target(stored.width, stored.grid, stored.cls, codec)
+        codec, kind, statistics = stored.load_codec(directory), settings.normalize, None
+        if kind != "none" and known is None:  # held-out tokens are normalized as training's
+            statistics = token_statistics.load(directory, stored.width, info.command)
+        targets[name] = Target(
+            stored.width, stored.grid, stored.cls, codec, kind, statistics, str(directory)
+        )
     return targets
 
 
@@ -90,7 +138,11 @@ def absent_targets(config: TrainConfig) -> dict[str, Target]:
                 f"the tokens that it will hold"
             )
         grid = (settings.grid, settings.grid)
-        targets[name] = Target(settings.width, grid, True, Codec("int8", np.zeros(0)))
+        kind, statistics = settings.normalize, None
+        if kind != "none":
+            statistics = token_statistics.measure(np.eye(settings.width, dtype=np.float32))
+        codec = Codec("int8", np.zeros(0))
+        targets[name] = Target(settings.width, grid, True, codec, kind, statistics)
     return targets
 
 
