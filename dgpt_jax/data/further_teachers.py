@@ -17,8 +17,8 @@ from etils import epath
 from dgpt_jax import invocation
 from dgpt_jax.config.schema import parse
 from dgpt_jax.data.teacher_info import TeacherInfo
-from dgpt_jax.errors import UserError, bad_record, one_line
-from dgpt_jax.storage import atomic, tfds_dataset
+from dgpt_jax.errors import UserError, one_line
+from dgpt_jax.storage import atomic, shard_records, tfds_dataset
 from dgpt_jax.storage.gcs import AnyPath
 
 DIRECTORY, FILE = "teachers", "teacher.json"
@@ -119,10 +119,10 @@ def feature_name(name: str) -> str:
 
 
 class JoinedSplit(tfds_dataset.Split):
-    """A split of a local token store with the tokens of further teachers.
+    """A split of a token store with the tokens of further teachers.
 
-    An example has `feature_name(NAME)` besides. Raises UserError if the shards of a teacher are
-    others than the store's, BadRecord if the ids of an example differ.
+    An example has `feature_name(NAME)` besides. Raises UserError if the shards of a teacher have
+    other lengths than the store's, or an example another id.
     """
 
     def __init__(self, store: tfds_dataset.Split, teachers: dict[str, tfds_dataset.Split]):
@@ -141,10 +141,17 @@ class JoinedSplit(tfds_dataset.Split):
         for name, split in self._teachers.items():
             other = split[index]
             if other["id"] != example["id"]:
-                reason = f"the store has {example['id']} there: `dgpt verify --teacher={name}`"
-                raise bad_record(split, int(index), other["id"], reason)
+                raise UserError(  # of the whole shard: not a record to skip
+                    f"{split}, example {index}: its id is {other['id']}, in the store it is "
+                    f"{example['id']}: `{invocation.command('verify')} --teacher={name}` finds the "
+                    f"shards that do not belong to the store"
+                )
             example[feature_name(name)] = other["tokens"]
         return example
+
+    def files_of(self, shard: int) -> list[shard_records.Shard]:
+        """Returns the files that the examples of a shard are read from."""
+        return [self.shards[shard], *(split.shards[shard] for split in self._teachers.values())]
 
     def close(self) -> None:
         """Closes the files once no thread reads from them; the next read opens them again."""
@@ -158,12 +165,9 @@ def join_splits(
 ) -> list[JoinedSplit]:
     """Returns the splits (views) of a store with the tokens of further teachers. Raises UserError
     if one of them is absent, unfinished, of other contents, or of fewer views."""
-    if splits[0].cache is not None:
-        raise UserError(
-            f"{store} is remote: the tokens of further teachers are read from a local store only"
-        )
     directories = {name: open_directory(store, name)[1] for name in teachers}
-    opened = {name: tfds_dataset.Opened(path) for name, path in directories.items()}
+    cache = splits[0].cache or ""  # one for all files of the process
+    opened = {name: tfds_dataset.Opened(path, cache) for name, path in directories.items()}
     return [
         JoinedSplit(
             split,

@@ -25,8 +25,9 @@ def fetch_shards_ahead(
     lanes = sampler.lanes_of(rows)
     cache = splits[0].cache
     assert cache is not None
-    files = [shard for split in splits for shard in split.shards]
-    most = min(len(lanes) * sampler.max_shards_per_lane, len(files))
+    files = [f for split in splits for i in range(len(split.shards)) for f in split.files_of(i)]
+    per_shard = len(splits[0].files_of(0))
+    most = min(len(lanes) * sampler.max_shards_per_lane * per_shard, len(files))
     largest = max(shard.bytes for shard in files)
     cache.refuse_unless_it_fits(most, largest, f"{most} shards of {len(lanes)} lanes")
     windows = None
@@ -34,7 +35,9 @@ def fetch_shards_ahead(
         for step in itertools.count(start_step):
             if windows != (windows := sampler.current_windows(step, lanes)):
                 cache.set_prefetch(
-                    splits[e % len(splits)].shards[s] for e, s in sampler.shards_to_fetch(windows)
+                    file
+                    for epoch, shard in sampler.shards_to_fetch(windows)
+                    for file in splits[epoch % len(splits)].files_of(shard)
                 )
             yield next(batches)
     finally:

@@ -118,15 +118,17 @@ def open_builder(directory: AnyPath) -> tfds.core.DatasetBuilder:
 class Opened:
     """A TFDS directory: its builder, file sizes from one listing, and manifest.
 
-    cache: directory for the shards of a remote one while they are read.
+    cache: of the shards of a remote one while they are read, or a directory for a new one.
     """
 
-    def __init__(self, directory: AnyPath, cache: str = ""):
+    def __init__(self, directory: AnyPath, cache: str | shard_cache.ShardCache = ""):
         gcs.require(directory)
         self.directory = os.fspath(directory)
         self.builder = open_builder(directory)
         self.sizes = array_record_shards.sizes(directory)
-        self.cache = shard_cache.ShardCache(cache) if gcs.is_remote(directory) else None
+        self.cache = None
+        if gcs.is_remote(directory):
+            self.cache = shard_cache.ShardCache(cache) if isinstance(cache, str) else cache
         self.manifest = array_record_shards.manifest(directory)
 
     def check(self, split: str) -> None:
@@ -204,6 +206,10 @@ class Split:
             raise ValueError(f"no value of {', '.join(empty)}")
         example["id"] = example_ids.of_example(example)
         return example
+
+    def files_of(self, shard: int) -> list[shard_records.Shard]:
+        """Returns the files that the examples of a shard are read from."""
+        return [self.shards[shard]]
 
     def close(self) -> None:
         """Closes the files once no thread reads from them; the next read opens them again."""

@@ -322,3 +322,38 @@ def test_training_on_gs(remote, server, tmp_path):
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert any("heldout/next" in line for line in lines)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_further_teachers_are_fetched_beside_the_store(local, server, tmp_path):
+    """Their batches equal those of the local copy; one cache holds all files, within its bound."""
+    copy = shutil.copytree(local, tmp_path / "tokens")
+    for name in ("second", "third"):
+        stores.write_teacher(copy, name)
+    settings = {"threads": 4, "lanes": LANES, "window": WINDOW}
+
+    def opened(path):
+        config = parse(DataConfig, settings | {"path": str(path), "cache": str(tmp_path)})
+        return dataset.open_examples(config, MODEL, 3, teachers=("second", "third"))
+
+    examples, here = opened(server.add(copy, "somewhere/several")), opened(copy)
+    order = samplers.ShardWindowSampler([LENGTHS] * 2, BATCH, LANES, WINDOW, seed=3)
+    server.reset()
+    most = 0
+    with contextlib.closing(
+        loader.train_batches(examples, BATCH, rows=np.arange(BATCH), start_step=0)
+    ) as stream:
+        for step in range(30):
+            batch = next(stream)
+            rows = []
+            for position in range(step * BATCH, (step + 1) * BATCH):
+                epoch, index = order(position)
+                rows.append(here(position, index, epoch))
+            assert {"tokens", "tokens_second", "tokens_third"} <= batch.keys() == rows[0].keys()
+            for key in batch:
+                np.testing.assert_array_equal(batch[key], np.stack([row[key] for row in rows]))
+            most = max(most, len(examples.sources.splits[0].cache.files()))
+    shards = LANES * order.max_shards_per_lane
+    assert shards < most <= 3 * shards + shard_cache.MAX_UNPLANNED + shard_cache.DOWNLOADS
+    objects = [object for object, _ in server.media]
+    fetched = {name: sum(name in object for object in objects) for name in ("second", "third")}
+    assert 0 < fetched["second"] == fetched["third"] < len(objects) / 2

@@ -59,8 +59,8 @@ class Server(ThreadingHTTPServer):
 
     def add(self, directory: Path, prefix: str) -> str:
         """Copies a local directory; returns its address."""
-        for path in directory.iterdir():
-            self.objects[f"{prefix}/{path.name}"] = path.read_bytes()
+        for path in filter(Path.is_file, directory.rglob("*")):
+            self.objects[f"{prefix}/{path.relative_to(directory)}"] = path.read_bytes()
         return f"gs://{BUCKET}/{prefix}"
 
     def __enter__(self):

@@ -1,15 +1,24 @@
 """Token stores written directly, without images or a teacher."""
 
 import dataclasses
+import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
 from dgpt_jax.config.data import FIRST
-from dgpt_jax.data import image_ops, teacher_info, token_codec, token_store
+from dgpt_jax.data import (
+    further_teachers,
+    image_ops,
+    teacher_info,
+    token_codec,
+    token_store,
+)
+from dgpt_jax.data.further_teachers import FurtherTeacher
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 
 
@@ -82,6 +91,39 @@ def write(directory, lengths, *, views: int = 1, info=None) -> Path:
     tfds_dataset.write_metadata(directory, token_store.features(info, None), splits)
     array_record_shards.write_manifest(directory, manifest)
     return directory
+
+
+def write_teacher(store, name: str, *, width: int = 6) -> Path:
+    """Writes random tokens of a further teacher for a store of `write`."""
+    directory = further_teachers.path_of(store, name)
+    directory.mkdir(parents=True)
+    opened = tfds_dataset.Opened(store)
+    views = [tfds_dataset.Split(store, view, opened) for view in opened.builder.info.splits]
+    teacher = dataclasses.replace(store_info(width=width).teacher, name=name)
+    info = FurtherTeacher(teacher, tuple(v.digest for v in views), 100.0, "build it", "test")
+    info.save(directory)
+    features = further_teachers.features(info)
+    splits: dict[str, list[array_record_shards.ShardInfo]] = {}
+    manifest = {}
+    for view in views:
+        ids, splits[view.split] = iter([example["id"] for example in view]), []
+        for i, shard in enumerate(view.shards):
+            path = tfds_dataset.shard_path(directory, view.split, i, len(view.shards), name)
+            records = [
+                features.serialize_example({"id": key, "tokens": _tokens(teacher, name + key)})
+                for key in itertools.islice(ids, shard.take)
+            ]
+            manifest[path.name] = array_record_shards.write(path, records)
+            splits[view.split].append(manifest[path.name])
+    tfds_dataset.write_metadata(directory, features, splits, name)
+    array_record_shards.write_manifest(directory, manifest)
+    return Path(directory)
+
+
+def _tokens(teacher: teacher_info.TeacherInfo, seed: str) -> np.ndarray:
+    rng = np.random.default_rng(list(seed.encode()))
+    shape: Any = teacher.feature().shape
+    return rng.integers(0, 100, shape).astype(np.int8)
 
 
 def write_linked(directory, *, examples: int, shard_size: int, views: int) -> Path:

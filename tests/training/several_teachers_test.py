@@ -181,7 +181,7 @@ def test_ids_are_compared_on_reading(store, tmp_path):
     array_record_shards.write_manifest(directory, infos | {path.name: receipt})
     task = pretrain.open_pretrain(config(copy, teachers={"second": {}}))
     task.examples(0, 2)
-    with pytest.raises(UserError, match="dgpt verify --teacher=second"):
+    with pytest.raises(UserError, match="in the store it is .*--teacher=second"):
         task.examples(0, 3)
 
 
