@@ -179,7 +179,8 @@ def aligned(
     they are, of the module's teachers."""
     orders = jnp.asarray(orders)
     by_name: Any = module.apply({"params": params}, jnp.asarray(images), orders)
-    predicted = {name: by_name[digpt.join(name, teacher)] for name in module.decoders}
+    names = {name: digpt.join(name, teacher) for name in digpt.DECODERS}
+    predicted = {name: by_name[key] for name, key in names.items() if key in by_name}
     return digpt.align(
         predicted, jnp.asarray(tokens), orders, grid=(model.grid, model.grid),
         segment_grid=model.segments, cls=cls,

@@ -20,6 +20,8 @@ from dgpt_jax.data import segments
 from dgpt_jax.models import losses, vit
 from dgpt_jax.models.decoders import Decoder, DistillationHead, Heads
 
+DECODERS = ("next", "visible", "direct")
+
 
 class DiGPT(nn.Module):
     """The pretraining model. `decoders` is a subset of "next", "visible" and "direct".

@@ -23,7 +23,7 @@ from dgpt_jax.weights import mapping
 from dgpt_jax.weights.mapping import ArrayEntry
 from dgpt_jax.weights.positions import bicubic_antialiased
 
-DECODERS = ("next", "visible", "direct")
+DECODERS = digpt.DECODERS
 # Parameters of predictions for further teachers, by digpt.join.
 _FURTHER = re.compile(rf"(?:{'|'.join(DECODERS)})(?:/pred)?_(\w+)/")
 

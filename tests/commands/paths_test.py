@@ -21,7 +21,8 @@ NO_PATHS = {
     "background", "range",
     "names", "labels",
     "action", "activation", "codecs", "coordinator", "metrics", "platform", "remat", "rows",
-    "split", "study", "topology", "workers", "image_column", "label_column", "keep", "size",
+    "only", "split", "study", "teacher", "topology", "workers", "image_column", "label_column",
+    "keep", "size",
     "heldout",
 }  # fmt: skip
 NO_PATH_KEYS = {
@@ -30,7 +31,7 @@ NO_PATH_KEYS = {
     "kind",
     "knn_test", "knn_train", "mu_dtype", "order", "platform", "pooling", "protocol", "randaugment",
     "remat", "size", "split", "targets", "task", "test", "total", "train", "trainable", "wandb",
-    "warmup", "data.source", "positions", "decoders", "freeze_steps",
+    "warmup", "data.source", "normalize", "positions", "decoders", "freeze_steps",
 }  # fmt: skip
 
 

@@ -94,6 +94,7 @@ def test_tokens_belong_to_the_stored_images(built):
     assert teacher.weights["hash"] == loaded.hash and teacher.name == "second"
 
 
+@pytest.mark.slow
 def test_the_first_teacher_is_stored_as_without_a_second(built, tmp_path):
     root, flags = built
     alone = [flag for flag in flags if "teachers" not in flag]
@@ -154,6 +155,7 @@ def test_two_processes_add_the_same_tokens(built, tmp_path):
     assert contents(store / "teachers/second") == contents(root / "store/teachers/second")
 
 
+@pytest.mark.slow
 def test_views_that_were_added_later_are_completed(built, tmp_path):
     root, flags = built
     store = shutil.copytree(root / "store", tmp_path / "store")

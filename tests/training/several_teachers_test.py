@@ -70,7 +70,7 @@ def losses_and_gradients(task, params):
 BOTH = {"second": {}, "third": {}}
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_losses_are_those_of_single_teachers(store, separate):
     """Each teacher's with the same parameters; the total is their mean, weighted."""
     weights = {"second": {"loss_weight": 2.0}, "third": {"loss_weight": 0.5}}
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused(store, changes, message):
         pretrain.open_pretrain(config(store, **changes))
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_flops_are_counted(separate):
     """By the compiler, of the forward pass of two teachers."""
     model = parse(
