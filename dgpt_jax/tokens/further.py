@@ -12,7 +12,6 @@ from etils import epath
 from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.config import TokensConfig
-from dgpt_jax.config.data import FurtherTeacherConfig
 from dgpt_jax.data import (
     bad_records,
     further_teachers,
@@ -23,6 +22,7 @@ from dgpt_jax.data import (
 )
 from dgpt_jax.data.further_teachers import FurtherTeacher
 from dgpt_jax.data.teacher_info import TeacherInfo
+from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.distributed import multihost
 from dgpt_jax.errors import BadRecord, UserError, counted
@@ -64,7 +64,7 @@ def add(config: TokensConfig, store: AnyPath, name: str, *, check: bool = False)
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             array_record_shards.remove_partial_files(directory)
-            _check_or_create(settings, store, name, splits, teacher, pool)
+            _check_or_create(config, store, name, splits, teacher, pool)
         multihost.barrier("begun")
         info = further_teachers.load(store, name)
         planned = [
@@ -133,7 +133,7 @@ def _stored_view(splits: list[tfds_dataset.Split], view: int, index: int) -> Sto
 
 
 def _check_or_create(
-    settings: FurtherTeacherConfig,
+    config: TokensConfig,
     store: AnyPath,
     name: str,
     splits: list[tfds_dataset.Split],
@@ -144,10 +144,10 @@ def _check_or_create(
 
     A store to which views were added since is extended. Raises UserError.
     """
-    directory = further_teachers.path_of(store, name)
+    settings, directory = config.teachers[name], further_teachers.path_of(store, name)
     views = tuple(split.digest for split in splits)
     if not (directory / further_teachers.FILE).exists():
-        info, basis = _describe(settings, name, splits, teacher, pool, views)
+        info, basis = _describe(config, name, splits, teacher, pool, views)
         if basis is not None:
             teacher_info.save_basis(directory, basis)
         info.save(directory)  # before the shards: another teacher must not be mixed in
@@ -169,14 +169,15 @@ def _check_or_create(
 
 
 def _describe(
-    settings: FurtherTeacherConfig, name: str, splits, teacher: Teacher, pool, views
+    config: TokensConfig, name: str, splits, teacher: Teacher, pool, views
 ) -> tuple[FurtherTeacher, np.ndarray | None]:
     """Returns (metadata, PCA basis or None), measured on a sample of view 0."""
     sample = range(0, len(splits[0]), max(1, len(splits[0]) // SAMPLE))[:SAMPLE]
     stored = list(pool.map(partial(_stored_view, splits, 0), sample))
     tokens = teacher(np.stack([view.image for view in stored]))
     writer.require_finite(np.isfinite(tokens).all())
-    codec, variance = token_codec.fit(tokens, settings.codec, settings.pca)
+    settings = config.teachers[name]
+    codec, variance = _fit_codec(config, name, tokens)
     encoded = codec.encode(tokens)
     cosine = token_codec.cosines(codec.decode(encoded), codec.project(tokens))
     described = TeacherInfo(
@@ -193,6 +194,25 @@ def _describe(
     size = encoded[0].nbytes + writer.OVERHEAD
     command = invocation.command_line()
     return FurtherTeacher(described, views, float(size), command, __version__), codec.basis
+
+
+def _fit_codec(config: TokensConfig, name: str, tokens: np.ndarray) -> tuple[Codec, float]:
+    """Returns (codec, fraction of variance kept), fitted to tokens or that of config.codec_from.
+    Raises UserError if that store's tokens of the teacher have another codec or width."""
+    settings = config.teachers[name]
+    if not config.codec_from:
+        return token_codec.fit(tokens, settings.codec, settings.pca)
+    other, directory = further_teachers.open_directory(config.codec_from, name)
+    actual = (other.codec, other.width if other.is_reduced else None, other.weights["width"])
+    expected = (settings.codec, settings.pca, tokens.shape[-1])
+    if actual != expected:
+        raise UserError(
+            f"config.codec_from={config.codec_from} has (codec, pca, channels) of {name} {actual}, "
+            f"this config {expected}"
+        )
+    codec = other.load_codec(directory)
+    variance = np.square(codec.project(tokens), dtype=np.float64).sum()
+    return codec, float(variance / np.square(tokens, dtype=np.float64).sum())
 
 
 def _finish(

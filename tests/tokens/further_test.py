@@ -295,3 +295,30 @@ def test_further_teachers_are_described_and_not_left_out(built):
     assert "second       5 × 12, float16, cosine to exact tokens" in text
     with pytest.raises(UserError, match="further teachers .second.*left out"):
         store_parts.open_store(root / "store")
+
+
+def test_a_heldout_store_takes_the_codec_of_another(built, tmp_path):
+    """config.codec_from: the scales of a further teacher, too; another codec is refused."""
+    root, _ = built
+    store = shutil.copytree(root / "store", tmp_path / "store")
+    third = {"weights": str(root / "third")}
+    further.add(settings(root, third=third), store, "third")
+    heldout = data.token_store(
+        tmp_path, root / "images", root / "first", split="train[30:]", crop_scale=(0.9, 1.0)
+    )
+    values = {"source": "unused", "batch_size": 8, "threads": 2, "codec_from": str(store)}
+    other = parse(TokensConfig, values | {"teachers": {"third": third | {"codec": "float16"}}})
+    with pytest.raises(UserError, match=r"codec_from.*third \('int8', .*'float16'"):
+        further.add(other, heldout, "third")
+    further.add(parse(TokensConfig, values | {"teachers": {"third": third}}), heldout, "third")
+    stored, taken = (
+        teacher.load_codec(directory)
+        for teacher, directory in (
+            further_teachers.open_directory(path, "third") for path in (store, heldout)
+        )
+    )
+    assert stored.equals(taken)
+    shutil.rmtree(heldout / "teachers")
+    further.add(settings(root, third=third), heldout, "third")
+    own, directory = further_teachers.open_directory(heldout, "third")
+    assert not own.load_codec(directory).equals(stored)
