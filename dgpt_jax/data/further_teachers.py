@@ -88,20 +88,21 @@ def features(info: FurtherTeacher) -> tfds.features.FeaturesDict:
     )
 
 
-def require_finished(store: AnyPath, name: str) -> None:
-    """Raises UserError, with the command that resumes it, if a teacher's tokens are unfinished."""
-    if not (path_of(store, name) / "dataset_info.json").exists():
-        command = load(store, name).command
-        raise UserError(f"{path_of(store, name)} is unfinished; finish it with: {command}")
+def load_finished(store: AnyPath, name: str) -> tuple[TeacherInfo, epath.Path]:
+    """Returns (metadata, directory) of a further teacher. Raises UserError if it is absent or, with
+    the command that resumes it, unfinished."""
+    info, directory = load(store, name), path_of(store, name)
+    if not (directory / "dataset_info.json").exists():
+        raise UserError(f"{directory} is unfinished; finish it with: {info.command}")
+    return info.teacher, directory
 
 
 def open_directory(store: AnyPath, name: str) -> tuple[TeacherInfo, epath.Path]:
-    """Returns (metadata, directory) of a finished further teacher.
-
-    Raises UserError if it is absent, unfinished, or made from other contents of the store.
+    """Returns what `load_finished` does. Raises UserError also if the tokens are of other contents
+    of the store: compares the digests of all views.
     """
-    info, directory = load(store, name), path_of(store, name)
-    require_finished(store, name)
+    teacher, directory = load_finished(store, name)
+    info = load(store, name)
     opened = tfds_dataset.Opened(store)
     views = list(opened.builder.info.splits)[: len(info.views)]
     for view, digest in zip(views, info.views, strict=False):
@@ -110,7 +111,7 @@ def open_directory(store: AnyPath, name: str) -> tuple[TeacherInfo, epath.Path]:
                 f"{directory} has the tokens of other contents of {store}, {view}: remove the "
                 f"directory, and add the teacher again: {info.command}"
             )
-    return info.teacher, directory
+    return teacher, directory
 
 
 def feature_name(name: str) -> str:

@@ -19,7 +19,7 @@ from dgpt_jax.storage import atomic, tfds_dataset
 from dgpt_jax.storage.gcs import AnyPath
 
 FILE = "statistics.npz"
-SAMPLE = 256  # examples
+SAMPLE = 256  # examples on which codecs, cosines and statistics are measured
 FLOOR = 1e-3  # of the mean variance: directions that the sample hardly has are not blown up
 
 
@@ -52,6 +52,11 @@ def _inverse_std(variance: np.ndarray) -> np.ndarray:
     return (1 / np.sqrt(np.maximum(variance, floor))).astype(np.float32)
 
 
+def sample_of(examples: int) -> range:
+    """Returns the indices of at most SAMPLE examples, evenly spaced."""
+    return range(0, examples, max(1, examples // SAMPLE))[:SAMPLE]
+
+
 def measure(tokens: np.ndarray) -> TokenStatistics:
     """Returns the statistics of tokens (…, C)."""
     rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
@@ -72,8 +77,7 @@ def measure_store(directory: AnyPath, view: str, codec: Codec) -> None:
     if (epath.Path(directory) / FILE).exists():
         return
     split = tfds_dataset.Split(directory, view)
-    rows = range(0, len(split), max(1, len(split) // SAMPLE))[:SAMPLE]
-    tokens = codec.decode(np.stack([split[row]["tokens"] for row in rows]))
+    tokens = codec.decode(np.stack([split[row]["tokens"] for row in sample_of(len(split))]))
     split.close()
     buffer = io.BytesIO()
     np.savez(buffer, **vars(measure(np.asarray(tokens))))

@@ -17,19 +17,16 @@ from dgpt_jax import invocation
 from dgpt_jax._version import __version__
 from dgpt_jax.config import TokensConfig
 from dgpt_jax.config.data import FIRST
-from dgpt_jax.data import teacher_info, token_codec, token_statistics, token_store
-from dgpt_jax.data.teacher_info import TeacherInfo, as_json
-from dgpt_jax.data.token_codec import Codec
+from dgpt_jax.data import teacher_info, token_statistics, token_store
+from dgpt_jax.data.teacher_info import as_json
 from dgpt_jax.data.token_store import StoredImages, StoreInfo
 from dgpt_jax.distributed import multihost
-from dgpt_jax.errors import UserError, counted
+from dgpt_jax.errors import UserError
 from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import array_record_shards, tfds_dataset
-from dgpt_jax.tokens import shard_plan, views, writer
+from dgpt_jax.tokens import encoding, views, writer
 from dgpt_jax.tokens.shard_plan import plan_view
 from dgpt_jax.tokens.teacher import Teacher
-
-SAMPLE = 256  # images on which the codec and the stored cosine are measured
 
 
 def build(config: TokensConfig, out: epath.PathLike, *, check: bool = False) -> StoreInfo:
@@ -56,20 +53,18 @@ def build(config: TokensConfig, out: epath.PathLike, *, check: bool = False) -> 
             for view in range(config.views)
             for shard in plan_view(directory, info.name, view, len(source), config.shard_size)
         ]
-        todo = shard_plan.unfinished(directory, planned, pool, say, check=check)
-        complete = sum(len(s.indices) for s in planned) - sum(len(s.indices) for s in todo)
-        say(f"complete: {complete} of {counted(len(source) * config.views, 'example')}")
-        remedy = "choose another --out, fewer config.views, or a smaller config.codec"
-        shard_plan.require_disk_space(directory, info.example_bytes, todo, say, remedy)
-        writer.write(
+        writer.write_missing(
+            directory,
+            planned,
             partial(views.render, config, source),
             tfds_dataset.serializer(token_store.features(info, source.label)),
             teacher,
             info.teacher.load_codec(directory),
             info.example_bytes,
-            todo[jax.process_index() :: jax.process_count()],
             pool,
             say,
+            check=check,
+            remedy="choose another --out, fewer config.views, or a smaller config.codec",
         )
     multihost.barrier("written")
     if jax.process_index() == 0:
@@ -123,53 +118,30 @@ def _describe(
     config: TokensConfig, out: epath.Path, source, teacher: Teacher, pool
 ) -> tuple[StoreInfo, np.ndarray | None]:
     """Returns (StoreInfo, PCA basis or None), measured on a sample of view 0."""
-    sample = range(0, len(source), max(1, len(source) // SAMPLE))[:SAMPLE]
+    sample = token_statistics.sample_of(len(source))
     rendered = list(pool.map(partial(views.render, config, source, 0), sample))
-    tokens = teacher(np.stack([r.image for r in rendered]))
-    writer.require_finite(np.isfinite(tokens).all())
-    codec, variance = _fit_codec(config, tokens)
-    stored = codec.encode(tokens)
-    cosine = token_codec.cosines(codec.decode(stored), codec.project(tokens))
+    other = config.codec_from
+    measured = encoding.measure(
+        FIRST,
+        teacher,
+        np.stack([view.image for view in rendered]),
+        codec=config.codec,
+        pca=config.pca,
+        codec_from=other,
+        other=(StoreInfo.load(other).teacher, other) if other else None,
+    )
+    image_bytes = float(np.mean([len(view.encoded) for view in rendered]))
     info = StoreInfo(
         name=tfds_dataset.dataset_name(out),
         image=StoredImages(config.image_size, config.image_size, config.image_encoding),
-        teacher=TeacherInfo(
-            name=FIRST,
-            weights=as_json(teacher.describe()),
-            codec=config.codec,
-            grid=teacher.tower.grid,
-            cls=teacher.tower.cls,
-            width=config.pca or teacher.tower.token_width,
-            channel_scale=tuple(float(s) for s in codec.scale),
-            cosine=(float(cosine.min()), float(cosine.mean())),
-            variance=variance,
-        ),
-        example_bytes=stored[0].nbytes
-        + float(np.mean([len(r.encoded) for r in rendered]))
-        + writer.OVERHEAD,
+        teacher=measured.info,
+        example_bytes=measured.bytes + image_bytes + writer.OVERHEAD,
         source=_source(config, source),
         views=_views(config),
         command=invocation.command_line(),
         code_version=__version__,
     )
-    return info, codec.basis
-
-
-def _fit_codec(config: TokensConfig, tokens: np.ndarray) -> tuple[Codec, float]:
-    """Returns (codec, fraction of variance kept), fitted to tokens or that of config.codec_from."""
-    if not config.codec_from:
-        return token_codec.fit(tokens, config.codec, config.pca)
-    other = StoreInfo.load(config.codec_from).teacher
-    actual = (other.codec, other.width if other.is_reduced else None, other.weights["width"])
-    expected = (config.codec, config.pca, tokens.shape[-1])
-    if actual != expected:
-        raise UserError(
-            f"config.codec_from={config.codec_from} has (codec, pca, channels) {actual}, this "
-            f"config {expected}"
-        )
-    codec = other.load_codec(config.codec_from)
-    variance = np.square(codec.project(tokens), dtype=np.float64).sum()
-    return codec, float(variance / np.square(tokens, dtype=np.float64).sum())
+    return info, measured.codec.basis
 
 
 def _source(config: TokensConfig, source: tfds_dataset.Split) -> dict:

@@ -16,24 +16,19 @@ from dgpt_jax.data import (
     bad_records,
     further_teachers,
     teacher_info,
-    token_codec,
     token_statistics,
     token_store,
 )
 from dgpt_jax.data.further_teachers import FurtherTeacher
-from dgpt_jax.data.teacher_info import TeacherInfo
-from dgpt_jax.data.token_codec import Codec
 from dgpt_jax.data.token_store import StoreInfo
 from dgpt_jax.distributed import multihost
-from dgpt_jax.errors import BadRecord, UserError, counted
+from dgpt_jax.errors import BadRecord, UserError
 from dgpt_jax.monitoring import progress
 from dgpt_jax.storage import array_record_shards, tfds_dataset
 from dgpt_jax.storage.gcs import AnyPath
-from dgpt_jax.tokens import shard_plan, writer
+from dgpt_jax.tokens import encoding, writer
 from dgpt_jax.tokens.shard_plan import ShardPlan
 from dgpt_jax.tokens.teacher import Teacher
-
-SAMPLE = 256  # stored images on which the codec and its cosine are measured
 
 
 @dataclass(frozen=True)
@@ -70,20 +65,19 @@ def add(config: TokensConfig, store: AnyPath, name: str, *, check: bool = False)
         planned = [
             shard for view, split in enumerate(splits) for shard in _plan(store, name, view, split)
         ]
-        todo = shard_plan.unfinished(directory, planned, pool, say, check=check)
-        complete = sum(len(s.indices) for s in planned) - sum(len(s.indices) for s in todo)
-        say(f"{name}, complete: {complete} of {counted(sum(map(len, splits)), 'example')}")
-        remedy = f"free some, or choose a smaller config.teachers.{name}.codec"
-        shard_plan.require_disk_space(directory, info.example_bytes, todo, say, remedy)
-        writer.write(
+        writer.write_missing(
+            directory,
+            planned,
             partial(_stored_view, splits),
             tfds_dataset.serializer(further_teachers.features(info)),
             teacher,
             info.teacher.load_codec(directory),
             info.example_bytes,
-            todo[jax.process_index() :: jax.process_count()],
             pool,
             say,
+            check=check,
+            what=f"{name}, ",
+            remedy=f"free some, or choose a smaller config.teachers.{name}.codec",
         )
     multihost.barrier("written")
     if jax.process_index() == 0:
@@ -172,47 +166,22 @@ def _describe(
     config: TokensConfig, name: str, splits, teacher: Teacher, pool, views
 ) -> tuple[FurtherTeacher, np.ndarray | None]:
     """Returns (metadata, PCA basis or None), measured on a sample of view 0."""
-    sample = range(0, len(splits[0]), max(1, len(splits[0]) // SAMPLE))[:SAMPLE]
-    stored = list(pool.map(partial(_stored_view, splits, 0), sample))
-    tokens = teacher(np.stack([view.image for view in stored]))
-    writer.require_finite(np.isfinite(tokens).all())
-    settings = config.teachers[name]
-    codec, variance = _fit_codec(config, name, tokens)
-    encoded = codec.encode(tokens)
-    cosine = token_codec.cosines(codec.decode(encoded), codec.project(tokens))
-    described = TeacherInfo(
-        name=name,
-        weights=teacher_info.as_json(teacher.describe()),
-        codec=settings.codec,
-        grid=teacher.tower.grid,
-        cls=teacher.tower.cls,
-        width=settings.pca or teacher.tower.token_width,
-        channel_scale=tuple(float(s) for s in codec.scale),
-        cosine=(float(cosine.min()), float(cosine.mean())),
-        variance=variance,
+    stored = list(
+        pool.map(partial(_stored_view, splits, 0), token_statistics.sample_of(len(splits[0])))
     )
-    size = encoded[0].nbytes + writer.OVERHEAD
+    settings, other = config.teachers[name], config.codec_from
+    measured = encoding.measure(
+        name,
+        teacher,
+        np.stack([view.image for view in stored]),
+        codec=settings.codec,
+        pca=settings.pca,
+        codec_from=other,
+        other=further_teachers.open_directory(other, name) if other else None,
+    )
+    size = float(measured.bytes + writer.OVERHEAD)
     command = invocation.command_line()
-    return FurtherTeacher(described, views, float(size), command, __version__), codec.basis
-
-
-def _fit_codec(config: TokensConfig, name: str, tokens: np.ndarray) -> tuple[Codec, float]:
-    """Returns (codec, fraction of variance kept), fitted to tokens or that of config.codec_from.
-    Raises UserError if that store's tokens of the teacher have another codec or width."""
-    settings = config.teachers[name]
-    if not config.codec_from:
-        return token_codec.fit(tokens, settings.codec, settings.pca)
-    other, directory = further_teachers.open_directory(config.codec_from, name)
-    actual = (other.codec, other.width if other.is_reduced else None, other.weights["width"])
-    expected = (settings.codec, settings.pca, tokens.shape[-1])
-    if actual != expected:
-        raise UserError(
-            f"config.codec_from={config.codec_from} has (codec, pca, channels) of {name} {actual}, "
-            f"this config {expected}"
-        )
-    codec = other.load_codec(directory)
-    variance = np.square(codec.project(tokens), dtype=np.float64).sum()
-    return codec, float(variance / np.square(tokens, dtype=np.float64).sum())
+    return FurtherTeacher(measured.info, views, size, command, __version__), measured.codec.basis
 
 
 def _finish(

@@ -13,12 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Protocol
 
+import jax
 import numpy as np
+from etils import epath
 
 from dgpt_jax.data.prefetch import prefetch
 from dgpt_jax.data.token_codec import Codec
-from dgpt_jax.errors import UserError
+from dgpt_jax.errors import UserError, counted
 from dgpt_jax.storage import array_record_shards
+from dgpt_jax.tokens import shard_plan
 from dgpt_jax.tokens.shard_plan import ShardPlan
 from dgpt_jax.tokens.stage_timer import StageTimer
 from dgpt_jax.tokens.teacher import Teacher
@@ -43,6 +46,34 @@ class Viewed(Protocol):
 
 # (view, index) to an example without its tokens.
 MakeView = Callable[[int, int], Viewed]
+
+
+def write_missing(
+    directory: epath.Path,
+    planned: Sequence[ShardPlan],
+    make_view: MakeView,
+    serialize: Callable[[dict], bytes],
+    teacher: Teacher,
+    codec: Codec,
+    example_bytes: float,
+    pool: ThreadPoolExecutor,
+    say: Callable[[str], None],
+    *,
+    check: bool,
+    what: str = "",
+    remedy: str,
+) -> None:
+    """Writes this process's share of the planned shards that are missing or damaged.
+
+    what: before the line that counts the complete examples. remedy: for a full disk. Raises
+    UserError."""
+    todo = shard_plan.unfinished(directory, planned, pool, say, check=check)
+    total = sum(len(shard.indices) for shard in planned)
+    complete = total - sum(len(shard.indices) for shard in todo)
+    say(f"{what}complete: {complete} of {counted(total, 'example')}")
+    shard_plan.require_disk_space(directory, example_bytes, todo, say, remedy)
+    mine = todo[jax.process_index() :: jax.process_count()]
+    write(make_view, serialize, teacher, codec, example_bytes, mine, pool, say)
 
 
 def write(

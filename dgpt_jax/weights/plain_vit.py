@@ -146,7 +146,7 @@ def source(
     )
 
 
-def separate_prefix_positions(state: State, registers: str = "reg_token") -> None:
+def separate_prefix_positions(state: State) -> None:
     """Gives `pos_embed` the form (1, cls+N, D), N a square number.
 
     timm's table covers the patches alone, patches and CLS, or registers too: positions that are
@@ -154,7 +154,7 @@ def separate_prefix_positions(state: State, registers: str = "reg_token") -> Non
     """
     table = state["pos_embed"].reshape(-1, state["pos_embed"].shape[-1])
     cls = "cls_token" in state
-    count = state[registers].shape[-2] if registers in state else 0
+    count = state["reg_token"].shape[-2] if "reg_token" in state else 0
     for prefix in sorted({0, int(cls), int(cls) + count}):
         side = round((len(table) - prefix) ** 0.5)
         if side**2 == len(table) - prefix:
@@ -162,7 +162,7 @@ def separate_prefix_positions(state: State, registers: str = "reg_token") -> Non
     else:
         return  # refused by the shape of the table
     if prefix > cls:
-        state[registers] = state[registers] + table[int(cls) : prefix]
+        state["reg_token"] = state["reg_token"] + table[int(cls) : prefix]
     elif prefix < cls:
         table = np.concatenate([np.zeros_like(table[:1]), table])
         prefix = 1

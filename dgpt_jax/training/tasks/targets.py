@@ -105,7 +105,7 @@ def stored_targets(
     for name, settings in active_teachers(config).items():
         stored, directory = info.teacher, epath.Path(path)
         if name:
-            stored, directory = further_teachers.open_directory(path, name)
+            stored, directory = further_teachers.load_finished(path, name)
         key = f"config.teachers.{name}" if name else "config.teacher"
         known = expected[name] if expected else None
         for field, value, required in (

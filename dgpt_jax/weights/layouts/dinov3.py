@@ -77,9 +77,9 @@ def hugging_face(state: Mapping[str, np.ndarray], path: Path) -> Source | None:
 
 def original(state: Mapping[str, np.ndarray], path: Path) -> Source | None:
     """Tower in Meta's own files; None for other arrays. Raises UserError."""
-    arrays = plain_vit.rename(state, ORIGINAL)
-    if "storage_tokens" not in state and not any("storage_tokens" in name for name in state):
+    if not any(name.endswith("storage_tokens") for name in state):
         return None
+    arrays = plain_vit.rename(state, ORIGINAL)
     if any(name.startswith("cls_norm.") for name in arrays):
         raise unsupported(path, "has a norm of its own for CLS")
     periods = arrays.pop("rope_embed.periods", None)
